@@ -1,0 +1,1 @@
+"""Histories to batches: dataset format, splits, token sequences, Grain pipeline."""

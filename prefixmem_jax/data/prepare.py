@@ -1,0 +1,52 @@
+"""From a data config to a checked, split dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from prefixmem_jax.config import DataConfig
+from prefixmem_jax.data.formats import Dataset, load_dataset
+from prefixmem_jax.data.splits import Split, split_dataset
+from prefixmem_jax.data.synthetic import SyntheticWorld, make_synthetic
+from prefixmem_jax.semantic_ids.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A dataset and its split; `world` is what made it, where it is synthetic."""
+
+    dataset: Dataset
+    split: Split
+    world: SyntheticWorld | None
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.dataset.catalog
+
+    @cached_property
+    def item_counts(self) -> np.ndarray:
+        """Occurrences of every item in training, int64 [items]."""
+        return self.split.item_counts(len(self.catalog))
+
+
+def prepare_data(config: DataConfig) -> PreparedData:
+    """Loads (or generates) the dataset and splits it; the config fixes every choice."""
+    world = None
+    if config.path is None:
+        dataset, world = make_synthetic(config.synthetic)
+    else:
+        dataset = load_dataset(config.path, config.sid_column, config.codebook_sizes)
+    return PreparedData(dataset, split_dataset(dataset, config.split, config.holdout), world)
+
+
+def fixed_sample(examples: list, count: int) -> list:
+    """At most `count` examples (0: all), the same ones for every run and seed, in order."""
+    if count == 0 or count >= len(examples):
+        return examples
+    chosen = np.random.default_rng(0).choice(len(examples), count, replace=False)
+    return [examples[i] for i in sorted(chosen)]
+
+

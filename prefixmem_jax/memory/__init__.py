@@ -1,0 +1,1 @@
+"""The SID encoder: prefix hash, sharded memory table, PrefixMem."""

@@ -1,0 +1,1 @@
+"""The decoder, and the decoder with a SID encoder attached."""

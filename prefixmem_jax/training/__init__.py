@@ -1,0 +1,1 @@
+"""One loop for every stage: objectives, optimizers, step, checkpoints, metrics."""

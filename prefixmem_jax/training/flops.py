@@ -1,0 +1,42 @@
+"""Floating-point operations of a traced function, counted from its matrix products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def matmul_flops(function: Callable, *arguments: Any) -> int:
+    """FLOPs of all `dot_general`s in a call, loops included (2 per multiply-add).
+
+    Args:
+      arguments: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval, equation.outvars[0].aval
+            total += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
+        inner = sum(_count(sub) for sub in _subjaxprs(equation.params))
+        total += inner * equation.params.get("length", 1)
+    return total
+
+
+def _subjaxprs(params: dict[str, Any]) -> list[Any]:
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found

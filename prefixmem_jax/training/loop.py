@@ -1,0 +1,190 @@
+"""The training loop: any stage, any number of processes, killed and resumed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from prefixmem_jax.config import Config, to_json
+from prefixmem_jax.data.pipeline import global_batch, training_batches
+from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
+from prefixmem_jax.data.sequences import Rows, batches, example_rows, pack_training_rows
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.parallel.mesh import batch_sharding, make_mesh
+from prefixmem_jax.training.checkpoint import Checkpoints, initial_state
+from prefixmem_jax.training.flops import matmul_flops
+from prefixmem_jax.training.metrics import MetricsWriter, summarize
+from prefixmem_jax.training.step import Trainer, TrainState
+
+
+def claim_run(run: Path, config: Config) -> None:
+    """Makes the run directory, or checks that it belongs to the same config.
+
+    Raises:
+      UserError: the directory holds a run of another config; names the first differing key.
+    """
+    path = run / "config.json"
+    text = to_json(config)
+    if path.exists():
+        difference = _first_difference(json.loads(path.read_text()), json.loads(text))
+        if difference:
+            raise UserError(f"{run}: holds a run with another config ({difference}); use --out")
+        return
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        beside = run / ".config.json.part"
+        beside.write_text(text)
+        os.replace(beside, path)
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            found = _first_difference(old.get(name), new.get(name), f"{key}{name}.")
+            if found:
+                return found
+        return None
+    return None if old == new else f"{key[:-1]} is {old} there, {new} here"
+
+
+def train(config: Config, run: Path, data: PreparedData | None = None) -> TrainState:
+    """Trains to `config.steps`, resuming from the run's own newest checkpoint if it has one.
+
+    Args:
+      run: directory for config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+      data: the config's data, where the caller has prepared it already.
+
+    Returns:
+      The final state.
+    """
+    data = data or prepare_data(config.data)
+    mesh = make_mesh()
+    if config.data.batch_size % mesh.size:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} does not divide by {mesh.size} devices"
+        )
+    trainer = Trainer.create(config, data.catalog.space, mesh)
+    packed = pack_training_rows(
+        data.catalog,
+        data.split.train,
+        config.data.sequence_length,
+        config.data.max_items,
+        config.seed,
+    )
+    iterator = training_batches(packed, config.data.batch_size, config.seed)
+    claim_run(run, config)
+    with Checkpoints(run, trainer, config.checkpoint.keep) as checkpoints:
+        if checkpoints.latest_step is not None:
+            step, state, data_state = checkpoints.restore()
+            iterator.set_state(data_state)
+        else:
+            step, state = 0, initial_state(trainer, config.init, config.seed)
+        if step >= config.steps:
+            return state
+        validation = fixed_sample(data.split.validation, config.evaluation.validation_examples)
+        rows = example_rows(data.catalog, validation, config.data.max_items)
+        with jax.set_mesh(mesh):
+            return _Loop(trainer, run, checkpoints, rows, step).run(state, iterator)
+
+
+class _Loop:
+    def __init__(
+        self, trainer: Trainer, run: Path, checkpoints: Checkpoints, validation: Rows, step: int
+    ):
+        self.trainer = trainer
+        self.config = trainer.config
+        self.checkpoints = checkpoints
+        self.validation = validation
+        self.step = step
+        self.writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
+        # Totals go on from where the last record left them, so that a resumed run's curves do.
+        last = self.writer.last if self.writer else {}
+        self.totals = {name: last.get(name, 0) for name in ("tokens", "seconds", "flops")}
+
+    def run(self, state: TrainState, iterator: Any) -> TrainState:
+        config, sharding = self.config, batch_sharding(self.trainer.mesh)
+        flops = matmul_flops(
+            self.trainer.train_step, self.trainer.abstract_state(), self.trainer.abstract_batch()
+        )
+        train_step = self.trainer.compile_train_step()
+        evaluate = jax.jit(self.trainer.evaluation_step)
+        tokens_per_step = config.data.batch_size * config.data.sequence_length
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=config.name,
+            unit="step",
+            disable=jax.process_index() != 0,
+            dynamic_ncols=True,
+        )
+        started = time.perf_counter()
+        while self.step < config.steps:
+            batch = global_batch(next(iterator), sharding)
+            state, metrics = train_step(state, batch)
+            self.step += 1
+            done = self.step == config.steps
+            self.totals["tokens"] += tokens_per_step
+            self.totals["flops"] += flops
+            if done or self.step % config.log_every_steps == 0:
+                metrics = jax.device_get(metrics)
+                now = time.perf_counter()
+                self.totals["seconds"] += now - started
+                started = now
+                self._log_training(bar, metrics)
+            bar.update()
+            if done or self.step % config.evaluation.every_steps == 0:
+                self._validate(evaluate, state)
+            if done or self.step % config.checkpoint.every_steps == 0:
+                self.checkpoints.save(self.step, state, iterator.get_state())
+            if done or self.step % config.evaluation.every_steps == 0:
+                started = time.perf_counter()  # validation is not training time
+        bar.close()
+        if self.writer:
+            self.writer.close()
+        return state
+
+    def _log_training(self, bar: tqdm, metrics: dict[str, Any]) -> None:
+        summary = summarize(metrics["sums"])
+        if not np.isfinite(summary["loss"]):
+            raise UserError(
+                f"step {self.step}: the loss is {summary['loss']}; lower optimizer.learning_rate "
+                f"(now {self.config.optimizer.learning_rate})"
+            )
+        record = {**summary, "gradient_norm": float(metrics["gradient_norm"]), **self.totals}
+        if "memory_rounds" in metrics:
+            record["memory_rounds"] = int(metrics["memory_rounds"])
+        if self.writer:
+            self.writer.write(self.step, record)
+        rate = self.totals["tokens"] / max(self.totals["seconds"], 1e-9)
+        bar.set_postfix_str(f"loss {summary['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+
+    def _validate(self, evaluate: Any, state: TrainState) -> None:
+        sums = evaluate_rows(
+            evaluate, state, self.validation, self.config.data.batch_size, self.trainer.mesh
+        )
+        if self.writer:
+            self.writer.write(self.step, {**summarize(sums, "validation/"), **self.totals})
+
+
+def evaluate_rows(
+    evaluate: Any, state: TrainState, rows: Rows, batch_size: int, mesh: jax.sharding.Mesh
+) -> dict[str, np.ndarray]:
+    """Sums of `objectives.next_token_sums` over all rows; every process holds the same rows."""
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
+    process, processes = jax.process_index(), jax.process_count()
+    totals: dict[str, np.ndarray] = {}
+    for batch in batches(rows, batch_size):
+        local = {name: array[process::processes] for name, array in batch.items()}
+        sums = evaluate(state.params, state.memory, global_batch(local, sharding))
+        for name, value in jax.device_get(sums).items():
+            totals[name] = totals.get(name, 0) + np.float64(value)
+    return totals

@@ -1,0 +1,58 @@
+"""What a run records: metrics.jsonl and TensorBoard, in step with the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+def summarize(sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Mean loss and accuracy per level from `objectives.next_token_sums`, as flat names.
+
+    Levels with nothing to predict are left out.
+    """
+    summary = {f"{prefix}loss": float(sums["loss"]) / max(float(sums["count"]), 1.0)}
+    hits, counts = np.asarray(sums["hits"]), np.asarray(sums["level_count"])
+    for level, (hit, count) in enumerate(zip(hits, counts, strict=True), start=1):
+        if count > 0:
+            summary[f"{prefix}accuracy/level_{level}"] = float(hit) / float(count)
+    return summary
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The records of a run's metrics.jsonl, oldest first; a line cut short by a kill is no record."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl and TensorBoard; the first process only.
+
+    Records after `resume_step` are dropped first: a killed run may have logged steps beyond its
+    last checkpoint, and will log them again.
+    """
+
+    def __init__(self, run: Path, resume_step: int):
+        kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
+        beside = run / ".metrics.jsonl.part"
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(beside, run / "metrics.jsonl")
+        self.last = kept[-1] if kept else {}
+        self._file = (run / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()

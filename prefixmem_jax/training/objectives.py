@@ -1,0 +1,62 @@
+"""What a stage learns: which model is built, and the loss over its next-token logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.memory.encoder import check_encoder
+from prefixmem_jax.models.prefix_classifier import PrefixClassifier
+from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.semantic_ids.space import SidSpace
+
+Model = SidLM | PrefixClassifier
+
+
+def build_model(config: Config, space: SidSpace, rngs: nnx.Rngs) -> Model:
+    """The model that the config's objective trains."""
+    if config.encoder is not None:
+        check_encoder(config.encoder, space)
+    if config.objective == "classification":
+        return PrefixClassifier(config.encoder, config.model.d_model, space, rngs=rngs)
+    return SidLM(config.model, config.encoder, space, rngs=rngs)
+
+
+def next_token_sums(
+    model: Model, batch: dict[str, jax.Array], memory_rows: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Cross-entropy and hits of next-token prediction, as sums over the batch.
+
+    `classification` learns only where the encoder is active: there the histories' transitions
+    c_1..c_l -> c_{l+1} occur as often as in training histories, which is the paper's weighting.
+
+    Args:
+      batch: see `data.sequences`.
+
+    Returns:
+      loss: float32 [], summed over predicted positions; count: their number.
+      hits, level_count: float32 [levels], by level of the predicted token (top-1 over the whole
+      vocabulary).
+    """
+    logits_BSV = model.next_token_logits(
+        batch["tokens"], batch["segment_ids"], batch["positions"], memory_rows
+    )
+    mask_BS = batch["loss_mask"]
+    space = model.space
+    if isinstance(model, PrefixClassifier):
+        addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
+        mask_BS = mask_BS * jnp.any(addresses >= 0, axis=-1)
+    target_BS = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
+    loss_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, target_BS)
+    hit_BS = (jnp.argmax(logits_BSV, axis=-1) == target_BS) * mask_BS
+    target_level_BS, _ = space.level_and_code(target_BS)
+    by_level = [(target_level_BS == level) for level in range(1, space.levels + 1)]
+    return {
+        "loss": jnp.sum(loss_BS * mask_BS),
+        "count": jnp.sum(mask_BS),
+        "hits": jnp.stack([jnp.sum(hit_BS * at) for at in by_level]),
+        "level_count": jnp.stack([jnp.sum(mask_BS * at) for at in by_level]),
+    }

@@ -1,0 +1,59 @@
+"""Optimizers: AdamW for dense parameters, lazy Adam for memory rows, one schedule for both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prefixmem_jax.config import Config
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Linear warm-up to the peak, cosine decay to `final_rate` of it at the last step."""
+    options = config.optimizer
+    warmup = min(options.warmup_steps, config.steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=options.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(config.steps, warmup + 1),
+        end_value=options.learning_rate * options.final_rate,
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices; False for norm scales."""
+
+    def decayed(path: tuple, leaf: jax.Array) -> bool:
+        del leaf
+        return not any("norm" in jax.tree_util.keystr((key,)) for key in path)
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def dense_optimizer(config: Config) -> optax.GradientTransformation:
+    options = config.optimizer
+    return optax.chain(
+        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
+        optax.add_decayed_weights(options.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
+
+
+def memory_optimizer(config: Config) -> optax.GradientTransformation:
+    """Applied to the rows in the batch only (`memory.table.update_rows`): no decay."""
+    options = config.optimizer
+    schedule = learning_rate(config)
+    return optax.chain(
+        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
+        optax.scale_by_learning_rate(lambda count: options.memory_rate * schedule(count)),
+    )
+
+
+def clip_scale(squared_norm: jax.Array, bound: float) -> jax.Array:
+    """Factor that brings gradients of this squared global norm within the bound."""
+    norm = jnp.sqrt(squared_norm)
+    return jnp.where(norm > bound, bound / norm, 1.0)

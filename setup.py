@@ -1,0 +1,33 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="prefixmem_jax",
+    version="0.1.0",
+    description="PrefixMem in JAX: train LLMs that speak Semantic IDs",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["prefixmem_jax", "prefixmem_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "transformers>=5",
+        "chex>=0.1.90",
+        "numpy>=2",
+        "pyarrow",
+        "safetensors",
+        "matplotlib",
+        "tqdm",
+        "tensorboardX",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "torch==2.13.0"],
+    },
+    entry_points={"console_scripts": ["prefixmem=prefixmem_jax.cli:main"]},
+)
