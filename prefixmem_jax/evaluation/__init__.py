@@ -1,0 +1,1 @@
+"""Judging recommendations: metrics, floors, the evaluator, the report."""

@@ -1,0 +1,149 @@
+"""Evaluating a trained run: teacher-forced accuracy, greedy hit rate, beam-search retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from prefixmem_jax.config import Config, load_config
+from prefixmem_jax.data.pipeline import global_batch
+from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
+from prefixmem_jax.data.sequences import batches, example_rows, prompt_rows
+from prefixmem_jax.decoding.beam_search import beam_search
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.evaluation.metrics import groups_of, retrieval_metrics
+from prefixmem_jax.parallel.mesh import batch_sharding
+from prefixmem_jax.semantic_ids.trie import Trie
+from prefixmem_jax.training.checkpoint import Checkpoints
+from prefixmem_jax.training.loop import evaluate_rows
+from prefixmem_jax.training.metrics import summarize
+from prefixmem_jax.training.step import Trainer, TrainState
+
+
+class Recommender:
+    """A trained run on one device, ready to evaluate and to recommend."""
+
+    def __init__(self, trainer: Trainer, state: TrainState, data: PreparedData):
+        self.trainer = trainer
+        self.config = trainer.config
+        self.state = state
+        self.data = data
+        self.trie = Trie(data.catalog)
+        self._search = {
+            constrained: jax.jit(
+                partial(self._beams, constrained=constrained), static_argnames="beams"
+            )
+            for constrained in (False, True)
+        }
+
+    @classmethod
+    def load(cls, run: str | Path, data: PreparedData | None = None) -> Recommender:
+        """Reads a run's config and newest checkpoint.
+
+        Raises:
+          UserError: not a run directory, no checkpoint, or a stage that cannot recommend.
+        """
+        run = Path(run)
+        if not (run / "config.json").is_file():
+            raise UserError(f"{run}: not a run directory (it has no config.json)")
+        config = load_config(run / "config.json")
+        if config.objective != "next_token":
+            raise UserError(
+                f"{run}: a {config.objective} run has no decoder; name a next_token run"
+            )
+        data = data or prepare_data(config.data)
+        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+        trainer = Trainer.create(config, data.catalog.space, mesh)
+        with Checkpoints(run, trainer) as checkpoints:
+            _, state, _ = checkpoints.restore()
+        return cls(trainer, state, data)
+
+    def _beams(
+        self,
+        params: dict,
+        memory: jax.Array | None,
+        prompts: dict[str, jax.Array],
+        *,
+        beams: int,
+        constrained: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        trie = self.trie if constrained else None
+
+        def search(params: dict, memory: jax.Array | None, prompts: dict) -> tuple:
+            return tuple(beam_search(self.trainer.model(params), memory, prompts, beams, trie))
+
+        split = P(self.trainer.mesh.axis_names)
+        return jax.shard_map(search, in_specs=(P(), split, split), out_specs=split)(
+            params, memory, prompts
+        )
+
+    def search(
+        self, histories: Sequence[np.ndarray], beams: int, constrained: bool, progress: str = ""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best next SIDs after each history.
+
+        Returns:
+          codes int32 [users, beams, levels] and scores float32 [users, beams], best first; see
+          `decoding.beam_search.Beams`.
+        """
+        rows = prompt_rows(self.data.catalog, histories, self.config.data.max_items)
+        size = min(self.config.evaluation.batch_size, len(histories))
+        pieces = batches(rows, size)
+        found = []
+        with jax.set_mesh(self.trainer.mesh):
+            for piece in tqdm(pieces, desc=progress, unit="batch", disable=not progress):
+                prompts = global_batch(piece, batch_sharding(self.trainer.mesh))
+                found.append(
+                    jax.device_get(
+                        self._search[constrained](
+                            self.state.params, self.state.memory, prompts, beams=beams
+                        )
+                    )
+                )
+        codes = np.concatenate([codes for codes, _ in found])[: len(histories)]
+        scores = np.concatenate([scores for _, scores in found])[: len(histories)]
+        return codes, scores
+
+    def teacher_forced(self, examples: Sequence) -> dict[str, float]:
+        """`tf_accuracy/level_l`: top-1 over the whole vocabulary given the true prefix."""
+        rows = example_rows(self.data.catalog, examples, self.config.data.max_items)
+        with jax.set_mesh(self.trainer.mesh):
+            sums = evaluate_rows(
+                jax.jit(self.trainer.evaluation_step),
+                self.state,
+                rows,
+                256,
+                self.trainer.mesh,
+            )
+        summary = summarize(sums)
+        return {
+            f"tf_{name}": value for name, value in summary.items() if name.startswith("accuracy")
+        }
+
+
+def test_examples(config: Config, data: PreparedData) -> tuple[list, list]:
+    """All test examples, and the fixed sample of them for retrieval metrics."""
+    return data.split.test, fixed_sample(data.split.test, config.evaluation.users)
+
+
+def evaluate_model(recommender: Recommender, progress: bool = True) -> dict[str, float]:
+    """Every metric of a run on its test examples, flat names."""
+    config, data = recommender.config, recommender.data
+    everyone, sample = test_examples(config, data)
+    metrics = recommender.teacher_forced(everyone)
+    histories = [example.history for example in sample]
+    targets = np.array([example.target for example in sample])
+    for suffix, constrained in (("unconstrained", False), ("constrained", True)):
+        label = f"{config.name} {suffix} beam search" if progress else ""
+        codes, _ = recommender.search(histories, config.evaluation.beam, constrained, label)
+        groups = groups_of(codes, data.catalog)
+        metrics |= retrieval_metrics(groups, targets, data.catalog, suffix)
+    greedy, _ = recommender.search(histories, 1, constrained=False)
+    metrics["sid_hit_rate"] = float((groups_of(greedy, data.catalog) >= 0).mean())
+    return metrics
