@@ -8,7 +8,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["prefixmem_jax", "prefixmem_jax.*"]),
+    packages=[
+        *find_packages(include=["prefixmem_jax", "prefixmem_jax.*"]),
+        "prefixmem_jax.configs",
+        "prefixmem_jax.configs.quickstart",
+    ],
+    # The configs stand at the top of the repository and are installed with the package.
+    package_dir={"prefixmem_jax.configs": "configs"},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12.8",

@@ -13,6 +13,7 @@ import difflib
 import importlib.util
 import json
 import sys
+import traceback
 import types
 import typing
 from dataclasses import dataclass, field
@@ -234,9 +235,11 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def _run_config_file(path: Path) -> Config:
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    folder = str(path.resolve().parent)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # so that configs can call their parents
+    known = set(sys.modules)
+    sys.path.insert(0, folder)  # a config imports its parent by name
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -245,28 +248,20 @@ def _run_config_file(path: Path) -> Config:
     except UserError:
         raise
     except Exception as error:
-        line = next(
-            (
-                frame.lineno
-                for frame in reversed(_frames(error.__traceback__))
-                if frame.filename == str(path)
-            ),
-            "?",
-        )
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if frame.filename.startswith(folder)]
+        line = getattr(error, "lineno", None) or (inside[-1].lineno if inside else "?")
         raise UserError(f"{path}: line {line}: {type(error).__name__}: {error}") from None
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
+        for name in set(sys.modules) - known:  # another folder may have a config of that name
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
+                del sys.modules[name]
     if not isinstance(config, Config):
         raise UserError(
             f"{path}: get_config() returned {type(config).__name__}, expected prefixmem_jax.Config"
         )
     return config
-
-
-def _frames(traceback: types.TracebackType | None) -> list:
-    import traceback as traceback_module
-
-    return traceback_module.extract_tb(traceback)
 
 
 def override(config: Config, text: str) -> Config:

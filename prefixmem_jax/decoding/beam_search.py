@@ -32,7 +32,11 @@ def beam_search(
     beams: int,
     trie: Trie | None,
 ) -> Beams:
-    """Decodes the next item after each prompt; runs the whole sequence at every level.
+    """Decodes the next item after each prompt.
+
+    The prompt runs once per user and its keys and values serve all beams. Each later level runs
+    one new token per beam; a beam attends to the prompt and, by index, to its own ancestors
+    among the tokens generated so far, so the cache is never reordered.
 
     Args:
       memory: the encoder's table, whole on this device.
@@ -40,35 +44,64 @@ def beam_search(
       trie: allows only its SIDs; None allows every combination of codes.
     """
     space = model.space
-    users = prompts["tokens"].shape[0]
-    length_U = jnp.sum(prompts["segment_ids"] > 0, axis=1)
-    room = ((0, 0), (0, space.levels))
-    tokens = jnp.repeat(jnp.pad(prompts["tokens"], room), beams, axis=0)
-    row_length = jnp.repeat(length_U, beams)
-    place = jnp.arange(tokens.shape[1])
+    users, prompt_size = prompts["tokens"].shape
+    in_prompt = prompts["segment_ids"] > 0
+    length_U = jnp.sum(in_prompt, axis=1)
+    hidden, cache = _prefill(model, memory, prompts)
+    last_UD = jnp.take_along_axis(hidden, (length_U - 1)[:, None, None], axis=1)[:, 0]
+    generated = beams * (space.levels - 1)
+    cache = jax.tree.map(
+        lambda kept: jnp.pad(kept, ((0, 0), (0, 0), (0, generated), (0, 0), (0, 0))), cache
+    )
+    slots = jnp.arange(prompt_size + generated)
+    prompt_mask = jnp.pad(in_prompt, ((0, 0), (0, generated)))
+
     codes = jnp.full((users, beams, space.levels), -1, jnp.int32)
     nodes = jnp.zeros((users, beams), jnp.int32)
+    ancestors = jnp.zeros((users, beams, 0), jnp.int32)  # slots of c_1..c_l of each beam
     scores = jnp.full((users, beams), -jnp.inf).at[:, 0].set(0.0)
+    beam_hidden = jnp.broadcast_to(last_UD[:, None], (users, beams, last_UD.shape[-1]))
 
     for level in range(1, space.levels + 1):
-        segment_ids = (place < (row_length + level - 1)[:, None]).astype(jnp.int32)
-        positions = jnp.broadcast_to(place, tokens.shape)
-        memory_rows = None
-        if model.encoder is not None:
-            memory_rows = table.lookup(memory, model.encoder.addresses(tokens, segment_ids))
-        hidden, _ = model(tokens, segment_ids, positions, memory_rows)
-        last = jnp.take_along_axis(hidden, (row_length + level - 2)[:, None, None], axis=1)[:, 0]
-        first_token, stop_token = space.token_range(level)
-        log_probability = jax.nn.log_softmax(model.llm.logits(last, first_token, stop_token))
-        log_probability = log_probability.reshape(users, beams, -1)
+        logits = model.llm.logits(beam_hidden, *space.token_range(level))
         scores, codes, nodes, parent = extend(
-            level, scores, codes, nodes, log_probability, trie
+            level, scores, codes, nodes, jax.nn.log_softmax(logits), trie
         )
-        tokens = tokens.reshape(users, beams, -1)
-        tokens = jnp.take_along_axis(tokens, parent[..., None], axis=1).reshape(users * beams, -1)
-        chosen = (codes[..., level - 1] + first_token).reshape(-1)
-        tokens = jnp.where(place == (row_length + level - 1)[:, None], chosen[:, None], tokens)
+        if level == space.levels:
+            break
+        start = prompt_size + (level - 1) * beams
+        own = jnp.broadcast_to(start + jnp.arange(beams, dtype=jnp.int32), (users, beams))
+        ancestors = jnp.take_along_axis(ancestors, parent[..., None], axis=1)
+        ancestors = jnp.concatenate([ancestors, own[..., None]], axis=-1)
+        visible = jnp.any(slots == ancestors[..., None], axis=2) | prompt_mask[:, None]
+        x = _embed_last(model, memory, codes[..., :level])
+        positions = jnp.broadcast_to((length_U + level - 1)[:, None], (users, beams))
+        beam_hidden, cache = model.llm(x, positions, visible, cache, start)
     return Beams(jnp.where(jnp.isfinite(scores)[..., None], codes, -1), scores)
+
+
+def _prefill(model: SidLM, memory: jax.Array | None, prompts: dict[str, jax.Array]) -> tuple:
+    tokens, segment_ids = prompts["tokens"], prompts["segment_ids"]
+    memory_rows = None
+    if model.encoder is not None:
+        memory_rows = table.lookup(memory, model.encoder.addresses(tokens, segment_ids))
+    return model(tokens, segment_ids, prompts["positions"], memory_rows)
+
+
+def _embed_last(model: SidLM, memory: jax.Array | None, codes: jax.Array) -> jax.Array:
+    """Decoder inputs [users, beams, D] of each beam's last token.
+
+    The encoder sees the beam's true prefix, as the window of tokens that it is in training.
+    """
+    users, beams, level = codes.shape
+    window = jnp.stack(
+        [codes[..., i] + model.space.token_range(i + 1)[0] for i in range(level)], axis=-1
+    ).reshape(users * beams, level)
+    memory_rows = None
+    if model.encoder is not None:
+        addresses = model.encoder.addresses(window, jnp.ones_like(window))[:, -1]
+        memory_rows = table.lookup(memory, addresses.reshape(users, beams, -1))
+    return model.embed(window[:, -1].reshape(users, beams), memory_rows)
 
 
 def extend(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +21,22 @@ from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
 from prefixmem_jax.data.sequences import batches, example_rows, prompt_rows
 from prefixmem_jax.decoding.beam_search import beam_search
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.metrics import groups_of, retrieval_metrics
+from prefixmem_jax.evaluation.metrics import groups_of, beam_metrics
 from prefixmem_jax.parallel.mesh import batch_sharding
 from prefixmem_jax.semantic_ids.trie import Trie
 from prefixmem_jax.training.checkpoint import Checkpoints
 from prefixmem_jax.training.loop import evaluate_rows
 from prefixmem_jax.training.metrics import summarize
 from prefixmem_jax.training.step import Trainer, TrainState
+
+
+class Recommendation(NamedTuple):
+    """An item, its title and SID, and the log-probability of the SID in the constrained beam."""
+
+    item: int
+    title: str | None
+    sid: tuple[int, ...]
+    score: float
 
 
 class Recommender:
@@ -127,6 +140,40 @@ class Recommender:
         }
 
 
+    def recommend(self, history: str | Sequence[int], top: int) -> list[Recommendation]:
+        """The best next items, best first; items that share a SID follow each other by id.
+
+        Args:
+          history: item ids, oldest first, as a sequence or as text `12,55,803`.
+          top: how many items; fewer come back where the catalogue has fewer.
+        """
+        catalog = self.data.catalog
+        items = parse_history(history, len(catalog)) if isinstance(history, str) else history
+        if top < 1:
+            raise UserError(f"--top: expected 1 or more, got {top}")
+        codes, scores = self.search([np.asarray(items)], top, constrained=True)
+        found = []
+        for sid, score in zip(codes[0], scores[0], strict=True):
+            if np.isfinite(score):
+                for item in catalog.items_of_group(catalog.group(sid)):
+                    found.append(
+                        Recommendation(
+                            int(item), catalog.titles[item], tuple(map(int, sid)), float(score)
+                        )
+                    )
+        return found[:top]
+
+
+def parse_history(text: str, items: int) -> list[int]:
+    """Item ids from `12,55,803`; UserError where one is no item."""
+    history = []
+    for part in text.split(","):
+        if not part.strip().isdigit() or int(part) >= items:
+            raise UserError(f"--history: {part.strip()!r} is no item id; expected 0..{items - 1}")
+        history.append(int(part))
+    return history
+
+
 def test_examples(config: Config, data: PreparedData) -> tuple[list, list]:
     """All test examples, and the fixed sample of them for retrieval metrics."""
     return data.split.test, fixed_sample(data.split.test, config.evaluation.users)
@@ -143,7 +190,33 @@ def evaluate_model(recommender: Recommender, progress: bool = True) -> dict[str,
         label = f"{config.name} {suffix} beam search" if progress else ""
         codes, _ = recommender.search(histories, config.evaluation.beam, constrained, label)
         groups = groups_of(codes, data.catalog)
-        metrics |= retrieval_metrics(groups, targets, data.catalog, suffix)
+        metrics |= beam_metrics(groups, targets, data.catalog, suffix)
     greedy, _ = recommender.search(histories, 1, constrained=False)
     metrics["sid_hit_rate"] = float((groups_of(greedy, data.catalog) >= 0).mean())
     return metrics
+
+
+def evaluate_run(run: Path, users: int | None, beam: int | None) -> tuple[dict[str, Any], int]:
+    """Evaluates a run, writes its metrics.json, and returns the metrics and number of levels.
+
+    Args:
+      users, beam: in place of the config's `evaluation.users` and `evaluation.beam`.
+    """
+    recommender = Recommender.load(run)
+    changes = {"users": users, "beam": beam}
+    for name, value in changes.items():
+        if value is not None and value < (name == "beam"):
+            raise UserError(f"--{name}: expected {int(name == 'beam')} or more, got {value}")
+    options = dataclasses.replace(
+        recommender.config.evaluation, **{k: v for k, v in changes.items() if v is not None}
+    )
+    recommender.config = dataclasses.replace(recommender.config, evaluation=options)
+    metrics: dict[str, Any] = evaluate_model(recommender)
+    metrics["beam"] = options.beam
+    metrics["retrieval_users"] = len(test_examples(recommender.config, recommender.data)[1])
+    metrics["dataset_sha256"] = recommender.data.dataset.sha256
+    metrics["config"] = dataclasses.asdict(recommender.config)
+    beside = run / ".metrics.json.part"
+    beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(beside, run / "metrics.json")
+    return metrics, recommender.data.catalog.space.levels

@@ -15,7 +15,7 @@ import numpy as np
 
 from prefixmem_jax.data.prepare import PreparedData
 from prefixmem_jax.data.splits import Example
-from prefixmem_jax.evaluation.metrics import retrieval_metrics
+from prefixmem_jax.evaluation.metrics import CUTOFFS, rank_metrics
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -30,7 +30,8 @@ def popularity_floor(data: PreparedData) -> Scorer:
 def successor_floor(data: PreparedData) -> Scorer:
     """Scores items by how often they followed the history's last item in training.
 
-    Equal counts (mostly zero) are ordered by popularity.
+    Equal counts keep the order in which training showed them; items that never followed come
+    after, by popularity.
     """
     follows: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for items in data.split.train:
@@ -42,7 +43,8 @@ def successor_floor(data: PreparedData) -> Scorer:
         scores = popularity.copy()
         successors = follows.get(int(history[-1]))
         if successors:
-            scores[list(successors)] += np.array(list(successors.values()))
+            counts = np.array(list(successors.values()), np.float64)
+            scores[list(successors)] = counts + 0.5 / np.arange(1, len(counts) + 1)
         return scores
 
     return score
@@ -83,35 +85,31 @@ def evaluate_scorer(
     catalog: Catalog,
     examples: Sequence[Example],
     retrieval_examples: Sequence[Example],
-    beam: int,
 ) -> dict[str, float]:
     """The metrics of `evaluator.evaluate_model` for a system that scores items."""
     prefix_sums = _PrefixSums(catalog)
-    hits = np.zeros(catalog.space.levels)
-    groups = np.full((len(retrieval_examples), beam), -2, np.int64)
-    wanted = {example.user: row for row, example in enumerate(retrieval_examples)}
-    for example in examples:
-        scores = score(example.history)
-        hits += prefix_sums.hits(scores, example.target)
-        row = wanted.get(example.user)
-        if row is not None:
-            groups[row] = _ranked_groups(scores, catalog, beam)
-    metrics = {
-        f"tf_accuracy/level_{level}": float(hit) / len(examples)
-        for level, hit in enumerate(hits, start=1)
-    }
+    hits = sum(prefix_sums.hits(score(e.history), e.target) for e in examples) / len(examples)
+    metrics = {f"tf_accuracy/level_{level}": float(hit) for level, hit in enumerate(hits, start=1)}
     metrics["sid_hit_rate"] = 1.0
-    targets = np.array([example.target for example in retrieval_examples])
+    ranks = np.array([_ranks(score(e.history), e.target, catalog) for e in retrieval_examples])
     for suffix in ("unconstrained", "constrained"):
-        metrics |= retrieval_metrics(groups, targets, catalog, suffix)
-    # These systems rank items, not SIDs, so an item's place needs no expectation over a group.
+        # Items are ranked one by one: the target shares its place with no other.
+        alone = np.ones(len(ranks), np.int64)
+        metrics |= rank_metrics(ranks[:, 0], ranks[:, 1] - 1, alone, len(catalog), suffix)
+        metrics |= {f"sid_valid@{cutoff}/{suffix}": 1.0 for cutoff in CUTOFFS}
     return metrics
 
 
-def _ranked_groups(scores: np.ndarray, catalog: Catalog, count: int) -> np.ndarray:
-    """Distinct groups of the best-scored items, best first, [count], -2 where none is left."""
-    top = min(len(scores), 4 * count)
-    nearest = np.argpartition(-scores, top - 1)[:top]
-    nearest = nearest[np.lexsort((nearest, -scores[nearest]))]
-    ranked = list(dict.fromkeys(catalog.group_of_item[nearest].tolist()))[:count]
-    return np.array(ranked + [-2] * (count - len(ranked)))
+def _ranks(scores: np.ndarray, target: int, catalog: Catalog) -> tuple[int, int]:
+    """1-based rank of the target's SID among distinct SIDs, and of the target among items."""
+    better = scores > scores[target]
+    better[:target] |= scores[:target] == scores[target]
+    ahead = np.flatnonzero(better)
+    sid_ahead = set(catalog.group_of_item[ahead].tolist())
+    group = int(catalog.group_of_item[target])
+    if group in sid_ahead:  # another item brings the same SID earlier
+        twins = catalog.items_of_group(group)
+        twins = twins[better[twins]]
+        first = twins[np.lexsort((twins, -scores[twins]))[0]]
+        return _ranks(scores, int(first), catalog)[0], len(ahead) + 1
+    return len(sid_ahead) + 1, len(ahead) + 1

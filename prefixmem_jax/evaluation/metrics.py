@@ -13,6 +13,7 @@ import numpy as np
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 CUTOFFS = (5, 10)
+NOT_FOUND = 1 << 40
 
 
 def groups_of(codes: np.ndarray, catalog: Catalog) -> np.ndarray:
@@ -30,41 +31,56 @@ def groups_of(codes: np.ndarray, catalog: Catalog) -> np.ndarray:
     return groups.reshape(users, ranks)
 
 
-def retrieval_metrics(
+def beam_metrics(
     groups: np.ndarray, targets: np.ndarray, catalog: Catalog, suffix: str
 ) -> dict[str, float]:
-    """Recall and NDCG at each cutoff, by SID and by item, means over users.
+    """Metrics of ranked SIDs: `rank_metrics`, and `sid_valid@K`, the share that name an item.
 
     Args:
       groups: [users, ranks] from `groups_of`, best first.
       targets: int [users], the target items.
-      suffix: appended to each name: `unconstrained` or `constrained`.
-
-    Returns:
-      `sid_recall@K/suffix`, `sid_ndcg@K/suffix`, `item_recall@K/suffix`, `item_ndcg@K/suffix`,
-      and `sid_valid@K/suffix`, the share of the first K SIDs that name an item.
     """
     target_groups = catalog.group_of_item[targets]
     hit = groups == target_groups[:, None]
-    found = hit.any(axis=1)
-    sid_rank = np.where(found, hit.argmax(axis=1), groups.shape[1]) + 1
+    sid_rank = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, NOT_FOUND)
     sizes = np.where(groups >= 0, catalog.group_sizes[np.maximum(groups, 0)], 0)
-    items_before = np.where(hit, 0, sizes)
-    items_before = np.where(np.cumsum(hit, axis=1) > 0, 0, items_before).sum(axis=1)
-    own_size = catalog.group_sizes[target_groups]
+    items_before = np.where(np.cumsum(hit, axis=1) > 0, 0, sizes).sum(axis=1)
+    items_before = np.where(sid_rank == NOT_FOUND, NOT_FOUND, items_before)
+    metrics = rank_metrics(
+        sid_rank, items_before, catalog.group_sizes[target_groups], groups.shape[1], suffix
+    )
+    for cutoff in (k for k in CUTOFFS if k <= groups.shape[1]):
+        metrics[f"sid_valid@{cutoff}/{suffix}"] = float((groups[:, :cutoff] >= 0).mean())
+    return metrics
+
+
+def rank_metrics(
+    sid_rank: np.ndarray,
+    items_before: np.ndarray,
+    group_size: np.ndarray,
+    depth: int,
+    suffix: str,
+) -> dict[str, float]:
+    """Recall and NDCG at each cutoff up to `depth`, by SID and by item, means over users.
+
+    Args:
+      sid_rank: 1-based rank of the target's SID, [users]; NOT_FOUND where it is not ranked.
+      items_before: items shown before the target's group, [users]; NOT_FOUND likewise.
+      group_size: items that share the target's place in random order, [users].
+      suffix: `unconstrained` or `constrained`, the end of each name.
+
+    Returns:
+      `sid_recall@K/suffix`, `sid_ndcg@K/suffix`, `item_recall@K/suffix`, `item_ndcg@K/suffix`.
+    """
     metrics = {}
-    for cutoff in CUTOFFS:
-        if groups.shape[1] < cutoff:
-            continue
-        in_time = found & (sid_rank <= cutoff)
+    for cutoff in (k for k in CUTOFFS if k <= depth):
+        in_time = sid_rank <= cutoff
         gain = np.where(in_time, 1 / np.log2(sid_rank + 1.0), 0.0)
+        recall, ndcg = expected_item_metrics(items_before, group_size, cutoff)
         metrics[f"sid_recall@{cutoff}/{suffix}"] = float(in_time.mean())
         metrics[f"sid_ndcg@{cutoff}/{suffix}"] = float(gain.mean())
-        recall, ndcg = expected_item_metrics(items_before, own_size, cutoff)
-        metrics[f"item_recall@{cutoff}/{suffix}"] = float((recall * found).mean())
-        metrics[f"item_ndcg@{cutoff}/{suffix}"] = float((ndcg * found).mean())
-        given = groups[:, :cutoff]
-        metrics[f"sid_valid@{cutoff}/{suffix}"] = float((given >= 0).sum() / given.size)
+        metrics[f"item_recall@{cutoff}/{suffix}"] = float(recall.mean())
+        metrics[f"item_ndcg@{cutoff}/{suffix}"] = float(ndcg.mean())
     return metrics
 
 

@@ -1,0 +1,151 @@
+"""The command `prefixmem`: one verb, one function, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefixmem_jax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; a user's mistake is one line on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        options.verb(options)
+    except UserError as error:
+        print(f"prefixmem: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prefixmem: interrupted; the same command goes on from the last checkpoint",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prefixmem",
+        description="Train recommenders that generate Semantic IDs, with the PrefixMem encoder.",
+        epilog="Start with: prefixmem quickstart",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function, summary: str, example: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(verb=function)
+        return added
+
+    overrides_help = "dotted config overrides, such as optimizer.learning_rate=3e-4 steps=500"
+
+    quick = verb(
+        "quickstart",
+        _quickstart,
+        "Train a small decoder without and with PrefixMem, and compare them.",
+        "  prefixmem quickstart                       # synthetic data, known optimum\n"
+        "  prefixmem quickstart --data DIR --out X    # your items.parquet and histories.parquet\n"
+        "  prefixmem quickstart --out X steps=100     # override a key of all three runs",
+    )
+    quick.add_argument("--data", metavar="DIR", help="dataset folder (default: synthetic data)")
+    quick.add_argument("--out", metavar="DIR", type=Path, default=Path("quickstart"),
+                       help="where results.json, report.html and the runs go (default: %(default)s)")
+    quick.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+
+    training = verb(
+        "train",
+        _train,
+        "Train one config file, or go on with its run where it was stopped.",
+        "  prefixmem train configs/quickstart/baseline.py\n"
+        "  prefixmem train configs/quickstart/baseline.py --out runs/b2 data.path=DIR seed=1\n"
+        "  prefixmem train runs/b2/config.json --out runs/b3     # a saved config runs again",
+    )
+    training.add_argument("config", metavar="CONFIG", help="a .py with get_config(), or a .json")
+    training.add_argument("--out", metavar="DIR", type=Path,
+                          help="run directory (default: runs/NAME, the config's name)")
+    training.add_argument("--distributed", action="store_true",
+                          help="join the other processes of a run (see launch/)")
+    training.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+
+    evaluation = verb(
+        "evaluate",
+        _evaluate,
+        "Evaluate a run's newest checkpoint on its test users; writes RUN/metrics.json.",
+        "  prefixmem evaluate quickstart/prefixmem\n"
+        "  prefixmem evaluate runs/b2 --users 1000 --beam 50",
+    )
+    evaluation.add_argument("run", metavar="RUN", help="a run directory")
+    evaluation.add_argument("--users", type=int, metavar="N",
+                            help="test users for retrieval, 0 for all (default: the config's)")
+    evaluation.add_argument("--beam", type=int, metavar="N",
+                            help="beam width (default: the config's)")
+
+    recommend = verb(
+        "recommend",
+        _recommend,
+        "Recommend items after a history, best first, with titles and scores.",
+        "  prefixmem recommend quickstart/prefixmem --history 12,55,803\n"
+        "  prefixmem recommend runs/b2 --history 12 --top 5",
+    )
+    recommend.add_argument("run", metavar="RUN", help="a run directory")
+    recommend.add_argument("--history", required=True, metavar="ID,ID,...",
+                           help="item ids, oldest first")
+    recommend.add_argument("--top", type=int, default=10, metavar="N",
+                           help="items to show (default: %(default)s)")
+    return parser
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from prefixmem_jax.quickstart import quickstart
+
+    quickstart(options.out, options.data, options.overrides, say=print)
+    print(f"\n{options.out / 'report.html'}  {options.out / 'results.json'}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.distributed:
+        from prefixmem_jax.parallel.mesh import initialize_processes
+
+        initialize_processes()
+    from prefixmem_jax.training.loop import train
+
+    run = options.out or Path("runs") / config.name
+    train(config, run)
+    print(f"trained {config.name} for {config.steps} steps: {run}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from prefixmem_jax.evaluation.evaluator import evaluate_run
+    from prefixmem_jax.evaluation.report import text_table
+
+    metrics, levels = evaluate_run(Path(options.run), options.users, options.beam)
+    name = Path(options.run).name
+    print(text_table({name: metrics}, levels))
+    print(f"{Path(options.run) / 'metrics.json'}")
+
+
+def _recommend(options: argparse.Namespace) -> None:
+    from prefixmem_jax.evaluation.evaluator import Recommender
+
+    recommender = Recommender.load(options.run)
+    for rank, found in enumerate(recommender.recommend(options.history, options.top), start=1):
+        sid = "-".join(map(str, found.sid))
+        print(f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} {found.title or ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What a comparison looks like: a table for the terminal, plots, one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+Results = dict[str, dict[str, Any]]
+
+_COLORS = {
+    "baseline": "#7f7f7f",
+    "prefixmem": "#d62728",
+    "floor_popularity": "#c7c7c7",
+    "floor_successor": "#9ecae1",
+    "optimum": "#2ca02c",
+}
+
+
+def metric_rows(levels: int) -> list[str]:
+    """The metrics that tables show, in order."""
+    return [
+        *(f"tf_accuracy/level_{level}" for level in range(1, levels + 1)),
+        "sid_hit_rate",
+        "sid_recall@10/unconstrained",
+        "sid_recall@10/constrained",
+        "item_recall@5/constrained",
+        "item_recall@10/constrained",
+        "item_ndcg@5/constrained",
+        "item_ndcg@10/constrained",
+    ]
+
+
+def text_table(results: Results, levels: int) -> str:
+    """The comparison as text, one column per system, with PrefixMem's ratio to the baseline."""
+    systems = list(results)
+    lines = [["metric", *systems, "ratio"]]
+    for metric in metric_rows(levels):
+        values = [results[system].get(metric) for system in systems]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        lines.append([metric, *cells, _ratio(results, metric)])
+    widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(text)
+
+
+def _ratio(results: Results, metric: str) -> str:
+    base, ours = (results.get(name, {}).get(metric) for name in ("baseline", "prefixmem"))
+    return "-" if not base or ours is None else f"{ours / base:.2f}x"
+
+
+def plot_learning_curves(path: Path, curves: dict[str, list[dict]], levels: int) -> None:
+    """Validation loss and deepest-level accuracy against steps, seconds and FLOPs.
+
+    Args:
+      curves: per system, validation records with `step`, `seconds`, `flops` (stage 1 counted
+        in the last two) and `validation/...`.
+    """
+    metrics = ("validation/loss", f"validation/accuracy/level_{levels}")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), sharey="row", constrained_layout=True)
+    for row, metric in enumerate(metrics):
+        for column, (key, label, scale) in enumerate(
+            (
+                ("step", "steps", 1),
+                ("seconds", "training seconds, stage 1 included", 1),
+                ("flops", "training TFLOPs, stage 1 included", 1e-12),
+            )
+        ):
+            axis = axes[row, column]
+            for system, records in curves.items():
+                axis.plot(
+                    [record[key] * scale for record in records],
+                    [record[metric] for record in records],
+                    color=_COLORS[system],
+                    label=system,
+                    marker=".",
+                )
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+        axes[row, 0].set_ylabel(metric.removeprefix("validation/").replace("_", " "))
+    axes[0, 0].legend()
+    figure.suptitle("Validation while training (teacher-forced, next item of held-out users)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> None:
+    """One group of bars per metric, one bar per system."""
+    figure, axis = plt.subplots(figsize=(max(6.0, 2.1 * len(metrics)), 4), constrained_layout=True)
+    width = 0.8 / len(results)
+    for index, (system, values) in enumerate(results.items()):
+        places = [i + (index - (len(results) - 1) / 2) * width for i in range(len(metrics))]
+        heights = [values.get(metric, 0.0) for metric in metrics]
+        bars = axis.bar(places, heights, width, label=system, color=_COLORS[system])
+        axis.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
+    axis.set_xticks(range(len(metrics)), [m.removeprefix("tf_accuracy/") for m in metrics])
+    axis.margins(y=0.15)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_title(title)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_report(folder: Path, results: Results, curves: dict[str, list[dict]], facts: str) -> Path:
+    """Writes the plots and `report.html`, which needs no other file.
+
+    Args:
+      facts: text that says what was compared, shown above the table.
+    """
+    levels = sum(name.startswith("tf_accuracy/") for name in results["baseline"])
+    plot_learning_curves(folder / "learning_curves.png", curves, levels)
+    plot_bars(
+        folder / "accuracy_by_level.png",
+        results,
+        [f"tf_accuracy/level_{level}" for level in range(1, levels + 1)],
+        "Teacher-forced accuracy by level (test)",
+    )
+    plot_bars(
+        folder / "retrieval.png",
+        results,
+        [
+            "sid_recall@10/unconstrained",
+            "sid_recall@10/constrained",
+            "item_recall@10/constrained",
+            "item_ndcg@10/constrained",
+        ],
+        "Retrieval over the full catalogue (test)",
+    )
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,'
+        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
+        for name in ("learning_curves.png", "accuracy_by_level.png", "retrieval.png")
+    )
+    costs = [
+        ("decoder steps", "steps"),
+        ("tokens, stage 1 included", "tokens"),
+        ("parameters, memory included", "parameters"),
+        ("training seconds, stage 1 included", "seconds"),
+        ("training FLOPs, stage 1 included", "flops"),
+    ]
+    cost_rows = "".join(
+        "<tr>"
+        + f"<td>{label}</td>"
+        + "".join(f"<td>{results[s][key]:,.4g}</td>" for s in ("baseline", "prefixmem"))
+        + "</tr>"
+        for label, key in costs
+    )
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>PrefixMem against its baseline</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }}
+pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto }}
+img {{ max-width: 100%; display: block; margin: 1.5rem 0 }}
+td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: left }}
+</style></head><body>
+<h1>PrefixMem against its baseline</h1>
+<pre>{html.escape(facts)}</pre>
+<pre>{html.escape(text_table(results, levels))}</pre>
+<table><tr><th>cost</th><th>baseline</th><th>prefixmem</th></tr>{cost_rows}</table>
+{images}
+</body></html>
+"""
+    beside = folder / ".report.html.part"
+    beside.write_text(page)
+    return beside.rename(folder / "report.html")

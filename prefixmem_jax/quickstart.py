@@ -1,0 +1,181 @@
+"""The main job: the same decoder with and without PrefixMem, trained, judged and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from prefixmem_jax.config import Config, load_config, override
+from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.evaluation.evaluator import Recommender, evaluate_model, test_examples
+from prefixmem_jax.evaluation.floors import (
+    evaluate_scorer,
+    optimum,
+    popularity_floor,
+    successor_floor,
+)
+from prefixmem_jax.evaluation.report import Results, text_table, write_report
+from prefixmem_jax.training.loop import train
+from prefixmem_jax.training.metrics import read_metrics
+
+RUNS = ("baseline", "classification", "prefixmem")
+# The configs' own steps are for the synthetic dataset, which must be done in minutes.
+STEPS_ON_DATA = 1000
+
+
+def quickstart_configs(
+    out: Path, data: str | None, overrides: Sequence[str] = ()
+) -> dict[str, Config]:
+    """The three runs of the comparison, with one set of overrides applied to all."""
+    folder = Path(str(resources.files("prefixmem_jax.configs"))) / "quickstart"
+    configs = {}
+    for name in RUNS:
+        config = load_config(folder / f"{name}.py")
+        if config.init.run is not None:
+            stage_one = str(out / "classification")
+            config = dataclasses.replace(
+                config, init=dataclasses.replace(config.init, run=stage_one)
+            )
+        if data is not None:
+            config = override(config, f"data.path={data}")
+            if name != "classification":
+                config = override(config, f"steps={STEPS_ON_DATA}")
+        for text in overrides:
+            if text.startswith("encoder.") and config.encoder is None:
+                continue  # the baseline has none
+            config = override(config, text)
+        configs[name] = config
+    return configs
+
+
+def fit_encoder(config: Config, levels: int) -> Config:
+    """Targets every level from the third on, whatever the depth of the data's SIDs."""
+    if config.encoder is None:
+        return config
+    if levels < 3:
+        raise UserError(
+            f"the data's SIDs have {levels} levels; quickstart compares from level 3 on, where "
+            "prefixes are too many to memorise (train a config with encoder.target_levels=(2,))"
+        )
+    encoder = dataclasses.replace(
+        config.encoder, target_levels=tuple(range(3, levels + 1)), orders=levels - 1
+    )
+    return dataclasses.replace(config, encoder=encoder)
+
+
+def quickstart(
+    out: Path, data: str | None, overrides: Sequence[str] = (), say: Any = lambda text: None
+) -> Results:
+    """Trains baseline, stage 1 and stage 2, evaluates them beside the floors, and reports.
+
+    Runs that `out` holds already go on from their checkpoints.
+
+    Args:
+      out: gets `baseline/`, `classification/`, `prefixmem/`, results.json, report.html, PNGs.
+      data: dataset folder, None for the synthetic dataset.
+      overrides: dotted overrides for all three runs.
+      say: called with each line of progress.
+
+    Returns:
+      What results.json holds: per system, flat metric names.
+    """
+    configs = quickstart_configs(out, data, overrides)
+    prepared = prepare_data(configs["baseline"].data)
+    levels = prepared.catalog.space.levels
+    configs = {name: fit_encoder(config, levels) for name, config in configs.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    say(describe_data(prepared))
+    for name in RUNS:
+        train(configs[name], out / name, prepared)
+
+    everyone, sample = test_examples(configs["baseline"], prepared)
+    facts = (
+        f"{describe_data(prepared)}\n"
+        f"Teacher-forced accuracy on {len(everyone):,} test users, retrieval on "
+        f"{len(sample):,} of them over all {len(prepared.catalog):,} items, "
+        f"beam {configs['baseline'].evaluation.beam}.\n"
+        "A SID that several items share counts as its items in random order (expected value)."
+    )
+    say(facts.partition("\n")[2])
+    results: Results = {}
+    for name in ("baseline", "prefixmem"):
+        recommender = Recommender.load(out / name, prepared)
+        results[name] = evaluate_model(recommender)
+        results[name] |= costs(out, name, recommender, configs)
+    scorers = {"floor_popularity": popularity_floor, "floor_successor": successor_floor}
+    if prepared.world is not None:
+        scorers["optimum"] = optimum
+    for name, scorer in scorers.items():
+        results[name] = evaluate_scorer(scorer(prepared), prepared.catalog, everyone, sample)
+    for values in results.values():
+        values["dataset_sha256"] = prepared.dataset.sha256
+    write_json(out / "results.json", results)
+    write_report(out, results, learning_curves(out), facts)
+    say(text_table(results, levels))
+    return results
+
+
+def describe_data(data: PreparedData) -> str:
+    space, split = data.catalog.space, data.split
+    return (
+        f"{data.dataset.name}: {len(data.catalog):,} items, {len(data.catalog.group_sids):,} "
+        f"distinct SIDs of {space.levels} levels {space.codebook_sizes}; "
+        f"{len(data.dataset.histories):,} users, {len(split.test):,} test users."
+    )
+
+
+def costs(
+    out: Path, name: str, recommender: Recommender, configs: dict[str, Config]
+) -> dict[str, Any]:
+    """What a system took to train, and what it was; stage 1 is counted where it was used."""
+    config = configs[name]
+    last = read_metrics(out / name)[-1]
+    state = recommender.state
+    trained = jax.tree.leaves((state.params, state.memory))
+    found: dict[str, Any] = {
+        "steps": config.steps,
+        "tokens": last["tokens"],
+        "flops": last["flops"],
+        "seconds": last["seconds"],
+        "parameters": sum(leaf.size for leaf in trained),
+        "seed": config.seed,
+        "beam": config.evaluation.beam,
+        "retrieval_users": len(test_examples(config, recommender.data)[1]),
+    }
+    if config.init.run is not None:
+        stage_one = read_metrics(out / "classification")[-1]
+        found["stage1_steps"] = configs["classification"].steps
+        for key in ("tokens", "flops", "seconds"):
+            found[f"stage1_{key}"] = stage_one[key]
+            found[key] += stage_one[key]
+    resolved = dataclasses.asdict(config)
+    if config.init.run is not None:  # the same wherever the comparison was written
+        resolved["init"]["run"] = Path(config.init.run).name
+    found["config"] = resolved
+    return found
+
+
+def learning_curves(out: Path) -> dict[str, list[dict[str, float]]]:
+    """Validation records per system; PrefixMem's time and FLOPs start where stage 1 ended."""
+    stage_one = read_metrics(out / "classification")[-1]
+    curves = {}
+    for name in ("baseline", "prefixmem"):
+        curves[name] = [dict(r) for r in read_metrics(out / name) if "validation/loss" in r]
+    for record in curves["prefixmem"]:
+        for key in ("seconds", "flops"):
+            record[key] += stage_one[key]
+    return curves
+
+
+def write_json(path: Path, value: Any) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(beside, path)
