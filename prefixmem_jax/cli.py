@@ -23,8 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"prefixmem: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prefixmem: interrupted; the same command goes on from the last checkpoint",
-              file=sys.stderr)
+        print(
+            "prefixmem: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -59,8 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         "  prefixmem quickstart --out X steps=100     # override a key of all three runs",
     )
     quick.add_argument("--data", metavar="DIR", help="dataset folder (default: synthetic data)")
-    quick.add_argument("--out", metavar="DIR", type=Path, default=Path("quickstart"),
-                       help="where results.json, report.html and the runs go (default: %(default)s)")
+    quick.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("quickstart"),
+        help="where results.json, report.html and the runs go (default: %(default)s)",
+    )
     quick.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
     training = verb(
@@ -72,10 +79,15 @@ def _parser() -> argparse.ArgumentParser:
         "  prefixmem train runs/b2/config.json --out runs/b3     # a saved config runs again",
     )
     training.add_argument("config", metavar="CONFIG", help="a .py with get_config(), or a .json")
-    training.add_argument("--out", metavar="DIR", type=Path,
-                          help="run directory (default: runs/NAME, the config's name)")
-    training.add_argument("--distributed", action="store_true",
-                          help="join the other processes of a run (see launch/)")
+    training.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="run directory (default: runs/NAME, the config's name)",
+    )
+    training.add_argument(
+        "--distributed", action="store_true", help="join the other processes of a run (see launch/)"
+    )
     training.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
     evaluation = verb(
@@ -86,10 +98,15 @@ def _parser() -> argparse.ArgumentParser:
         "  prefixmem evaluate runs/b2 --users 1000 --beam 50",
     )
     evaluation.add_argument("run", metavar="RUN", help="a run directory")
-    evaluation.add_argument("--users", type=int, metavar="N",
-                            help="test users for retrieval, 0 for all (default: the config's)")
-    evaluation.add_argument("--beam", type=int, metavar="N",
-                            help="beam width (default: the config's)")
+    evaluation.add_argument(
+        "--users",
+        type=int,
+        metavar="N",
+        help="test users for retrieval, 0 for all (default: the config's)",
+    )
+    evaluation.add_argument(
+        "--beam", type=int, metavar="N", help="beam width (default: the config's)"
+    )
 
     recommend = verb(
         "recommend",
@@ -99,10 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         "  prefixmem recommend runs/b2 --history 12 --top 5",
     )
     recommend.add_argument("run", metavar="RUN", help="a run directory")
-    recommend.add_argument("--history", required=True, metavar="ID,ID,...",
-                           help="item ids, oldest first")
-    recommend.add_argument("--top", type=int, default=10, metavar="N",
-                           help="items to show (default: %(default)s)")
+    recommend.add_argument(
+        "--history", required=True, metavar="ID,ID,...", help="item ids, oldest first"
+    )
+    recommend.add_argument(
+        "--top", type=int, default=10, metavar="N", help="items to show (default: %(default)s)"
+    )
     return parser
 
 
@@ -144,7 +163,9 @@ def _recommend(options: argparse.Namespace) -> None:
     recommender = Recommender.load(options.run)
     for rank, found in enumerate(recommender.recommend(options.history, options.top), start=1):
         sid = "-".join(map(str, found.sid))
-        print(f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} {found.title or ''}")
+        print(
+            f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} {found.title or ''}"
+        )
 
 
 if __name__ == "__main__":

@@ -331,7 +331,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        raise UserError(f"{key} is a group of keys; set one of them, such as {_first_key(hint, key)}")
+        raise UserError(
+            f"{key} is a group of keys; set one of them, such as {_first_key(hint, key)}"
+        )
     if not isinstance(value, hint):
         raise UserError(f"{key}: expected {hint.__name__}, got {value!r}")
     return value
@@ -370,13 +372,32 @@ def _from_json(kind: Any, value: Any, file: str, key: str) -> Any:
 
 
 # Bounds by dotted key; each names what was expected.
-_POSITIVE = """
-    steps log_every_steps data.max_items data.sequence_length data.batch_size model.layers
-    model.d_model model.d_ff model.query_heads model.kv_heads model.head_dim encoder.orders
-    encoder.heads encoder.rows encoder.d_mem optimizer.learning_rate optimizer.clip_norm
-    optimizer.memory_rate checkpoint.every_steps checkpoint.keep evaluation.every_steps
-    evaluation.validation_examples evaluation.beam evaluation.batch_size
-""".split()
+_POSITIVE = [
+    "steps",
+    "log_every_steps",
+    "data.max_items",
+    "data.sequence_length",
+    "data.batch_size",
+    "model.layers",
+    "model.d_model",
+    "model.d_ff",
+    "model.query_heads",
+    "model.kv_heads",
+    "model.head_dim",
+    "encoder.orders",
+    "encoder.heads",
+    "encoder.rows",
+    "encoder.d_mem",
+    "optimizer.learning_rate",
+    "optimizer.clip_norm",
+    "optimizer.memory_rate",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "evaluation.every_steps",
+    "evaluation.validation_examples",
+    "evaluation.beam",
+    "evaluation.batch_size",
+]
 
 
 def _check_values(config: Config) -> None:

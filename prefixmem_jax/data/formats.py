@@ -111,7 +111,9 @@ def save_dataset(folder: str | Path, dataset: Dataset) -> None:
 
 def _read_table(path: Path, required: dict[str, str]) -> pa.Table:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a dataset needs items.parquet and histories.parquet")
+        raise UserError(
+            f"{path}: no such file; a dataset needs items.parquet and histories.parquet"
+        )
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:

@@ -48,5 +48,3 @@ def fixed_sample(examples: list, count: int) -> list:
         return examples
     chosen = np.random.default_rng(0).choice(len(examples), count, replace=False)
     return [examples[i] for i in sorted(chosen)]
-
-

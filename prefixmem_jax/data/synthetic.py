@@ -18,6 +18,7 @@ model could reach: `optimum`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -51,7 +52,7 @@ class SyntheticWorld:
         loyalty = self.config.loyalty
         history = np.asarray(history)
         log_posterior = np.log(self.base[:, history[0]])
-        for last, item in zip(history[:-1], history[1:], strict=True):
+        for last, item in itertools.pairwise(history):
             stay = 0.0
             if self.family[last] == self.family[item]:
                 stay = self.follow[item] / self.family_total[self.family[item]]

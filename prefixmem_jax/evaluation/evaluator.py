@@ -21,8 +21,8 @@ from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
 from prefixmem_jax.data.sequences import batches, example_rows, prompt_rows
 from prefixmem_jax.decoding.beam_search import beam_search
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.metrics import groups_of, beam_metrics
-from prefixmem_jax.parallel.mesh import batch_sharding
+from prefixmem_jax.evaluation.metrics import beam_metrics, groups_of
+from prefixmem_jax.parallel.mesh import batch_sharding, make_mesh
 from prefixmem_jax.semantic_ids.trie import Trie
 from prefixmem_jax.training.checkpoint import Checkpoints
 from prefixmem_jax.training.loop import evaluate_rows
@@ -71,7 +71,7 @@ class Recommender:
                 f"{run}: a {config.objective} run has no decoder; name a next_token run"
             )
         data = data or prepare_data(config.data)
-        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+        mesh = make_mesh(jax.devices()[:1])
         trainer = Trainer.create(config, data.catalog.space, mesh)
         with Checkpoints(run, trainer) as checkpoints:
             _, state, _ = checkpoints.restore()
@@ -138,7 +138,6 @@ class Recommender:
         return {
             f"tf_{name}": value for name, value in summary.items() if name.startswith("accuracy")
         }
-
 
     def recommend(self, history: str | Sequence[int], top: int) -> list[Recommendation]:
         """The best next items, best first; items that share a SID follow each other by id.

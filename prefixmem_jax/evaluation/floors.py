@@ -8,6 +8,7 @@ These systems only ever name catalogue items, so constrained and unconstrained a
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -35,7 +36,7 @@ def successor_floor(data: PreparedData) -> Scorer:
     """
     follows: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for items in data.split.train:
-        for last, following in zip(items[:-1], items[1:], strict=True):
+        for last, following in itertools.pairwise(items):
             follows[int(last)][int(following)] += 1
     popularity = data.item_counts / (data.item_counts.sum() + 1.0)  # below any single count
 

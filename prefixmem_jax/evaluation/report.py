@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+import matplotlib.pyplot as plt
 
 Results = dict[str, dict[str, Any]]
 
@@ -47,7 +47,12 @@ def text_table(results: Results, levels: int) -> str:
         lines.append([metric, *cells, _ratio(results, metric)])
     widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
     text = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False)),
+            ]
+        )
         for row in lines
     ]
     text.insert(1, "-" * len(text[0]))

@@ -317,7 +317,9 @@ class _Exchange:
         nothing = self.devices * self.rows_per_device
         wanted = self.ids.at[slots].get(mode="fill", fill_value=nothing)
         asked = self.swap(wanted) - jax.lax.axis_index(_axes()) * self.rows_per_device
-        asked = jnp.where((asked >= 0) & (asked < self.rows_per_device), asked, self.rows_per_device)
+        asked = jnp.where(
+            (asked >= 0) & (asked < self.rows_per_device), asked, self.rows_per_device
+        )
         return asked, slots, stop, self.all_sent(stop)
 
     def gather_gradients(

@@ -16,6 +16,7 @@ from flax import nnx
 
 from prefixmem_jax.config import DecoderConfig
 
+
 class Cache(NamedTuple):
     """Keys and values of earlier positions, [L, B, T, K, H] each."""
 
@@ -93,9 +94,7 @@ class Layer(nnx.Module):
         attended = jax.nn.dot_product_attention(query, key, value, mask=mask_BST[:, None])
         x_BSD = x_BSD + _matmul("BSNH,NHD->BSD", attended, self.output)
         y = self.mlp_norm(x_BSD)
-        y = jax.nn.silu(_matmul("BSD,DF->BSF", y, self.gate)) * _matmul(
-            "BSD,DF->BSF", y, self.up
-        )
+        y = jax.nn.silu(_matmul("BSD,DF->BSF", y, self.gate)) * _matmul("BSD,DF->BSF", y, self.up)
         return x_BSD + _matmul("BSF,FD->BSD", y, self.down), (key, value)
 
 

@@ -7,6 +7,7 @@ device.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -40,9 +41,10 @@ def initialize_processes() -> None:
         ) from None
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes on one explicit-mode axis."""
-    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices (default: all of all processes) on one explicit-mode axis."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (DATA_AXIS,), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -147,7 +147,9 @@ class Checkpoints:
                     what = f"orders={orders} heads={heads} rows={rows} address={SCHEMES[scheme]}"
                 else:
                     what = "other hash multipliers (another encoder.seed)"
-                raise UserError(f"{where}: memory was trained with {what}; tables mean nothing here")
+                raise UserError(
+                    f"{where}: memory was trained with {what}; tables mean nothing here"
+                )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -126,7 +126,7 @@ class _Loop:
             disable=jax.process_index() != 0,
             dynamic_ncols=True,
         )
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         while self.step < config.steps:
             batch = global_batch(next(iterator), sharding)
             state, metrics = train_step(state, batch)
@@ -135,24 +135,24 @@ class _Loop:
             self.totals["tokens"] += tokens_per_step
             self.totals["flops"] += flops
             if done or self.step % config.log_every_steps == 0:
-                metrics = jax.device_get(metrics)
-                now = time.perf_counter()
-                self.totals["seconds"] += now - started
-                started = now
-                self._log_training(bar, metrics)
+                self._log_training(bar, jax.device_get(metrics))
             bar.update()
             if done or self.step % config.evaluation.every_steps == 0:
                 self._validate(evaluate, state)
             if done or self.step % config.checkpoint.every_steps == 0:
                 self.checkpoints.save(self.step, state, iterator.get_state())
-            if done or self.step % config.evaluation.every_steps == 0:
-                started = time.perf_counter()  # validation is not training time
         bar.close()
         if self.writer:
             self.writer.close()
         return state
 
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.totals["seconds"] += now - self.started
+        self.started = now
+
     def _log_training(self, bar: tqdm, metrics: dict[str, Any]) -> None:
+        self._count_seconds()
         summary = summarize(metrics["sums"])
         if not np.isfinite(summary["loss"]):
             raise UserError(
@@ -168,11 +168,14 @@ class _Loop:
         bar.set_postfix_str(f"loss {summary['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
 
     def _validate(self, evaluate: Any, state: TrainState) -> None:
+        jax.block_until_ready(state)
+        self._count_seconds()
         sums = evaluate_rows(
             evaluate, state, self.validation, self.config.data.batch_size, self.trainer.mesh
         )
         if self.writer:
             self.writer.write(self.step, {**summarize(sums, "validation/"), **self.totals})
+        self.started = time.perf_counter()  # validation is not training time
 
 
 def evaluate_rows(

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Trains one config in N real processes on this machine, which find each other over loopback.
+#   launch/local.sh CONFIG --processes N [arguments of `prefixmem train`]
+# The first process's output is shown; the others write to LOGS/process-I.log (LOGS: a new
+# temporary folder, printed). If one fails, all are stopped. Needs `prefixmem` on the PATH.
+set -euo pipefail
+usage() { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit "$1"; }
+[ $# -ge 1 ] || usage 2
+case "$1" in -h|--help) usage 0 ;; esac
+config=$1; shift
+processes=1
+arguments=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --processes)
+      [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || { echo "local.sh: --processes: expected a number from 1, got '${2:-}'" >&2; exit 2; }
+      processes=$2; shift 2 ;;
+    *) arguments+=("$1"); shift ;;
+  esac
+done
+command -v prefixmem >/dev/null || { echo "local.sh: no 'prefixmem' on the PATH; activate the environment it is installed in" >&2; exit 2; }
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+logs=$(mktemp -d "${TMPDIR:-/tmp}/prefixmem.XXXXXX")
+export PREFIXMEM_COORDINATOR=127.0.0.1:$port PREFIXMEM_PROCESSES=$processes
+pids=()
+stop_all() { for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done; }
+trap stop_all EXIT
+trap 'exit 130' INT TERM
+for ((i = processes - 1; i >= 0; i--)); do
+  run=(prefixmem train "$config" --distributed "${arguments[@]}")
+  if [ "$i" -gt 0 ]; then
+    PREFIXMEM_PROCESS_ID=$i "${run[@]}" >"$logs/process-$i.log" 2>&1 &
+  else
+    PREFIXMEM_PROCESS_ID=$i "${run[@]}" &
+  fi
+  pids+=($!)
+done
+[ "$processes" -eq 1 ] || echo "local.sh: $processes processes; logs of the others in $logs" >&2
+for ((done = 0; done < processes; done++)); do
+  if wait -n; then :; else
+    status=$?
+    echo "local.sh: a process failed with status $status; stopping the others (logs: $logs)" >&2
+    exit "$status"
+  fi
+done
