@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         type=Path,
         default=Path("quickstart"),
-        help="where results.json, report.html and the runs go (default: %(default)s)",
+        help="where results, report and runs go (default: %(default)s)",
     )
     quick.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 

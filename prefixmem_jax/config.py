@@ -331,16 +331,11 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        raise UserError(
-            f"{key} is a group of keys; set one of them, such as {_first_key(hint, key)}"
-        )
+        example = f"{key}.{dataclasses.fields(hint)[0].name}"
+        raise UserError(f"{key} is a group of keys; set one of them, such as {example}")
     if not isinstance(value, hint):
         raise UserError(f"{key}: expected {hint.__name__}, got {value!r}")
     return value
-
-
-def _first_key(hint: Any, key: str) -> str:
-    return f"{key}.{dataclasses.fields(hint)[0].name}"
 
 
 def to_json(config: Config) -> str:
@@ -371,33 +366,16 @@ def _from_json(kind: Any, value: Any, file: str, key: str) -> Any:
         raise UserError(f"{file}: {key or 'top level'}: {error}") from None
 
 
-# Bounds by dotted key; each names what was expected.
-_POSITIVE = [
-    "steps",
-    "log_every_steps",
-    "data.max_items",
-    "data.sequence_length",
-    "data.batch_size",
-    "model.layers",
-    "model.d_model",
-    "model.d_ff",
-    "model.query_heads",
-    "model.kv_heads",
-    "model.head_dim",
-    "encoder.orders",
-    "encoder.heads",
-    "encoder.rows",
-    "encoder.d_mem",
-    "optimizer.learning_rate",
-    "optimizer.clip_norm",
-    "optimizer.memory_rate",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "evaluation.every_steps",
-    "evaluation.validation_examples",
-    "evaluation.beam",
-    "evaluation.batch_size",
-]
+# Keys, by group, whose value must be more than 0.
+_POSITIVE = {
+    "data": ("max_items", "sequence_length", "batch_size"),
+    "model": ("layers", "d_model", "d_ff", "query_heads", "kv_heads", "head_dim"),
+    "encoder": ("orders", "heads", "rows", "d_mem"),
+    "optimizer": ("learning_rate", "clip_norm", "memory_rate"),
+    "checkpoint": ("every_steps", "keep"),
+    "evaluation": ("every_steps", "validation_examples", "beam", "batch_size"),
+    "": ("steps", "log_every_steps"),
+}
 
 
 def _check_values(config: Config) -> None:
@@ -410,7 +388,7 @@ def _check_values(config: Config) -> None:
             _coerce(value, hints[item.name], key)
             if dataclasses.is_dataclass(value):
                 walk(value, key + ".")
-            elif key in _POSITIVE and not value > 0:
+            elif item.name in _POSITIVE.get(prefix[:-1], ()) and not value > 0:
                 raise UserError(f"{key}: expected more than 0, got {value}")
 
     walk(config, "")

@@ -164,7 +164,7 @@ def write_report(folder: Path, results: Results, curves: dict[str, list[dict]], 
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>PrefixMem against its baseline</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto }}
 img {{ max-width: 100%; display: block; margin: 1.5rem 0 }}
 td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: left }}

@@ -25,7 +25,7 @@ def summarize(sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The records of a run's metrics.jsonl, oldest first; a line cut short by a kill is no record."""
+    """The records of a run's metrics.jsonl, oldest first, without a line that a kill cut short."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
