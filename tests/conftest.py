@@ -1,0 +1,54 @@
+"""Eight simulated devices for all tests in this process; `one_device` is a mesh of the first.
+
+Commands run as a user runs them, in processes of their own with one device, by `prefixmem`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+from prefixmem_jax.parallel.mesh import make_mesh
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+def command_environment() -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return environment
+
+
+def prefixmem(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
+    """Runs the command line in its own process and checks its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefixmem_jax.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=command_environment(),
+        timeout=500,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def one_device():
+    mesh = make_mesh(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def real_data(name: str) -> Path:
+    """A folder of ../shared/data, or skips the test where it is absent."""
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}")
+    return folder

@@ -1,0 +1,74 @@
+"""The hash: JAX and NumPy twins agree bit for bit, and follow the paper's formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixmem_jax.memory import hashing
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    levels=st.integers(2, 6),
+    heads=st.integers(1, 4),
+    rows=st.one_of(st.integers(1, 100), st.sampled_from([2**14, 2_000_000, 5_000_000])),
+    scheme=st.sampled_from(hashing.SCHEMES),
+    data=st.data(),
+)
+def test_twins_agree(seed, levels, heads, rows, scheme, data):
+    orders = data.draw(st.integers(1, levels))
+    multipliers = hashing.make_multipliers(seed, levels, heads)
+    rng = np.random.default_rng(seed)
+    level = rng.integers(0, levels + 1, (2, 5)).astype(np.int32)
+    codes = rng.integers(0, 2**17, (2, 5, levels)).astype(np.int32)
+    codes *= np.arange(levels) < level[..., None]
+    found = jax.jit(
+        lambda c, n: hashing.addresses(c, n, multipliers, scheme=scheme, orders=orders, rows=rows)
+    )(codes, level)
+    for place in np.ndindex(2, 5):
+        expected = hashing.reference_addresses(
+            codes[place][: level[place]], multipliers, scheme=scheme, orders=orders, rows=rows
+        )
+        assert np.array_equal(np.asarray(found[place]), expected)
+    assert found.dtype == jnp.int32
+
+
+def test_wrap_around_is_modulo_two_to_the_32():
+    multipliers = np.array([[0xFFFFFFFF], [0x80000001]], np.uint32)
+    codes = np.array([[[2047, 3]]], np.int32)
+    found = hashing.addresses(
+        codes, np.array([[2]]), multipliers, scheme="prefix", orders=2, rows=2_000_000
+    )
+    first = (2047 * 0xFFFFFFFF) % 2**32
+    second = first ^ ((3 * 0x80000001) % 2**32)
+    assert found[0, 0].tolist() == [first % 2_000_000 * 2, second % 2_000_000 * 2 + 1]
+
+
+def test_multipliers_are_odd_distinct_and_fixed_by_the_seed():
+    multipliers = hashing.make_multipliers(7, 5, 4)
+    assert multipliers.dtype == np.uint32 and (multipliers % 2 == 1).all()
+    assert len(np.unique(multipliers)) == multipliers.size
+    assert np.array_equal(multipliers, hashing.make_multipliers(7, 5, 4))
+    assert not np.array_equal(multipliers, hashing.make_multipliers(8, 5, 4))
+
+
+def test_schemes_read_the_ngrams_they_name():
+    """Positions that share an n-gram share its row, and only through it."""
+    multipliers = hashing.make_multipliers(0, 4, 2)
+
+    def rows_of(codes, scheme):
+        return hashing.reference_addresses(
+            np.array(codes), multipliers, scheme=scheme, orders=3, rows=10**6
+        ).reshape(-1, 2)
+
+    one, other = [5, 6, 7], [9, 6, 7]  # differ in the first code only
+    assert (rows_of(one, "prefix") != rows_of(other, "prefix")).all()
+    same = rows_of(one, "suffix") == rows_of(other, "suffix")
+    assert same[:2].all() and not same[2].any()  # the uni- and bigram at the end are shared
+    assert rows_of(one, "full_prefix").shape == (1, 2)
+    assert (rows_of(one, "full_prefix") != rows_of(other, "full_prefix")).all()
+    # c_1..c_n of a longer prefix is read from the same rows as in the shorter one.
+    assert np.array_equal(rows_of([5, 6, 7], "prefix")[:2], rows_of([5, 6], "prefix")[:2])
