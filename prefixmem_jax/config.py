@@ -305,15 +305,20 @@ def _parse(text: str, hint: Any, key: str) -> Any:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-    if hint is str or (value is not None and str in typing.get_args(hint)):
-        value = text
+    optional_text = _is_union(hint) and str in typing.get_args(hint)
+    if hint is str or (optional_text and value is not None):
+        value = text  # a path may look like a number
     return _coerce(value, hint, key)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (Union, types.UnionType)
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
     """The value as the annotated type, or UserError; ints become floats, lists tuples."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
+    if _is_union(hint):
         if value is None and type(None) in arguments:
             return None
         return _coerce(value, next(a for a in arguments if a is not type(None)), key)

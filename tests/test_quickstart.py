@@ -1,0 +1,154 @@
+"""The main job end to end, as a user runs it, on small data."""
+
+import json
+import re
+
+import pytest
+from conftest import prefixmem, real_data
+
+from prefixmem_jax.config import SyntheticConfig
+from prefixmem_jax.data.formats import save_dataset
+from prefixmem_jax.data.synthetic import make_synthetic
+
+SMALL = ["steps=15", "data.batch_size=8", "evaluation.users=40", "evaluation.every_steps=5"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "x"
+    return out, prefixmem("quickstart", "--out", out, *SMALL)
+
+
+def names(levels):
+    yield from (f"tf_accuracy/level_{level}" for level in range(1, levels + 1))
+    yield "sid_hit_rate"
+    for suffix in ("unconstrained", "constrained"):
+        for cutoff in (5, 10):
+            for kind in ("sid_recall", "sid_ndcg", "item_recall", "item_ndcg"):
+                yield f"{kind}@{cutoff}/{suffix}"
+
+
+def test_results_hold_every_metric_of_every_system(finished):
+    out, done = finished
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) == {
+        "baseline", "prefixmem", "floor_popularity", "floor_successor", "optimum",
+    }  # fmt: skip
+    for system, values in results.items():
+        for name in names(4):
+            assert 0 <= values[name] <= 1, (system, name)
+        assert re.fullmatch("[0-9a-f]{64}", values["dataset_sha256"])
+    for system in ("baseline", "prefixmem"):
+        values = results[system]
+        assert values["steps"] == 15 and values["seed"] == 0 and values["beam"] == 20
+        assert values["sid_valid@10/constrained"] == 1.0
+        assert values["seconds"] > 0 and values["flops"] > 0
+        assert values["config"]["name"] == system
+    ours, base = results["prefixmem"], results["baseline"]
+    assert ours["tokens"] == base["tokens"] + ours["stage1_tokens"]
+    assert ours["parameters"] > base["parameters"]
+    for system in results:
+        assert system in done.stdout
+    assert "40 of them" in done.stdout  # the retrieval sample's size
+
+
+def test_report_is_one_self_contained_page_with_plots_beside_it(finished):
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for name in ("learning_curves.png", "accuracy_by_level.png", "retrieval.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_same_seed_gives_the_same_results(finished, tmp_path):
+    out, _ = finished
+    prefixmem("quickstart", "--out", tmp_path / "again", *SMALL)
+
+    def timeless(path):
+        results = json.loads((path / "results.json").read_text())
+        for values in results.values():
+            values.pop("seconds", None), values.pop("stage1_seconds", None)
+        return results
+
+    assert timeless(tmp_path / "again") == timeless(out)
+
+
+def test_evaluate_agrees_with_quickstart(finished):
+    out, results = finished[0], json.loads((finished[0] / "results.json").read_text())
+    done = prefixmem("evaluate", out / "prefixmem")
+    metrics = json.loads((out / "prefixmem" / "metrics.json").read_text())
+    for name in names(4):
+        assert metrics[name] == results["prefixmem"][name]
+    assert metrics["beam"] == 20 and metrics["retrieval_users"] == 40
+    assert "item_recall@10/constrained" in done.stdout
+    prefixmem("evaluate", out / "baseline", "--users", 10, "--beam", 5)
+    metrics = json.loads((out / "baseline" / "metrics.json").read_text())
+    assert metrics["beam"] == 5 and metrics["retrieval_users"] == 10
+    assert "item_recall@5/constrained" in metrics and "item_recall@10/constrained" not in metrics
+
+
+def test_recommend_names_items_of_the_catalogue(finished):
+    done = prefixmem("recommend", finished[0] / "prefixmem", "--history", "3,14,15", "--top", 7)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7
+    dataset, _ = make_synthetic(SyntheticConfig())
+    scores, items = [], []
+    for rank, line in enumerate(lines, start=1):
+        found = re.fullmatch(r" *(\d+) +(-?[\d.]+) +item (\d+) +([\d-]+) +(item [\d-]+)", line)
+        assert found and int(found[1]) == rank
+        item = int(found[3])
+        assert found[4] == "-".join(map(str, dataset.catalog.sids[item]))
+        assert found[5] == dataset.catalog.titles[item]
+        scores.append(float(found[2]))
+        items.append(item)
+    assert scores == sorted(scores, reverse=True) and len(set(items)) == 7
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["recommend", "RUN", "--history", "3,x"], "--history: 'x' is no item id; expected 0..3999"),
+        (["recommend", "RUN", "--history", "4000"], "'4000' is no item id"),
+        (["recommend", "RUN", "--history", "1", "--top", "0"], "--top: expected 1 or more"),
+        (["recommend", "/nowhere", "--history", "1"], "/nowhere: not a run directory"),
+        (["evaluate", "RUN/../classification"], "a classification run has no decoder"),
+        (["evaluate", "RUN", "--beam", "0"], "--beam: expected 1 or more"),
+        (["quickstart", "--data", "/nowhere"], "/nowhere: not a folder with items.parquet"),
+        (["quickstart", "stepz=3"], "stepz: no such key; did you mean steps?"),
+        (["train", "/nowhere.py"], "/nowhere.py: no such config file"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line(finished, arguments, words):
+    run = str(finished[0] / "prefixmem")
+    done = prefixmem(*(a.replace("RUN", run) for a in arguments), expect=2)
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_own_data_with_five_levels_and_shared_sids(tmp_path):
+    config = SyntheticConfig(
+        items=150, users=300, codebook_sizes=(5, 6, 3, 4, 7), children=(5, 3, 2, 2, 2)
+    )
+    dataset, _ = make_synthetic(config)
+    save_dataset(tmp_path / "data", dataset)
+    prefixmem("quickstart", "--data", tmp_path / "data", "--out", tmp_path / "x", *SMALL)
+    results = json.loads((tmp_path / "x" / "results.json").read_text())
+    assert set(results) == {"baseline", "prefixmem", "floor_popularity", "floor_successor"}
+    encoder = results["prefixmem"]["config"]["encoder"]
+    assert encoder["target_levels"] == [3, 4, 5] and encoder["orders"] == 4
+    assert all(name in results["prefixmem"] for name in names(5))
+
+
+def test_microlens_with_uneven_codebooks(tmp_path):
+    data = real_data("microlens")
+    prefixmem("quickstart", "--data", data, "--out", tmp_path / "x", *SMALL)
+    results = json.loads((tmp_path / "x" / "results.json").read_text())
+    assert results["baseline"]["config"]["data"]["path"] == str(data)
+    assert results["floor_successor"]["tf_accuracy/level_1"] > 0.1
+
+
+def test_help_teaches():
+    assert "quickstart" in prefixmem("--help").stdout
+    for verb in ("quickstart", "train", "evaluate", "recommend"):
+        assert "examples:" in prefixmem(verb, "--help").stdout

@@ -1,0 +1,198 @@
+"""The train step: golden numbers, a dense reference, any number of devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefixmem_jax.config import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    OptimizerConfig,
+    PrefixMemoryConfig,
+    SyntheticConfig,
+)
+from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.sequences import pack_training_rows
+from prefixmem_jax.memory import table
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.training.flops import matmul_flops
+from prefixmem_jax.training.objectives import next_token_sums
+from prefixmem_jax.training.optimizers import dense_optimizer, learning_rate, memory_optimizer
+from prefixmem_jax.training.step import Trainer, TrainState
+
+CONFIG = Config(
+    "test",
+    steps=20,
+    data=DataConfig(
+        sequence_length=32,
+        batch_size=8,
+        synthetic=SyntheticConfig(
+            items=100, users=200, codebook_sizes=(6, 8, 8), children=(6, 4, 4)
+        ),
+    ),
+    model=DecoderConfig(d_model=32, d_ff=48, head_dim=8),
+    encoder=PrefixMemoryConfig(target_levels=(2, 3), orders=2, heads=2, rows=300, d_mem=16),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, clip_norm=0.5),
+)
+DATA = prepare_data(CONFIG.data)
+ROWS = pack_training_rows(DATA.catalog, DATA.split.train, 32, 20, seed=0)
+
+
+def batch_at(step: int) -> dict[str, np.ndarray]:
+    return {name: array[8 * step : 8 * step + 8] for name, array in ROWS.items()}
+
+
+def run(config: Config, steps: int, devices: int = 1) -> tuple[list[dict], TrainState]:
+    mesh = make_mesh(jax.devices()[:devices])
+    trainer = Trainer.create(config, DATA.catalog.space, mesh)
+    state = trainer.init_sharded(config.seed)
+    train_step = trainer.compile_train_step()
+    history = []
+    for step in range(steps):
+        sharding = NamedSharding(mesh, P("data"))
+        batch = {n: jax.device_put(a, sharding) for n, a in batch_at(step % 4).items()}
+        state, metrics = train_step(state, batch)
+        history.append(jax.device_get(metrics))
+    return history, jax.device_get(state)
+
+
+def test_golden_losses():
+    """Numbers of this exact step; a change that moves them must be meant."""
+    losses = {}
+    for objective in ("next_token", "classification"):
+        history, _ = run(dataclasses.replace(CONFIG, objective=objective), 3)
+        losses[objective] = [float(metrics["loss"]) for metrics in history]
+    np.testing.assert_allclose(losses["next_token"], GOLDEN["next_token"], rtol=1e-5)
+    np.testing.assert_allclose(losses["classification"], GOLDEN["classification"], rtol=1e-5)
+
+
+GOLDEN = {
+    "next_token": [3.184775, 3.201779, 3.143424],
+    "classification": [3.177984, 3.178320, 3.176395],
+}
+
+
+def test_loss_falls():
+    history, _ = run(CONFIG, 20)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+
+
+def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float], TrainState]:
+    """Differentiates with respect to the whole table; only the optimizer update is row-wise."""
+    trainer = Trainer.create(config, DATA.catalog.space, make_mesh(jax.devices()[:1]))
+    state = jax.device_put(jax.device_get(trainer.init_sharded(config.seed)), jax.devices()[0])
+    losses, norms = [], []
+    for step in range(steps):
+        batch = {name: jnp.asarray(array) for name, array in batch_at(step % 4).items()}
+        model = trainer.model(state.params)
+        addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
+
+        def loss(params, memory, batch=batch, addresses=addresses):
+            rows = table.lookup(memory, addresses)
+            sums = next_token_sums(trainer.model(params), batch, rows)
+            return sums["loss"] / sums["count"]
+
+        value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(state.params, state.memory)
+        norm = float(optax.tree.norm(gradients))
+        scale = min(1.0, config.optimizer.clip_norm / norm)
+        gradients = jax.tree.map(lambda g, scale=scale: g * scale, gradients)
+        updates, optimizer = dense_optimizer(config).update(
+            gradients[0], state.optimizer, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        row_updates, row_state = memory_optimizer(config).update(
+            gradients[1], state.memory_optimizer, state.memory
+        )
+        touched = np.zeros(state.memory.shape[0], bool)
+        touched[np.asarray(addresses)[np.asarray(addresses) >= 0]] = True
+
+        def keep(new, old, touched=touched):
+            return jnp.where(touched[:, None], new, old) if new.ndim == 2 else new
+
+        memory = keep(state.memory + row_updates, state.memory)
+        row_state = jax.tree.map(keep, row_state, state.memory_optimizer)
+        state = TrainState(params, optimizer, memory, row_state)
+        losses.append(float(value))
+        norms.append(norm)
+    return losses, norms, state
+
+
+def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_norm():
+    history, state = run(CONFIG, 6)
+    losses, norms, expected = dense_reference(CONFIG, 6)
+    np.testing.assert_allclose([m["loss"] for m in history], losses, rtol=1e-5)
+    np.testing.assert_allclose([m["gradient_norm"] for m in history], norms, rtol=1e-4)
+    assert min(norms) > CONFIG.optimizer.clip_norm  # the clipping did something
+    np.testing.assert_allclose(state.memory, expected.memory, rtol=1e-4, atol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+        state.params,
+        jax.device_get(expected.params),
+    )
+
+
+def test_1_2_4_and_8_devices_agree():
+    history, state = run(CONFIG, 20)
+    for devices in (2, 4, 8):
+        other_history, other = run(CONFIG, 20, devices)
+        np.testing.assert_allclose(
+            [m["loss"] for m in other_history], [m["loss"] for m in history], rtol=1e-5
+        )
+        np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
+
+
+def test_baseline_and_encoder_start_from_the_same_decoder():
+    _, with_encoder = run(CONFIG, 0)
+    _, without = run(dataclasses.replace(CONFIG, encoder=None), 0)
+    jax.tree.map(np.testing.assert_array_equal, with_encoder.params["llm"], without.params["llm"])
+    assert without.memory is None and set(without.params) == {"llm"}
+
+
+def test_norms_and_rows_are_not_decayed():
+    decay = dataclasses.replace(CONFIG.optimizer, weight_decay=10.0)
+    still = dataclasses.replace(CONFIG.optimizer, weight_decay=0.0)
+    # The warm-up starts at rate 0, so the second step is the first that changes anything.
+    _, decayed = run(dataclasses.replace(CONFIG, optimizer=decay), 2)
+    _, plain = run(dataclasses.replace(CONFIG, optimizer=still), 2)
+    llm, other = decayed.params["llm"], plain.params["llm"]
+    np.testing.assert_allclose(llm["final_norm"]["scale"], other["final_norm"]["scale"], rtol=1e-6)
+    np.testing.assert_array_equal(decayed.memory, plain.memory)
+    assert np.linalg.norm(llm["embedding"]) < 0.999 * np.linalg.norm(other["embedding"])
+
+
+def test_schedule_warms_up_and_decays():
+    rate = learning_rate(dataclasses.replace(CONFIG, steps=100))
+    assert float(rate(0)) == 0.0
+    assert float(rate(2)) == pytest.approx(3e-3)
+    assert float(rate(100)) == pytest.approx(3e-4)
+
+
+def test_flops_count_loops_and_match_the_formula():
+    def scanned(x, weights):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+    x = jax.ShapeDtypeStruct((5, 7), jnp.float32)
+    weights = jax.ShapeDtypeStruct((3, 7, 7), jnp.float32)
+    assert matmul_flops(scanned, x, weights) == 3 * 2 * 5 * 7 * 7
+    assert matmul_flops(jax.jit(scanned), x, weights) == 3 * 2 * 5 * 7 * 7
+
+
+def test_nothing_in_the_step_has_the_size_of_the_table_but_the_table():
+    """Temporary memory does not grow with the rows per table."""
+    sizes = []
+    for rows in (2**12, 2**18):
+        encoder = dataclasses.replace(CONFIG.encoder, rows=rows)
+        config = dataclasses.replace(CONFIG, encoder=encoder)
+        trainer = Trainer.create(config, DATA.catalog.space, make_mesh(jax.devices()[:1]))
+        memory = trainer.compile_train_step().memory_analysis()
+        sizes.append(memory.temp_size_in_bytes)
+        table_bytes = 4 * np.prod(trainer.abstract_state().memory.shape)
+        assert memory.alias_size_in_bytes >= 3 * table_bytes  # rows and moments are in place
+    assert sizes[1] <= 1.05 * sizes[0]

@@ -1,0 +1,206 @@
+"""Runs as users start them: stages that feed each other, kills, other configs, two processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, command_environment, prefixmem
+
+from prefixmem_jax.config import load_config
+from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.training.checkpoint import Checkpoints
+from prefixmem_jax.training.metrics import read_metrics
+from prefixmem_jax.training.step import Trainer
+
+SMALL = [
+    "data.synthetic.items=300",
+    "data.synthetic.users=300",
+    "data.batch_size=8",
+    "data.sequence_length=64",
+    "model.d_model=32",
+    "evaluation.every_steps=20",
+    "evaluation.validation_examples=40",
+    "log_every_steps=5",
+]
+QUICKSTART = ROOT / "configs" / "quickstart"
+
+
+def load_state(run: Path):
+    """Step, state, multipliers and data state of a run's newest checkpoint, on the host."""
+    config = load_config(run / "config.json")
+    space = prepare_data(config.data).catalog.space
+    trainer = Trainer.create(config, space, make_mesh(jax.devices()[:1]))
+    with Checkpoints(run, trainer) as checkpoints:
+        step, state, data_state = checkpoints.restore()
+    return step, jax.device_get(state), data_state
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("stage_one") / "classification"
+    prefixmem("train", QUICKSTART / "classification.py", "--out", run, *SMALL, "steps=20")
+    return run
+
+
+def test_stage_one_learns_and_stage_two_takes_its_memory(stage_one, tmp_path):
+    losses = [r["loss"] for r in read_metrics(stage_one) if "loss" in r]
+    assert losses[-1] < losses[0]
+    before = load_state(stage_one)[1]
+    arguments = ["train", QUICKSTART / "prefixmem.py", *SMALL, f"init.run={stage_one}", "steps=1"]
+    # One step whose warm-up rate is zero leaves what it was given.
+    prefixmem(*arguments, "--out", tmp_path / "taken")
+    after = load_state(tmp_path / "taken")[1]
+    assert np.array_equal(after.memory, before.memory)
+    assert not np.array_equal(
+        after.params["encoder"]["projection"], before.params["encoder"]["projection"]
+    )
+    assert set(after.params) == {"encoder", "llm"} and set(before.params) == {"encoder", "head"}
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["encoder.seed=3"], "other hash multipliers"),
+        (["encoder.address=suffix"], "memory was trained with orders=3 heads=4 rows=16384 address=prefix"),
+        (["encoder.rows=20000"], "memory/rows: expected ("),
+        (["init.fresh=('llm',)"], "part 'encoder' must be in exactly one of init.take and init.fresh"),
+        (["init.take=('memory','llm')"], "part 'llm' must be in exactly one"),
+        (["init.take=('memory','llm')", "init.fresh=('encoder',)"], "no part 'llm'"),
+        (["init.take=('memory','tables')"], "no part 'tables' in this model; it has encoder, llm, memory"),
+        (["init.run=/nowhere"], "/nowhere: not a run directory"),
+        (["init.run=none"], "init names part 'memory' but init.run is none"),
+    ],
+)  # fmt: skip
+def test_stage_two_refuses_what_does_not_fit(stage_one, tmp_path, overrides, words):
+    done = prefixmem(
+        "train", QUICKSTART / "prefixmem.py", "--out", tmp_path / "run", *SMALL,
+        f"init.run={stage_one}", "steps=1", *overrides, expect=2,
+    )  # fmt: skip
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("prefixmem: ")
+
+
+def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
+    arguments = [
+        "train", QUICKSTART / "prefixmem.py", *SMALL, f"init.run={stage_one}",
+        "steps=200", "checkpoint.every_steps=15",
+    ]  # fmt: skip
+    prefixmem(*arguments, "--out", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "prefixmem_jax.cli",
+        *map(str, arguments),
+        "--out",
+        str(killed),
+    ]
+    kill_at = random.Random(os.getpid()).randint(20, 150)
+    process = subprocess.Popen(
+        command, env=command_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        records = read_metrics(killed)
+        if records and records[-1]["step"] >= kill_at:
+            break
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = read_metrics(killed)[-1]["step"]
+    assert kill_at <= last < 200, (kill_at, last)
+
+    prefixmem(*arguments, "--out", killed)
+    whole_step, whole, whole_data = load_state(tmp_path / "whole")
+    step, state, data = load_state(killed)
+    assert (step, data) == (whole_step, whole_data) and step == 200
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    timeless = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(run)]
+        for run in (killed, tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]  # each step once, with the same numbers
+    assert len(list((killed / "checkpoints").iterdir())) == 2  # keeps the newest two
+
+
+def test_a_run_directory_belongs_to_one_config(stage_one):
+    done = prefixmem(
+        "train", QUICKSTART / "classification.py", "--out", stage_one, *SMALL, "steps=30", expect=2
+    )
+    assert "holds a run with another config (steps is 20 there, 30 here)" in done.stderr
+
+
+def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):
+    prefixmem("train", stage_one / "config.json", "--out", tmp_path / "again")
+    again, first = load_state(tmp_path / "again")[1], load_state(stage_one)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_two_processes_give_the_losses_of_one(stage_one, tmp_path):
+    arguments = [*SMALL, f"init.run={stage_one}", "steps=20", "checkpoint.every_steps=10"]
+    prefixmem("train", QUICKSTART / "prefixmem.py", *arguments, "--out", tmp_path / "one")
+    subprocess.run(
+        [ROOT / "launch" / "local.sh", QUICKSTART / "prefixmem.py", "--processes", "2",
+         *arguments, "--out", tmp_path / "two"],
+        check=True, env=command_environment(), timeout=300,
+    )  # fmt: skip
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [r["step"] for r in one] == [r["step"] for r in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"seconds", "memory_rounds"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
+    state, other = (load_state(tmp_path / name)[1] for name in ("one", "two"))
+    np.testing.assert_allclose(other.memory, state.memory, rtol=1e-3, atol=1e-5)
+
+
+def test_local_launcher_stops_all_when_one_fails(tmp_path):
+    done = subprocess.run(
+        [ROOT / "launch" / "local.sh", QUICKSTART / "baseline.py", "--processes", "2",
+         "data.batch_size=7", "--out", tmp_path / "run"],
+        env=command_environment(), timeout=200, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "data.batch_size=7 does not divide by 2" in done.stderr
+
+
+def test_tpu_launcher_prints_what_it_would_run():
+    environment = {**os.environ, "TPU_NAME": "pod", "ZONE": "us-east5-a"}
+    done = subprocess.run(
+        [ROOT / "launch" / "tpu_vm.sh", "configs/quickstart/baseline.py", "--dry-run",
+         "--out", "gs://bucket/run", "steps=5"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all("gcloud" in line for line in lines[1:])
+    assert "--worker=all" in lines[3] and "us-east5-a" in lines[3]
+    assert (
+        "train\\ configs/quickstart/baseline.py\\ --distributed\\ --out\\ gs://bucket/run\\ steps=5"
+        in lines[3]
+    )
+    missing = subprocess.run(
+        [ROOT / "launch" / "tpu_vm.sh", "configs/quickstart/baseline.py", "--dry-run"],
+        env={k: v for k, v in environment.items() if k != "ZONE"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert missing.returncode == 2 and "set ZONE" in missing.stderr
+
+
+def test_metrics_reach_tensorboard_and_jsonl(stage_one):
+    records = read_metrics(stage_one)
+    assert {"loss", "accuracy/level_4", "gradient_norm", "tokens", "seconds", "flops"} <= records[
+        0
+    ].keys()
+    assert any("validation/accuracy/level_4" in record for record in records)
+    assert list((stage_one / "tensorboard").glob("events.*"))
+    config = json.loads((stage_one / "config.json").read_text())
+    assert config["steps"] == 20 and config["model"]["d_model"] == 32
