@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains one config on every worker of a TPU pod slice.
-#   TPU_NAME=NAME ZONE=ZONE [PROJECT=ID] launch/tpu_vm.sh CONFIG --out gs://BUCKET/RUN [--dry-run] [arguments of `prefixmem train`]
-# CONFIG is a path within this repository. The repository is copied to every worker, installed
+#   TPU_NAME=NAME ZONE=ZONE [PROJECT=ID] launch/tpu_vm.sh CONFIG --out DIR [--dry-run] [arguments of `prefixmem train`]
+# CONFIG is a path within this repository; DIR a folder that all workers share, such as a mounted
+# bucket (the data folder that the config names likewise). The repository is copied to every worker, installed
 # there with the TPU build of JAX, and `prefixmem train CONFIG --distributed ...` is started on
 # all of them. --dry-run prints exactly the commands that would run, and runs none.
 set -euo pipefail
-usage() { sed -n '2,6s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit "$1"; }
 [ $# -ge 1 ] || usage 2
 case "$1" in -h|--help) usage 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,7 +20,7 @@ for name in TPU_NAME ZONE; do
   [ -n "${!name:-}" ] || { echo "tpu_vm.sh: set $name (see --help)" >&2; exit 2; }
 done
 [ -f "$root/$config" ] || { echo "tpu_vm.sh: $config: no such file in the repository" >&2; exit 2; }
-case " ${arguments[*]} " in *" --out "*) ;; *) echo "tpu_vm.sh: --out is needed: storage that all workers share, such as gs://BUCKET/RUN" >&2; exit 2 ;; esac
+case " ${arguments[*]} " in *" --out "*) ;; *) echo "tpu_vm.sh: --out is needed: a folder that all workers share, such as a mounted bucket" >&2; exit 2 ;; esac
 
 where=(--zone "$ZONE" --worker=all)
 [ -z "${PROJECT:-}" ] || where+=(--project "$PROJECT")

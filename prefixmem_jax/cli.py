@@ -14,7 +14,13 @@ from prefixmem_jax.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; a user's mistake is one line on stderr and status 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on overrides that stand after a flag; take them wherever they stand.
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -82,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
         help="run directory (default: runs/NAME, the config's name)",
     )
     training.add_argument(
@@ -142,7 +147,9 @@ def _train(options: argparse.Namespace) -> None:
         initialize_processes()
     from prefixmem_jax.training.loop import train
 
-    run = options.out or Path("runs") / config.name
+    run = Path(options.out or f"runs/{config.name}")
+    if "://" in (options.out or ""):
+        raise UserError(f"--out {options.out}: expected a folder; mount remote storage")
     train(config, run)
     print(f"trained {config.name} for {config.steps} steps: {run}")
 

@@ -30,10 +30,10 @@ AddressScheme = Literal["prefix", "suffix", "full_prefix"]
 class SyntheticConfig:
     """Size and shape of the synthetic dataset; `data.synthetic` says what each means."""
 
-    items: int = 4000
-    users: int = 6000
+    items: int = 20_000
+    users: int = 20_000
     codebook_sizes: tuple[int, ...] = (32, 64, 64, 64)
-    children: tuple[int, ...] = (32, 6, 6, 6)
+    children: tuple[int, ...] = (32, 10, 10, 10)
     zipf_exponent: float = 0.8
     groups: int = 12
     liked_codes: int = 3

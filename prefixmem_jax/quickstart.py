@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,6 +21,7 @@ from prefixmem_jax.evaluation.floors import (
     successor_floor,
 )
 from prefixmem_jax.evaluation.report import Results, text_table, write_report
+from prefixmem_jax.files import write_json
 from prefixmem_jax.training.loop import train
 from prefixmem_jax.training.metrics import read_metrics
 
@@ -114,7 +113,7 @@ def quickstart(
     if prepared.world is not None:
         scorers["optimum"] = optimum
     for name, scorer in scorers.items():
-        results[name] = evaluate_scorer(scorer(prepared), prepared.catalog, everyone, sample)
+        results[name] = evaluate_scorer(scorer(prepared), prepared.catalog, everyone, sample, name)
     for values in results.values():
         values["dataset_sha256"] = prepared.dataset.sha256
     write_json(out / "results.json", results)
@@ -173,9 +172,3 @@ def learning_curves(out: Path) -> dict[str, list[dict[str, float]]]:
         for key in ("seconds", "flops"):
             record[key] += stage_one[key]
     return curves
-
-
-def write_json(path: Path, value: Any) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, path)

@@ -108,8 +108,8 @@ def test_recommend_names_items_of_the_catalogue(finished):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["recommend", "RUN", "--history", "3,x"], "--history: 'x' is no item id; expected 0..3999"),
-        (["recommend", "RUN", "--history", "4000"], "'4000' is no item id"),
+        (["recommend", "RUN", "--history", "3,x"], "--history: 'x' is no item id; expected 0..19999"),
+        (["recommend", "RUN", "--history", "20000"], "'20000' is no item id"),
         (["recommend", "RUN", "--history", "1", "--top", "0"], "--top: expected 1 or more"),
         (["recommend", "/nowhere", "--history", "1"], "/nowhere: not a run directory"),
         (["evaluate", "RUN/../classification"], "a classification run has no decoder"),

@@ -76,7 +76,7 @@ def test_stage_one_learns_and_stage_two_takes_its_memory(stage_one, tmp_path):
         (["init.take=('memory','llm')"], "part 'llm' must be in exactly one"),
         (["init.take=('memory','llm')", "init.fresh=('encoder',)"], "no part 'llm'"),
         (["init.take=('memory','tables')"], "no part 'tables' in this model; it has encoder, llm, memory"),
-        (["init.run=/nowhere"], "/nowhere: not a run directory"),
+        (["init.run=/nowhere"], "/nowhere: not a run directory with a checkpoint"),
         (["init.run=none"], "init names part 'memory' but init.run is none"),
     ],
 )  # fmt: skip
@@ -88,6 +88,7 @@ def test_stage_two_refuses_what_does_not_fit(stage_one, tmp_path, overrides, wor
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("prefixmem: ")
+    assert not (tmp_path / "run").exists()  # nothing is left behind
 
 
 def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
@@ -178,14 +179,14 @@ def test_tpu_launcher_prints_what_it_would_run():
     environment = {**os.environ, "TPU_NAME": "pod", "ZONE": "us-east5-a"}
     done = subprocess.run(
         [ROOT / "launch" / "tpu_vm.sh", "configs/quickstart/baseline.py", "--dry-run",
-         "--out", "gs://bucket/run", "steps=5"],
+         "--out", "/mnt/bucket/run", "steps=5"],
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert len(lines) == 4 and all("gcloud" in line for line in lines[1:])
     assert "--worker=all" in lines[3] and "us-east5-a" in lines[3]
     assert (
-        "train\\ configs/quickstart/baseline.py\\ --distributed\\ --out\\ gs://bucket/run\\ steps=5"
+        "train\\ configs/quickstart/baseline.py\\ --distributed\\ --out\\ /mnt/bucket/run\\ steps=5"
         in lines[3]
     )
     missing = subprocess.run(

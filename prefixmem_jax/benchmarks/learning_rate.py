@@ -14,7 +14,8 @@ import dataclasses
 from pathlib import Path
 
 from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.quickstart import fit_encoder, quickstart_configs, write_json
+from prefixmem_jax.files import write_json
+from prefixmem_jax.quickstart import fit_encoder, quickstart_configs
 from prefixmem_jax.training.loop import train
 from prefixmem_jax.training.metrics import read_metrics
 

@@ -10,7 +10,6 @@ all alike, and prints the ratio of the median step times to the smallest table's
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import Config, DataConfig, PrefixMemoryConfig
+from prefixmem_jax.files import write_json
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training.step import Trainer
@@ -91,7 +91,7 @@ def main() -> None:
     for rows, median in medians.items():
         print(f"{rows:>9,} rows per table: {median * 1e3:7.1f} ms a step, {median / first:.3f}x")
     if options.json:
-        options.json.write_text(json.dumps({"step_seconds": medians}, indent=2) + "\n")
+        write_json(options.json, {"step_seconds": medians})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import replacing
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 
@@ -104,9 +105,8 @@ def save_dataset(folder: str | Path, dataset: Dataset) -> None:
             histories.offsets.astype(np.int32), histories.timestamps
         )
     for name, table in (("items", items), ("histories", pa.table(columns))):
-        beside = folder / f".{name}.parquet.part"
-        pq.write_table(table, beside)
-        beside.rename(folder / f"{name}.parquet")
+        with replacing(folder / f"{name}.parquet") as beside:
+            pq.write_table(table, beside)
 
 
 def _read_table(path: Path, required: dict[str, str]) -> pa.Table:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from prefixmem_jax.data.sequences import batches, example_rows, prompt_rows
 from prefixmem_jax.decoding.beam_search import beam_search
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.metrics import beam_metrics, groups_of
+from prefixmem_jax.files import write_json
 from prefixmem_jax.parallel.mesh import batch_sharding, make_mesh
 from prefixmem_jax.semantic_ids.trie import Trie
 from prefixmem_jax.training.checkpoint import Checkpoints
@@ -123,7 +122,7 @@ class Recommender:
         scores = np.concatenate([scores for _, scores in found])[: len(histories)]
         return codes, scores
 
-    def teacher_forced(self, examples: Sequence) -> dict[str, float]:
+    def teacher_forced(self, examples: Sequence, progress: str = "") -> dict[str, float]:
         """`tf_accuracy/level_l`: top-1 over the whole vocabulary given the true prefix."""
         rows = example_rows(self.data.catalog, examples, self.config.data.max_items)
         with jax.set_mesh(self.trainer.mesh):
@@ -133,6 +132,7 @@ class Recommender:
                 rows,
                 256,
                 self.trainer.mesh,
+                progress,
             )
         summary = summarize(sums)
         return {
@@ -182,7 +182,9 @@ def evaluate_model(recommender: Recommender, progress: bool = True) -> dict[str,
     """Every metric of a run on its test examples, flat names."""
     config, data = recommender.config, recommender.data
     everyone, sample = test_examples(config, data)
-    metrics = recommender.teacher_forced(everyone)
+    metrics = recommender.teacher_forced(
+        everyone, f"{config.name} teacher-forced" if progress else ""
+    )
     histories = [example.history for example in sample]
     targets = np.array([example.target for example in sample])
     for suffix, constrained in (("unconstrained", False), ("constrained", True)):
@@ -215,7 +217,5 @@ def evaluate_run(run: Path, users: int | None, beam: int | None) -> tuple[dict[s
     metrics["retrieval_users"] = len(test_examples(recommender.config, recommender.data)[1])
     metrics["dataset_sha256"] = recommender.data.dataset.sha256
     metrics["config"] = dataclasses.asdict(recommender.config)
-    beside = run / ".metrics.json.part"
-    beside.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(beside, run / "metrics.json")
+    write_json(run / "metrics.json", metrics)
     return metrics, recommender.data.catalog.space.levels

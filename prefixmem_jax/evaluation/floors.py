@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from prefixmem_jax.data.prepare import PreparedData
 from prefixmem_jax.data.splits import Example
@@ -86,10 +87,12 @@ def evaluate_scorer(
     catalog: Catalog,
     examples: Sequence[Example],
     retrieval_examples: Sequence[Example],
+    progress: str = "",
 ) -> dict[str, float]:
     """The metrics of `evaluator.evaluate_model` for a system that scores items."""
     prefix_sums = _PrefixSums(catalog)
-    hits = sum(prefix_sums.hits(score(e.history), e.target) for e in examples) / len(examples)
+    shown = tqdm(examples, desc=progress, unit="user", disable=not progress)
+    hits = sum(prefix_sums.hits(score(e.history), e.target) for e in shown) / len(examples)
     metrics = {f"tf_accuracy/level_{level}": float(hit) for level, hit in enumerate(hits, start=1)}
     metrics["sid_hit_rate"] = 1.0
     ranks = np.array([_ranks(score(e.history), e.target, catalog) for e in retrieval_examples])

@@ -9,6 +9,8 @@ from typing import Any
 
 import matplotlib
 
+from prefixmem_jax.files import write_text
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -176,6 +178,5 @@ td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: left }}
 {images}
 </body></html>
 """
-    beside = folder / ".report.html.part"
-    beside.write_text(page)
-    return beside.rename(folder / "report.html")
+    write_text(folder / "report.html", page)
+    return folder / "report.html"

@@ -46,6 +46,12 @@ def from_parts(parts: dict[str, Any]) -> TrainState:
     )
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether the run directory holds a finished checkpoint."""
+    folder = run / FOLDER
+    return folder.is_dir() and any(ocp.is_orbax_checkpoint(path) for path in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run directory."""
 
@@ -54,8 +60,8 @@ class Checkpoints:
         self.run = run
         self.trainer = trainer
         folder = run / FOLDER
-        if keep is None and not folder.is_dir():
-            raise UserError(f"{run}: not a run directory (it has no {FOLDER}/)")
+        if keep is None and not has_checkpoint(run):
+            raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
         policy = None if keep is None else ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             folder.resolve(),
@@ -95,8 +101,6 @@ class Checkpoints:
     def restore(self) -> tuple[int, TrainState, dict[str, Any]]:
         """Step, state and data-iterator state of the newest checkpoint."""
         step = self.latest_step
-        if step is None:
-            raise UserError(f"{self.run}: it has no checkpoint yet")
         parts = to_parts(self.trainer.abstract_state(), self._abstract_hash())
         loaded = self.load(parts)
         metadata = self._checkpointer.checkpointables_metadata(step)
@@ -179,8 +183,6 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
         if name not in parts:
             raise UserError(f"init: no part {name!r} in this model; it has {', '.join(parts)}")
     with Checkpoints(Path(options.run), trainer) as source:
-        if source.latest_step is None:
-            raise UserError(f"init.run={options.run}: it has no checkpoint yet")
         abstract = {
             part: source.abstract_memory()
             if part == "memory"

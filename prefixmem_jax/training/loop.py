@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,29 @@ from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
 from prefixmem_jax.data.sequences import Rows, batches, example_rows, pack_training_rows
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import write_text
 from prefixmem_jax.parallel.mesh import batch_sharding, make_mesh
-from prefixmem_jax.training.checkpoint import Checkpoints, initial_state
+from prefixmem_jax.training.checkpoint import Checkpoints, has_checkpoint, initial_state
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.metrics import MetricsWriter, summarize
 from prefixmem_jax.training.step import Trainer, TrainState
 
 
 def claim_run(run: Path, config: Config) -> None:
-    """Makes the run directory, or checks that it belongs to the same config.
+    """Makes the run directory, or checks that its checkpoints belong to the same config.
 
     Raises:
       UserError: the directory holds a run of another config; names the first differing key.
     """
     path = run / "config.json"
     text = to_json(config)
-    if path.exists():
+    if path.exists() and has_checkpoint(run):
         difference = _first_difference(json.loads(path.read_text()), json.loads(text))
         if difference:
             raise UserError(f"{run}: holds a run with another config ({difference}); use --out")
-        return
-    if jax.process_index() == 0:
+    elif jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        beside = run / ".config.json.part"
-        beside.write_text(text)
-        os.replace(beside, path)
+        write_text(path, text)
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
@@ -81,13 +78,14 @@ def train(config: Config, run: Path, data: PreparedData | None = None) -> TrainS
         config.seed,
     )
     iterator = training_batches(packed, config.data.batch_size, config.seed)
+    # What `init` gets wrong is found before the run directory is touched.
+    state = None if has_checkpoint(run) else initial_state(trainer, config.init, config.seed)
     claim_run(run, config)
     with Checkpoints(run, trainer, config.checkpoint.keep) as checkpoints:
-        if checkpoints.latest_step is not None:
+        step = 0
+        if state is None:
             step, state, data_state = checkpoints.restore()
             iterator.set_state(data_state)
-        else:
-            step, state = 0, initial_state(trainer, config.init, config.seed)
         if step >= config.steps:
             return state
         validation = fixed_sample(data.split.validation, config.evaluation.validation_examples)
@@ -179,13 +177,18 @@ class _Loop:
 
 
 def evaluate_rows(
-    evaluate: Any, state: TrainState, rows: Rows, batch_size: int, mesh: jax.sharding.Mesh
+    evaluate: Any,
+    state: TrainState,
+    rows: Rows,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    progress: str = "",
 ) -> dict[str, np.ndarray]:
     """Sums of `objectives.next_token_sums` over all rows; every process holds the same rows."""
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     process, processes = jax.process_index(), jax.process_count()
     totals: dict[str, np.ndarray] = {}
-    for batch in batches(rows, batch_size):
+    for batch in tqdm(batches(rows, batch_size), desc=progress, unit="batch", disable=not progress):
         local = {name: array[process::processes] for name, array in batch.items()}
         sums = evaluate(state.params, state.memory, global_batch(local, sharding))
         for name, value in jax.device_get(sums).items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from prefixmem_jax.files import write_text
 
 
 def summarize(sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -40,9 +41,7 @@ class MetricsWriter:
 
     def __init__(self, run: Path, resume_step: int):
         kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
-        beside = run / ".metrics.jsonl.part"
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(beside, run / "metrics.jsonl")
+        write_text(run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
         self.last = kept[-1] if kept else {}
         self._file = (run / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
