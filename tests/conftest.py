@@ -4,8 +4,10 @@ Commands run as a user runs them, in processes of their own with one device, by 
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -23,7 +25,16 @@ DATA = ROOT.parent / "shared" / "data"
 def command_environment() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    # The same programs are compiled by many of these processes; once is enough.
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    environment["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/prefixmem-test-{session}"
     return environment
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remove_compilation_cache():
+    yield
+    shutil.rmtree(command_environment()["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def prefixmem(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:

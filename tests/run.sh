@@ -9,4 +9,4 @@ cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
-python -m pytest -n 2 "$@" tests
+python -m pytest -n 2 --dist loadfile "$@" tests

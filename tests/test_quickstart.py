@@ -11,12 +11,13 @@ from prefixmem_jax.data.formats import save_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 
 SMALL = ["steps=15", "data.batch_size=8", "evaluation.users=40", "evaluation.every_steps=5"]
+SYNTHETIC = [*SMALL, "data.synthetic.items=900", "data.synthetic.users=700"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "x"
-    return out, prefixmem("quickstart", "--out", out, *SMALL)
+    return out, prefixmem("quickstart", "--out", out, *SYNTHETIC)
 
 
 def names(levels):
@@ -63,7 +64,7 @@ def test_report_is_one_self_contained_page_with_plots_beside_it(finished):
 
 def test_the_same_seed_gives_the_same_results(finished, tmp_path):
     out, _ = finished
-    prefixmem("quickstart", "--out", tmp_path / "again", *SMALL)
+    prefixmem("quickstart", "--out", tmp_path / "again", *SYNTHETIC)
 
     def timeless(path):
         results = json.loads((path / "results.json").read_text())
@@ -92,7 +93,7 @@ def test_recommend_names_items_of_the_catalogue(finished):
     done = prefixmem("recommend", finished[0] / "prefixmem", "--history", "3,14,15", "--top", 7)
     lines = done.stdout.splitlines()
     assert len(lines) == 7
-    dataset, _ = make_synthetic(SyntheticConfig())
+    dataset, _ = make_synthetic(SyntheticConfig(items=900, users=700))
     scores, items = [], []
     for rank, line in enumerate(lines, start=1):
         found = re.fullmatch(r" *(\d+) +(-?[\d.]+) +item (\d+) +([\d-]+) +(item [\d-]+)", line)
@@ -108,8 +109,8 @@ def test_recommend_names_items_of_the_catalogue(finished):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["recommend", "RUN", "--history", "3,x"], "--history: 'x' is no item id; expected 0..19999"),
-        (["recommend", "RUN", "--history", "20000"], "'20000' is no item id"),
+        (["recommend", "RUN", "--history", "3,x"], "--history: 'x' is no item id; expected 0..899"),
+        (["recommend", "RUN", "--history", "900"], "'900' is no item id"),
         (["recommend", "RUN", "--history", "1", "--top", "0"], "--top: expected 1 or more"),
         (["recommend", "/nowhere", "--history", "1"], "/nowhere: not a run directory"),
         (["evaluate", "RUN/../classification"], "a classification run has no decoder"),
