@@ -157,6 +157,22 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; one may be -1, which takes the devices that are left.
+
+    Attributes:
+      data: replicas of the dense model (the memory table is never replicated).
+      fsdp: devices that share the dense parameters and their optimizer state, each with its own
+        part of the batch.
+      tensor: devices that divide heads, feed-forward and vocabulary of one part of the batch.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and how many checkpoints to keep (the newest)."""
 
@@ -203,6 +219,7 @@ class Config:
     encoder: PrefixMemoryConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

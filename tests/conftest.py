@@ -52,7 +52,7 @@ def prefixmem(*arguments: object, expect: int = 0) -> subprocess.CompletedProces
 
 @pytest.fixture
 def one_device():
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 

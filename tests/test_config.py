@@ -20,7 +20,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__ini
 def test_every_config_loads_builds_and_lowers(path):
     config = load_config(path)
     space = prepare_data(config.data).catalog.space
-    trainer = Trainer.create(config, space, make_mesh(jax.devices()[:1]))
+    trainer = Trainer.create(config, space, make_mesh(devices=jax.devices()[:1]))
     state = trainer.abstract_state()
     assert jax.tree.leaves(state.params)
     with jax.set_mesh(trainer.mesh):

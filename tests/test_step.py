@@ -7,22 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import (
     Config,
     DataConfig,
     DecoderConfig,
+    MeshConfig,
     OptimizerConfig,
     PrefixMemoryConfig,
     SyntheticConfig,
 )
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.sequences import pack_training_rows
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import table
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.training.flops import matmul_flops
+from prefixmem_jax.training.loop import check_mesh
 from prefixmem_jax.training.objectives import next_token_sums
 from prefixmem_jax.training.optimizers import dense_optimizer, learning_rate, memory_optimizer
 from prefixmem_jax.training.step import Trainer, TrainState
@@ -50,13 +52,14 @@ def batch_at(step: int) -> dict[str, np.ndarray]:
 
 
 def run(config: Config, steps: int, devices: int = 1) -> tuple[list[dict], TrainState]:
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    check_mesh(config, DATA.catalog.space, mesh)
     trainer = Trainer.create(config, DATA.catalog.space, mesh)
     state = trainer.init_sharded(config.seed)
     train_step = trainer.compile_train_step()
     history = []
     for step in range(steps):
-        sharding = NamedSharding(mesh, P("data"))
+        sharding = batch_sharding(mesh)
         batch = {n: jax.device_put(a, sharding) for n, a in batch_at(step % 4).items()}
         state, metrics = train_step(state, batch)
         history.append(jax.device_get(metrics))
@@ -86,7 +89,7 @@ def test_loss_falls():
 
 def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float], TrainState]:
     """Differentiates with respect to the whole table; only the optimizer update is row-wise."""
-    trainer = Trainer.create(config, DATA.catalog.space, make_mesh(jax.devices()[:1]))
+    trainer = Trainer.create(config, DATA.catalog.space, make_mesh(devices=jax.devices()[:1]))
     state = jax.device_put(jax.device_get(trainer.init_sharded(config.seed)), jax.devices()[0])
     losses, norms = [], []
     for step in range(steps):
@@ -138,14 +141,55 @@ def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_nor
     )
 
 
-def test_1_2_4_and_8_devices_agree():
-    history, state = run(CONFIG, 20)
-    for devices in (2, 4, 8):
-        other_history, other = run(CONFIG, 20, devices)
+@pytest.mark.parametrize("objective", ["next_token", "classification"])
+def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(objective):
+    config = dataclasses.replace(CONFIG, objective=objective)
+    history, state = run(config, 20)
+    for sizes in ((2, 1, 1), (1, 4, 1), (8, 1, 1), (1, 1, 2), (2, 2, 2)):
+        config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
+        other_history, other = run(config, 20, int(np.prod(sizes)))
         np.testing.assert_allclose(
             [m["loss"] for m in other_history], [m["loss"] for m in history], rtol=1e-5
         )
         np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
+
+
+def test_tied_bfloat16_remat_steps_agree_across_meshes():
+    model = dataclasses.replace(CONFIG.model, tied_embeddings=True, remat=True)
+    config = dataclasses.replace(CONFIG, model=model)
+    history, _ = run(config, 5)
+    other, _ = run(dataclasses.replace(config, mesh=MeshConfig(1, 2, 2)), 5, 4)
+    np.testing.assert_allclose([m["loss"] for m in other], [m["loss"] for m in history], rtol=1e-5)
+    half = dataclasses.replace(config, model=dataclasses.replace(model, compute_dtype="bfloat16"))
+    rough, _ = run(half, 5)
+    np.testing.assert_allclose([m["loss"] for m in rough], [m["loss"] for m in history], rtol=0.02)
+    other, _ = run(dataclasses.replace(half, mesh=MeshConfig(1, 2, 2)), 5, 4)
+    np.testing.assert_allclose([m["loss"] for m in other], [m["loss"] for m in rough], rtol=0.02)
+
+
+def test_fsdp_and_tensor_really_divide_the_state():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(1, 4, 2))
+    trainer = Trainer.create(config, DATA.catalog.space, make_mesh(config.mesh))
+    state = trainer.init_sharded(0)
+    layers = state.params["llm"]["layers"]
+    for leaf, parts in (
+        (layers["query"], 8), (layers["down"], 8), (state.params["llm"]["embedding"], 8),
+        (state.params["llm"]["head"], 8), (state.memory, 8), (layers["mlp_norm"]["scale"], 1),
+    ):  # fmt: skip
+        assert leaf.addressable_shards[0].data.size * parts == leaf.size
+    moments = optax.tree.get(state.optimizer, "mu")["llm"]["layers"]["query"]
+    assert moments.sharding.spec == layers["query"].sharding.spec
+
+
+def test_sizes_that_do_not_fit_the_mesh_are_refused():
+    for sizes, words in (
+        ((3, 1, 1), "mesh: data=3, fsdp=1, tensor=1 does not fit 8 devices"),
+        ((-1, -1, 1), "at most one -1"),
+        ((1, 1, 8), "model.kv_heads=2 does not divide by 8"),
+    ):
+        config = dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes))
+        with pytest.raises(UserError, match=words):
+            run(config, 1, 8)
 
 
 def test_baseline_and_encoder_start_from_the_same_decoder():
@@ -190,7 +234,7 @@ def test_nothing_in_the_step_has_the_size_of_the_table_but_the_table():
     for rows in (2**12, 2**18):
         encoder = dataclasses.replace(CONFIG.encoder, rows=rows)
         config = dataclasses.replace(CONFIG, encoder=encoder)
-        trainer = Trainer.create(config, DATA.catalog.space, make_mesh(jax.devices()[:1]))
+        trainer = Trainer.create(config, DATA.catalog.space, make_mesh(devices=jax.devices()[:1]))
         memory = trainer.compile_train_step().memory_analysis()
         sizes.append(memory.temp_size_in_bytes)
         table_bytes = 4 * np.prod(trainer.abstract_state().memory.shape)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefixmem_jax.config import MeshConfig
 from prefixmem_jax.memory import table
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import row_spec
 
 ROWS, WIDTH = table.ROW_MULTIPLE, 4
 
@@ -45,8 +47,9 @@ KINDS = [
 
 def sharded_step(devices: int, optimizer: optax.GradientTransformation, addresses_list, weights):
     """Runs one update per entry of addresses_list on a mesh of that many devices."""
-    mesh = make_mesh(jax.devices()[:devices])
-    rows_sharding = NamedSharding(mesh, P("data"))
+    shape = (2, 2, 2) if devices == 8 else (devices, 1, 1)  # eight: every axis at once
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[:devices])
+    rows_sharding = NamedSharding(mesh, row_spec())
     rng = np.random.default_rng(1)
     values = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
     with jax.set_mesh(mesh):
@@ -75,7 +78,9 @@ def sharded_step(devices: int, optimizer: optax.GradientTransformation, addresse
 
         out = []
         for addresses, weight in zip(addresses_list, weights, strict=True):
-            placed = [jax.device_put(x, rows_sharding) for x in (addresses, weight)]
+            placed = [
+                jax.device_put(x, NamedSharding(mesh, table.ADDRESSES)) for x in (addresses, weight)
+            ]
             memory, state, read, squared, rounds = step(memory, state, *placed)
             out.append((np.asarray(read), float(squared), int(rounds)))
         return np.asarray(memory), jax.device_get(state), out

@@ -38,7 +38,7 @@ def load_state(run: Path):
     """Step, state, multipliers and data state of a run's newest checkpoint, on the host."""
     config = load_config(run / "config.json")
     space = prepare_data(config.data).catalog.space
-    trainer = Trainer.create(config, space, make_mesh(jax.devices()[:1]))
+    trainer = Trainer.create(config, space, make_mesh(devices=jax.devices()[:1]))
     with Checkpoints(run, trainer) as checkpoints:
         step, state, data_state = checkpoints.restore()
     return step, jax.device_get(state), data_state

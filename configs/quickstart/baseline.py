@@ -16,9 +16,7 @@ def get_config() -> Config:
         objective="next_token",
         steps=300,
         data=DataConfig(max_items=20, sequence_length=128, batch_size=40),
-        model=DecoderConfig(
-            layers=2, d_model=96, d_ff=256, query_heads=4, kv_heads=2, head_dim=24
-        ),
+        model=DecoderConfig(layers=2, d_model=96, d_ff=256, query_heads=4, kv_heads=2, head_dim=24),
         encoder=None,
         # The best of docs/results.md's grid for this system, as in prefixmem.py for that one.
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),

@@ -18,12 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import Config, DataConfig, PrefixMemoryConfig
 from prefixmem_jax.files import write_json
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training.step import Trainer
 
@@ -55,8 +54,8 @@ def random_batches(count: int) -> list[dict[str, np.ndarray]]:
 
 def step_times(rows_per_table: list[int], repeats: int) -> dict[int, list[float]]:
     """Seconds of single steps by rows per table, measured in turn."""
-    mesh = make_mesh(jax.devices()[:1])
-    sharding = NamedSharding(mesh, P("data"))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    sharding = batch_sharding(mesh)
     runs: dict[int, list[Any]] = {}
     for rows in rows_per_table:
         encoder = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=64)

@@ -21,7 +21,8 @@ from prefixmem_jax.decoding.beam_search import beam_search
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.metrics import beam_metrics, groups_of
 from prefixmem_jax.files import write_json
-from prefixmem_jax.parallel.mesh import batch_sharding, make_mesh
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import BATCH_AXES, batch_sharding
 from prefixmem_jax.semantic_ids.trie import Trie
 from prefixmem_jax.training.checkpoint import Checkpoints
 from prefixmem_jax.training.loop import evaluate_rows
@@ -70,7 +71,7 @@ class Recommender:
                 f"{run}: a {config.objective} run has no decoder; name a next_token run"
             )
         data = data or prepare_data(config.data)
-        mesh = make_mesh(jax.devices()[:1])
+        mesh = make_mesh(devices=jax.devices()[:1])
         trainer = Trainer.create(config, data.catalog.space, mesh)
         with Checkpoints(run, trainer) as checkpoints:
             _, state, _ = checkpoints.restore()
@@ -90,8 +91,9 @@ class Recommender:
         def search(params: dict, memory: jax.Array | None, prompts: dict) -> tuple:
             return tuple(beam_search(self.trainer.model(params), memory, prompts, beams, trie))
 
-        split = P(self.trainer.mesh.axis_names)
-        return jax.shard_map(search, in_specs=(P(), split, split), out_specs=split)(
+        # One device: its part is the whole. Inside, it computes as if there were no mesh.
+        whole = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, memory, prompts))
+        return jax.shard_map(search, in_specs=whole, out_specs=P(BATCH_AXES))(
             params, memory, prompts
         )
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from prefixmem_jax.parallel.sharding import row_spec, spec
+
 # Rows are padded to a multiple of this, whatever the number of devices, so that a checkpoint
 # has one shape everywhere.
 ROW_MULTIPLE = 4096
@@ -65,17 +67,17 @@ def padded_rows(tables: int, rows: int) -> int:
     return -(-tables * rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+# A batch's addresses: tensor-parallel devices, which share a part of the batch, divide its
+# positions among them, so that no address is asked for twice.
+ADDRESSES = spec("batch", "shared_length")
+
+
 def _axes() -> tuple[str, ...]:
     return jax.sharding.get_abstract_mesh().axis_names
 
 
 def _devices() -> int:
     return jax.sharding.get_abstract_mesh().size
-
-
-def row_spec() -> P:
-    """How the table, and everything with one entry a row, is sharded: rows over every axis."""
-    return P(_axes())
 
 
 def lookup(table: jax.Array, addresses: jax.Array) -> jax.Array:
@@ -96,8 +98,9 @@ def spread(fetched: Fetched) -> jax.Array:
     def local(rows_MD: jax.Array, place: jax.Array) -> jax.Array:
         return rows_MD.at[place].get(mode="fill", fill_value=0)
 
-    spec = row_spec()
-    return jax.shard_map(local, in_specs=(spec, spec), out_specs=spec)(fetched.rows, fetched.place)
+    return jax.shard_map(local, in_specs=(row_spec(), ADDRESSES), out_specs=ADDRESSES)(
+        fetched.rows, fetched.place
+    )
 
 
 def fetch(table: jax.Array, addresses: jax.Array) -> Fetched:
@@ -105,12 +108,12 @@ def fetch(table: jax.Array, addresses: jax.Array) -> Fetched:
 
     Args:
       table: [rows, width], sharded by `row_spec`.
-      addresses: int32 [batch, ...], batch sharded over every mesh axis; negative for none.
+      addresses: int32 [batch, length, ...]; negative for none. Moved to `ADDRESSES`.
     """
-    spec = row_spec()
+    rows = row_spec()
     return jax.shard_map(
-        _fetch_local, in_specs=(spec, spec), out_specs=Fetched(spec, spec, spec, P())
-    )(table, addresses)
+        _fetch_local, in_specs=(rows, ADDRESSES), out_specs=Fetched(rows, rows, ADDRESSES, P())
+    )(table, jax.sharding.reshard(addresses, ADDRESSES))
 
 
 def _fetch_local(table: jax.Array, addresses: jax.Array) -> Fetched:
@@ -142,9 +145,11 @@ def _fetch_local(table: jax.Array, addresses: jax.Array) -> Fetched:
 
 def merge_gradients(table: jax.Array, fetched: Fetched, row_gradients: jax.Array) -> Merged:
     """Brings row gradients [devices * M, width] to the owners and sums equal rows (float32)."""
-    spec = row_spec()
+    by_row = row_spec()
     return jax.shard_map(
-        _merge_local, in_specs=(spec, spec, spec), out_specs=Merged(spec, spec, spec, P())
+        _merge_local,
+        in_specs=(by_row, by_row, by_row),
+        out_specs=Merged(by_row, by_row, by_row, P()),
     )(table, fetched.ids, row_gradients.astype(jnp.float32))
 
 
@@ -189,9 +194,9 @@ def update_rows(
     Returns:
       The new table and optimizer state.
     """
-    spec = row_spec()
+    by_row = row_spec()
     rows = table.shape[0]
-    state_spec = jax.tree.map(lambda leaf: spec if _per_row(leaf, rows) else P(), state)
+    state_spec = jax.tree.map(lambda leaf: by_row if _per_row(leaf, rows) else P(), state)
 
     def local(table, state, ids, gradients, merged_ids, merged_gradients, done, scale):
         local_rows = table.shape[0]
@@ -236,8 +241,8 @@ def update_rows(
 
     return jax.shard_map(
         local,
-        in_specs=(spec, state_spec, spec, spec, spec, spec, spec, P()),
-        out_specs=(spec, state_spec),
+        in_specs=(by_row, state_spec, by_row, by_row, by_row, by_row, by_row, P()),
+        out_specs=(by_row, state_spec),
     )(
         table,
         state,

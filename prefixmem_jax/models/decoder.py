@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefixmem_jax.config import DecoderConfig
+from prefixmem_jax.parallel.sharding import by_heads, constrain, einsum, take
 
 
 class Cache(NamedTuple):
@@ -28,8 +29,9 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def _matmul(equation: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
-    return jnp.einsum(equation, x, weight[...].astype(x.dtype))
+def _gathered(weight: nnx.Param, dtype: jnp.dtype, *logical: str | None) -> jax.Array:
+    """A stored weight in the compute dtype, gathered over everything but its logical axes."""
+    return constrain(weight[...].astype(dtype), *logical)
 
 
 class RMSNorm(nnx.Module):
@@ -52,6 +54,10 @@ def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array
     first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BSNH.dtype)
+
+
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
 class Layer(nnx.Module):
@@ -80,10 +86,12 @@ class Layer(nnx.Module):
         write_at: int,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Returns the layer's output and the keys and values [B, T, K, H] it attended to."""
+        dtype, heads = x_BSD.dtype, ("batch", None, "heads", None)
         y = self.attention_norm(x_BSD)
-        query = _matmul("BSD,DNH->BSNH", y, self.query)
-        key = _matmul("BSD,DKH->BSKH", y, self.key)
-        value = _matmul("BSD,DKH->BSKH", y, self.value)
+        query, key, value = (
+            einsum("BSD,DNH->BSNH", y, _gathered(w, dtype, None, "heads", None), out=heads)
+            for w in (self.query, self.key, self.value)
+        )
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, positions_BS, self.config.rope_base)
@@ -91,11 +99,23 @@ class Layer(nnx.Module):
         if past is not None:
             key = jax.lax.dynamic_update_slice_in_dim(past[0], key, write_at, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(past[1], value, write_at, axis=1)
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask_BST[:, None])
-        x_BSD = x_BSD + _matmul("BSNH,NHD->BSD", attended, self.output)
+        attended = by_heads(_attention, query, key, value, mask_BST)
+        output = _gathered(self.output, dtype, "heads", None, None)
+        whole = ("batch", None, None)
+        x_BSD = x_BSD + einsum("BSNH,NHD->BSD", attended, output, out=whole)
         y = self.mlp_norm(x_BSD)
-        y = jax.nn.silu(_matmul("BSD,DF->BSF", y, self.gate)) * _matmul("BSD,DF->BSF", y, self.up)
-        return x_BSD + _matmul("BSF,FD->BSD", y, self.down), (key, value)
+        gate, up = (
+            einsum(
+                "BSD,DF->BSF",
+                y,
+                _gathered(w, dtype, None, "feed_forward"),
+                out=("batch", None, "feed_forward"),
+            )
+            for w in (self.gate, self.up)
+        )
+        down = _gathered(self.down, dtype, "feed_forward", None)
+        y = einsum("BSF,FD->BSD", jax.nn.silu(gate) * up, down, out=whole)
+        return x_BSD + y, (key, value)
 
 
 class Decoder(nnx.Module):
@@ -111,8 +131,9 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """Token embeddings [B, S, D] in the compute dtype."""
-        table = self.embedding[...].astype(self.config.compute_dtype)
-        return table.at[tokens_BS].get(out_sharding=jax.typeof(tokens_BS).sharding)
+        table = _gathered(self.embedding, self.config.compute_dtype, None, "embedded")
+        found = take(table, tokens_BS, "batch", None, "embedded")
+        return constrain(found, "batch", None, None)
 
     def __call__(
         self,
@@ -143,16 +164,20 @@ class Decoder(nnx.Module):
         x_BSD, kept = jax.lax.scan(body, x_BSD, (self.layers, past))
         return self.final_norm(x_BSD), Cache(*kept)
 
-    def logits(self, hidden: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
-        """Float32 logits of tokens first..stop-1 (default: the whole vocabulary)."""
+    def logits(self, hidden_BSD: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
+        """Float32 logits [B, S, V] of tokens first..stop-1 (default: the whole vocabulary)."""
+        dtype = hidden_BSD.dtype
         if self.config.tied_embeddings:
-            weight = self.embedding[...][first:stop].T
+            weight = _gathered(self.embedding, dtype, "vocabulary", None).T
         else:
-            weight = self.head[...][:, first:stop]
-        return jnp.einsum(
-            "...D,DV->...V",
-            hidden,
-            weight.astype(hidden.dtype),
+            weight = _gathered(self.head, dtype, None, "vocabulary")
+        if first != 0 or stop is not None:
+            weight = weight[:, first:stop]
+        return einsum(
+            "BSD,DV->BSV",
+            hidden_BSD,
+            weight,
+            out=("batch", None, "vocabulary"),
             preferred_element_type=jnp.float32,
         )
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from prefixmem_jax.config import PrefixMemoryConfig
 from prefixmem_jax.memory.encoder import PrefixMemory
+from prefixmem_jax.parallel.sharding import constrain, einsum
 from prefixmem_jax.semantic_ids.space import SidSpace
 
 
@@ -35,4 +36,6 @@ class PrefixClassifier(nnx.Module):
     ) -> jax.Array:
         """Float32 logits [B, S, V] of the next token; only active positions mean anything."""
         del tokens_BS, segment_ids_BS, positions_BS
-        return self.encoder(memory_rows) @ self.head[...]
+        memory_BSD = constrain(self.encoder(memory_rows), "batch", None, None)
+        head = constrain(self.head[...], None, "vocabulary")
+        return einsum("BSD,DV->BSV", memory_BSD, head, out=("batch", None, "vocabulary"))

@@ -8,6 +8,7 @@ from flax import nnx
 from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
 from prefixmem_jax.memory.encoder import PrefixMemory
 from prefixmem_jax.models.decoder import Cache, Decoder, causal_mask
+from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.space import SidSpace
 
 
@@ -34,7 +35,8 @@ class SidLM(nnx.Module):
         """The decoder's input: token embeddings, plus the memory at SID positions."""
         x_BSD = self.llm.embed(tokens_BS)
         if memory_rows is not None:
-            x_BSD = x_BSD + self.encoder(memory_rows).astype(x_BSD.dtype)
+            memory_BSD = self.encoder(memory_rows).astype(x_BSD.dtype)
+            x_BSD = x_BSD + constrain(memory_BSD, "batch", None, None)
         return x_BSD
 
     def __call__(

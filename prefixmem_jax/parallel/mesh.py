@@ -1,21 +1,20 @@
-"""Processes, the device mesh, and how arrays lie on it.
-
-The batch and the memory table's rows are sharded over the mesh; dense parameters are on every
-device.
-"""
+"""Processes, and the device mesh that they share."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 
+from prefixmem_jax.config import MeshConfig
 from prefixmem_jax.errors import UserError
 
-DATA_AXIS = "data"
+AXES = ("data", "fsdp", "tensor")
 
 
 def initialize_processes() -> None:
@@ -41,15 +40,37 @@ def initialize_processes() -> None:
         ) from None
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices (default: all of all processes) on one explicit-mode axis."""
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Sizes of the axes `data`, `fsdp`, `tensor`, with -1 filled in.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh: sizes are 1 or more, at most one -1 (the rest); got {sizes}")
+    known = math.prod(size for size in sizes if size != -1)
+    if devices % known or (-1 not in sizes and known != devices):
+        stated = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(f"mesh: {stated} does not fit {devices} devices")
+    return tuple(devices // known if size == -1 else size for size in sizes)
+
+
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The explicit-mode mesh over all devices of all processes (or the given ones).
+
+    Devices of several TPU slices are laid out so that only `data` crosses between slices.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (DATA_AXIS,), devices=devices)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(DATA_AXIS))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
+    shape = mesh_shape(config or MeshConfig(), len(devices))
+    types = (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(f"mesh: data={shape[0]} does not divide by the {slices} slices")
+    within = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+    return Mesh(np.asarray(grid), AXES, axis_types=types)

@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from prefixmem_jax.config import Config, to_json
@@ -19,7 +17,9 @@ from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
 from prefixmem_jax.data.sequences import Rows, batches, example_rows, pack_training_rows
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_text
-from prefixmem_jax.parallel.mesh import batch_sharding, make_mesh
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import batch_sharding
+from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training.checkpoint import Checkpoints, has_checkpoint, initial_state
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.metrics import MetricsWriter, summarize
@@ -53,6 +53,25 @@ def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
     return None if old == new else f"{key[:-1]} is {old} there, {new} here"
 
 
+def check_mesh(config: Config, space: SidSpace, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where the config's sizes do not divide over the mesh."""
+    data, fsdp, tensor = mesh.devices.shape
+    for key, size, parts in (
+        ("data.batch_size", config.data.batch_size, data * fsdp),
+        ("data.sequence_length", config.data.sequence_length, tensor),
+        ("model.kv_heads", config.model.kv_heads, tensor),
+        ("model.d_ff", config.model.d_ff, tensor),
+        ("model.d_model", config.model.d_model, fsdp * tensor),
+        ("vocabulary", space.vocabulary_size, tensor),
+        ("devices of one process", jax.local_device_count(), tensor),
+    ):
+        if size % parts:
+            raise UserError(
+                f"mesh data={data} fsdp={fsdp} tensor={tensor}: {key}={size} does not divide by "
+                f"{parts}"
+            )
+
+
 def train(config: Config, run: Path, data: PreparedData | None = None) -> TrainState:
     """Trains to `config.steps`, resuming from the run's own newest checkpoint if it has one.
 
@@ -64,11 +83,8 @@ def train(config: Config, run: Path, data: PreparedData | None = None) -> TrainS
       The final state.
     """
     data = data or prepare_data(config.data)
-    mesh = make_mesh()
-    if config.data.batch_size % mesh.size:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} does not divide by {mesh.size} devices"
-        )
+    mesh = make_mesh(config.mesh)
+    check_mesh(config, data.catalog.space, mesh)
     trainer = Trainer.create(config, data.catalog.space, mesh)
     packed = pack_training_rows(
         data.catalog,
@@ -185,11 +201,16 @@ def evaluate_rows(
     progress: str = "",
 ) -> dict[str, np.ndarray]:
     """Sums of `objectives.next_token_sums` over all rows; every process holds the same rows."""
-    sharding = NamedSharding(mesh, P(mesh.axis_names))
+    sharding = batch_sharding(mesh)
     process, processes = jax.process_index(), jax.process_count()
     totals: dict[str, np.ndarray] = {}
     for batch in tqdm(batches(rows, batch_size), desc=progress, unit="batch", disable=not progress):
-        local = {name: array[process::processes] for name, array in batch.items()}
+        # Tensor-parallel devices divide the positions of a row: fill them up to a multiple.
+        short = -batch["tokens"].shape[1] % mesh.shape["tensor"]
+        local = {
+            name: np.pad(array[process::processes], ((0, 0), (0, short)))
+            for name, array in batch.items()
+        }
         sums = evaluate(state.params, state.memory, global_batch(local, sharding))
         for name, value in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0) + np.float64(value)

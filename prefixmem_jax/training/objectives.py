@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.memory.encoder import check_encoder
 from prefixmem_jax.models.prefix_classifier import PrefixClassifier
 from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.space import SidSpace
 
 Model = SidLM | PrefixClassifier
@@ -50,8 +50,12 @@ def next_token_sums(
         addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
         mask_BS = mask_BS * jnp.any(addresses >= 0, axis=-1)
     target_BS = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
-    loss_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, target_BS)
-    hit_BS = (jnp.argmax(logits_BSV, axis=-1) == target_BS) * mask_BS
+    # Reductions over the vocabulary only, which may be sharded: no gather of the target's logit.
+    token_V = jnp.arange(logits_BSV.shape[-1], dtype=target_BS.dtype)
+    is_target_BSV = constrain(token_V, "vocabulary") == target_BS[..., None]
+    target_logit_BS = jnp.sum(jnp.where(is_target_BSV, logits_BSV, 0.0), axis=-1)
+    loss_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - target_logit_BS
+    hit_BS = (target_logit_BS >= jnp.max(logits_BSV, axis=-1)) * mask_BS
     target_level_BS, _ = space.level_and_code(target_BS)
     by_level = [(target_level_BS == level) for level in range(1, space.levels + 1)]
     return {

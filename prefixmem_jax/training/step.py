@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.config import Config
 from prefixmem_jax.memory import table
 from prefixmem_jax.memory.encoder import init_rows
+from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec, row_spec
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training.objectives import Model, build_model, next_token_sums
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
@@ -69,21 +69,24 @@ class Trainer:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; no memory is taken."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        dense = NamedSharding(self.mesh, P())
-        by_row = NamedSharding(self.mesh, P(self.mesh.axis_names))
         rows = None if shapes.memory is None else shapes.memory.shape[0]
 
-        def placed(leaf: jax.ShapeDtypeStruct, per_row: bool = False) -> jax.ShapeDtypeStruct:
-            per_row = per_row and leaf.ndim > 0 and leaf.shape[0] == rows
-            return jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=by_row if per_row else dense
-            )
+        def placed(leaf: jax.ShapeDtypeStruct, partition: P) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(self.mesh, partition)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        def dense(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return placed(leaf, parameter_spec(path, leaf.shape))
+
+        def by_row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            per_row = leaf.ndim > 0 and leaf.shape[0] == rows
+            return placed(leaf, row_spec() if per_row else P())
 
         return TrainState(
-            jax.tree.map(placed, shapes.params),
-            jax.tree.map(placed, shapes.optimizer),
-            jax.tree.map(partial(placed, per_row=True), shapes.memory),
-            jax.tree.map(partial(placed, per_row=True), shapes.memory_optimizer),
+            jax.tree_util.tree_map_with_path(dense, shapes.params),
+            jax.tree_util.tree_map_with_path(dense, shapes.optimizer),
+            jax.tree.map(by_row, shapes.memory),
+            jax.tree.map(by_row, shapes.memory_optimizer),
         )
 
     def init_sharded(self, seed: int) -> TrainState:
@@ -94,7 +97,7 @@ class Trainer:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         data = self.config.data
-        sharding = NamedSharding(self.mesh, P(self.mesh.axis_names))
+        sharding = batch_sharding(self.mesh)
         shape = (data.batch_size, data.sequence_length)
         dtypes = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
         dtypes["loss_mask"] = jnp.float32

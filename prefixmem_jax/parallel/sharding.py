@@ -1,0 +1,111 @@
+"""How arrays lie on the mesh: one table of logical axes, one of rules.
+
+Dense parameters are stored sharded over `fsdp` and `tensor` and gathered over `fsdp` where they
+are used; the batch is sharded over `data` and `fsdp`; the memory table's rows, and everything
+with one entry a row, over every axis.
+
+`einsum` and `constrain` take logical axes, so that models name no mesh axis. Where there is no
+explicit mesh (one device without a mesh, or inside `shard_map`, where each device computes on
+its own) they do nothing more than the plain operation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefixmem_jax.parallel.mesh import AXES
+
+BATCH_AXES = ("data", "fsdp")
+
+# Mesh axes by logical axis; a logical axis that is not here is not sharded.
+RULES = {
+    "batch": BATCH_AXES,
+    "shared_length": "tensor",  # positions that tensor-parallel devices divide among them
+    "heads": "tensor",
+    "feed_forward": "tensor",
+    "vocabulary": "tensor",
+    "stored_model": "fsdp",
+    "embedded": "tensor",
+    "stored_embedded": ("fsdp", "tensor"),
+}
+
+# Logical axes of every dense parameter as it is stored, by its name in the model.
+PARAMETERS = {
+    "embedding": (None, "stored_embedded"),
+    "head": ("stored_model", "vocabulary"),
+    "query": ("stored_model", "heads", None),
+    "key": ("stored_model", "heads", None),
+    "value": ("stored_model", "heads", None),
+    "output": ("heads", None, "stored_model"),
+    "gate": ("stored_model", "feed_forward"),
+    "up": ("stored_model", "feed_forward"),
+    "down": ("feed_forward", "stored_model"),
+    "scale": (None,),
+    "projection": (None, None, None),
+}
+
+
+def spec(*logical: str | None) -> P:
+    """The partition of an array with these logical axes."""
+    return P(*(RULES.get(axis) for axis in logical))
+
+
+def row_spec() -> P:
+    """The partition of the memory table: rows over every mesh axis."""
+    return P(AXES)
+
+
+def parameter_spec(path: tuple, shape: tuple[int, ...]) -> P:
+    """The stored partition of a parameter, or of an optimizer leaf that mirrors one.
+
+    Args:
+      path: its path in the tree; the innermost name that PARAMETERS knows decides. Leaves of
+        another rank than that parameter (counters) are on every device.
+    """
+    for key in reversed(path):
+        logical = PARAMETERS.get(jax.tree_util.keystr((key,), simple=True))
+        if logical is not None:
+            stacked = len(shape) - len(logical)  # layers are stacked along a leading axis
+            return spec(*(None,) * stacked, *logical) if 0 <= stacked <= 1 else P()
+    return P()
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def _explicit_mesh() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Moves x to the partition of these logical axes."""
+    return jax.sharding.reshard(x, spec(*logical)) if _explicit_mesh() else x
+
+
+def einsum(equation: str, *operands: jax.Array, out: tuple[str | None, ...], **options: Any):
+    """`jnp.einsum` whose result has the partition of the logical axes `out`."""
+    sharding = spec(*out) if _explicit_mesh() else None
+    return jnp.einsum(equation, *operands, out_sharding=sharding, **options)
+
+
+def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:
+    """Rows of a table [n, ...] at index [...], with the partition of these logical axes."""
+    sharding = spec(*logical) if _explicit_mesh() else None
+    return table.at[index].get(out_sharding=sharding)
+
+
+def by_heads(function: Any, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array):
+    """Runs attention on each device's own part of the batch and heads."""
+    if not _explicit_mesh():
+        return function(query, key, value, mask)
+    heads, whole = spec("batch", None, "heads", None), spec("batch", None, None)
+    return jax.shard_map(function, in_specs=(heads, heads, heads, whole), out_specs=heads)(
+        query, key, value, mask
+    )
