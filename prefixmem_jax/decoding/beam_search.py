@@ -84,7 +84,7 @@ def _prefill(model: SidLM, memory: jax.Array | None, prompts: dict[str, jax.Arra
     tokens, segment_ids = prompts["tokens"], prompts["segment_ids"]
     memory_rows = None
     if model.encoder is not None:
-        memory_rows = table.lookup(memory, model.encoder.addresses(tokens, segment_ids))
+        memory_rows = table.read(memory, model.encoder.addresses(tokens, segment_ids))
     return model(tokens, segment_ids, prompts["positions"], memory_rows)
 
 
@@ -100,7 +100,7 @@ def _embed_last(model: SidLM, memory: jax.Array | None, codes: jax.Array) -> jax
     memory_rows = None
     if model.encoder is not None:
         addresses = model.encoder.addresses(window, jnp.ones_like(window))[:, -1]
-        memory_rows = table.lookup(memory, addresses.reshape(users, beams, -1))
+        memory_rows = table.read(memory, addresses.reshape(users, beams, -1))
     return model.embed(window[:, -1].reshape(users, beams), memory_rows)
 
 

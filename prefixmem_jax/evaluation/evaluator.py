@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from prefixmem_jax.config import Config, load_config
-from prefixmem_jax.data.pipeline import global_batch
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
 from prefixmem_jax.data.sequences import batches, example_rows, prompt_rows
 from prefixmem_jax.decoding.beam_search import beam_search
@@ -22,7 +20,6 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.metrics import beam_metrics, groups_of
 from prefixmem_jax.files import write_json
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.parallel.sharding import BATCH_AXES, batch_sharding
 from prefixmem_jax.semantic_ids.trie import Trie
 from prefixmem_jax.training.checkpoint import Checkpoints
 from prefixmem_jax.training.loop import evaluate_rows
@@ -45,9 +42,11 @@ class Recommender:
     def __init__(self, trainer: Trainer, state: TrainState, data: PreparedData):
         self.trainer = trainer
         self.config = trainer.config
-        self.state = state
         self.data = data
         self.trie = Trie(data.catalog)
+        # On one device, without a mesh.
+        self.state = jax.device_put(jax.device_get(state), jax.devices()[0])
+        self._evaluate = jax.jit(trainer.evaluation_step)
         self._search = {
             constrained: jax.jit(
                 partial(self._beams, constrained=constrained), static_argnames="beams"
@@ -87,15 +86,7 @@ class Recommender:
         constrained: bool,
     ) -> tuple[jax.Array, jax.Array]:
         trie = self.trie if constrained else None
-
-        def search(params: dict, memory: jax.Array | None, prompts: dict) -> tuple:
-            return tuple(beam_search(self.trainer.model(params), memory, prompts, beams, trie))
-
-        # One device: its part is the whole. Inside, it computes as if there were no mesh.
-        whole = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, memory, prompts))
-        return jax.shard_map(search, in_specs=whole, out_specs=P(BATCH_AXES))(
-            params, memory, prompts
-        )
+        return tuple(beam_search(self.trainer.model(params), memory, prompts, beams, trie))
 
     def search(
         self, histories: Sequence[np.ndarray], beams: int, constrained: bool, progress: str = ""
@@ -110,16 +101,11 @@ class Recommender:
         size = min(self.config.evaluation.batch_size, len(histories))
         pieces = batches(rows, size)
         found = []
-        with jax.set_mesh(self.trainer.mesh):
-            for piece in tqdm(pieces, desc=progress, unit="batch", disable=not progress):
-                prompts = global_batch(piece, batch_sharding(self.trainer.mesh))
-                found.append(
-                    jax.device_get(
-                        self._search[constrained](
-                            self.state.params, self.state.memory, prompts, beams=beams
-                        )
-                    )
-                )
+        for piece in tqdm(pieces, desc=progress, unit="batch", disable=not progress):
+            beams_found = self._search[constrained](
+                self.state.params, self.state.memory, piece, beams=beams
+            )
+            found.append(jax.device_get(beams_found))
         codes = np.concatenate([codes for codes, _ in found])[: len(histories)]
         scores = np.concatenate([scores for _, scores in found])[: len(histories)]
         return codes, scores
@@ -127,15 +113,7 @@ class Recommender:
     def teacher_forced(self, examples: Sequence, progress: str = "") -> dict[str, float]:
         """`tf_accuracy/level_l`: top-1 over the whole vocabulary given the true prefix."""
         rows = example_rows(self.data.catalog, examples, self.config.data.max_items)
-        with jax.set_mesh(self.trainer.mesh):
-            sums = evaluate_rows(
-                jax.jit(self.trainer.evaluation_step),
-                self.state,
-                rows,
-                256,
-                self.trainer.mesh,
-                progress,
-            )
+        sums = evaluate_rows(self._evaluate, self.state, rows, 256, lambda batch: batch, progress)
         summary = summarize(sums)
         return {
             f"tf_{name}": value for name, value in summary.items() if name.startswith("accuracy")

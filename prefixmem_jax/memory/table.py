@@ -83,7 +83,7 @@ def _devices() -> int:
 def lookup(table: jax.Array, addresses: jax.Array) -> jax.Array:
     """Rows [..., width] at addresses [...], zero where the address is negative.
 
-    The plain gather: for evaluation on one device, and the reference for `fetch`.
+    The plain gather: for one device without a mesh, and the reference for `fetch`.
     """
     index = jnp.where(addresses < 0, table.shape[0], addresses)
     return table.at[index].get(mode="fill", fill_value=0)
@@ -101,6 +101,13 @@ def spread(fetched: Fetched) -> jax.Array:
     return jax.shard_map(local, in_specs=(row_spec(), ADDRESSES), out_specs=ADDRESSES)(
         fetched.rows, fetched.place
     )
+
+
+def read(table: jax.Array, addresses: jax.Array) -> jax.Array:
+    """Rows at addresses, without gradients to the table: exchanged on a mesh, else gathered."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return lookup(table, addresses)
+    return spread(fetch(table, addresses))
 
 
 def fetch(table: jax.Array, addresses: jax.Array) -> Fetched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,23 @@ class _Loop:
         rate = self.totals["tokens"] / max(self.totals["seconds"], 1e-9)
         bar.set_postfix_str(f"loss {summary['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
 
+    def _place(self, batch: Rows) -> dict[str, jax.Array]:
+        """This process's part of a batch that every process holds, on the mesh."""
+        mesh = self.trainer.mesh
+        # Tensor-parallel devices divide the positions of a row: fill them up to a multiple.
+        short = -batch["tokens"].shape[1] % mesh.shape["tensor"]
+        process, processes = jax.process_index(), jax.process_count()
+        local = {
+            name: np.pad(array[process::processes], ((0, 0), (0, short)))
+            for name, array in batch.items()
+        }
+        return global_batch(local, batch_sharding(mesh))
+
     def _validate(self, evaluate: Any, state: TrainState) -> None:
         jax.block_until_ready(state)
         self._count_seconds()
         sums = evaluate_rows(
-            evaluate, state, self.validation, self.config.data.batch_size, self.trainer.mesh
+            evaluate, state, self.validation, self.config.data.batch_size, self._place
         )
         if self.writer:
             self.writer.write(self.step, {**summarize(sums, "validation/"), **self.totals})
@@ -197,21 +210,19 @@ def evaluate_rows(
     state: TrainState,
     rows: Rows,
     batch_size: int,
-    mesh: jax.sharding.Mesh,
+    place: Callable[[Rows], Any],
     progress: str = "",
 ) -> dict[str, np.ndarray]:
-    """Sums of `objectives.next_token_sums` over all rows; every process holds the same rows."""
-    sharding = batch_sharding(mesh)
-    process, processes = jax.process_index(), jax.process_count()
+    """Sums of `objectives.next_token_sums` over all rows.
+
+    Args:
+      evaluate: jitted `Trainer.evaluation_step`.
+      rows: the same on every process.
+      place: brings a batch to where `evaluate` wants it.
+    """
     totals: dict[str, np.ndarray] = {}
     for batch in tqdm(batches(rows, batch_size), desc=progress, unit="batch", disable=not progress):
-        # Tensor-parallel devices divide the positions of a row: fill them up to a multiple.
-        short = -batch["tokens"].shape[1] % mesh.shape["tensor"]
-        local = {
-            name: np.pad(array[process::processes], ((0, 0), (0, short)))
-            for name, array in batch.items()
-        }
-        sums = evaluate(state.params, state.memory, global_batch(local, sharding))
+        sums = evaluate(state.params, state.memory, place(batch))
         for name, value in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0) + np.float64(value)
     return totals

@@ -160,7 +160,7 @@ class Trainer:
         memory_rows = None
         if memory is not None:
             addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
-            memory_rows = table.spread(table.fetch(memory, addresses))
+            memory_rows = table.read(memory, addresses)
         return next_token_sums(model, batch, memory_rows)
 
     def compile_train_step(self) -> Callable:
