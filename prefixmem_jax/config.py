@@ -120,13 +120,28 @@ class PrefixMemoryConfig:
 
 
 @dataclass(frozen=True)
+class MemoryOptimizerConfig:
+    """How the memory's rows are updated: only those in the batch (docs/memory.md).
+
+    Attributes:
+      kind: `adam`, `row_adam` (one second moment a row), `adagrad` (row-wise: one number of state
+        a row) or `sgd`. Adam's betas and epsilon are the dense optimizer's.
+      rate: learning rate as a multiple of the dense one, 5 in the paper.
+      weight_decay: decoupled, on the rows in the batch; steps that miss a row do not decay it.
+    """
+
+    kind: Literal["adam", "row_adam", "adagrad", "sgd"] = "adam"
+    rate: float = 5.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
       clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
       weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
-      memory_rate: the memory's learning rate as a multiple of `learning_rate`.
       final_rate: the learning rate at the end as a share of its peak.
     """
 
@@ -138,7 +153,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    memory_rate: float = 5.0
+    memory: MemoryOptimizerConfig = field(default_factory=MemoryOptimizerConfig)
 
 
 @dataclass(frozen=True)
@@ -393,7 +408,8 @@ _POSITIVE = {
     "data": ("max_items", "sequence_length", "batch_size"),
     "model": ("layers", "d_model", "d_ff", "query_heads", "kv_heads", "head_dim"),
     "encoder": ("orders", "heads", "rows", "d_mem"),
-    "optimizer": ("learning_rate", "clip_norm", "memory_rate"),
+    "optimizer": ("learning_rate", "clip_norm"),
+    "optimizer.memory": ("rate",),
     "checkpoint": ("every_steps", "keep"),
     "evaluation": ("every_steps", "validation_examples", "beam", "batch_size"),
     "": ("steps", "log_every_steps"),

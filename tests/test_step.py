@@ -211,6 +211,21 @@ def test_norms_and_rows_are_not_decayed():
     assert np.linalg.norm(llm["embedding"]) < 0.999 * np.linalg.norm(other["embedding"])
 
 
+@pytest.mark.parametrize("kind", ["adam", "row_adam", "adagrad", "sgd"])
+def test_every_memory_optimizer_trains_and_keeps_its_state_with_the_rows(kind):
+    memory = dataclasses.replace(CONFIG.optimizer.memory, kind=kind, weight_decay=0.01)
+    optimizer = dataclasses.replace(CONFIG.optimizer, memory=memory)
+    config = dataclasses.replace(CONFIG, objective="classification", optimizer=optimizer)
+    history, state = run(config, 3)
+    _, start = run(config, 0)
+    assert np.isfinite(history[-1]["loss"])
+    assert not np.array_equal(state.memory, start.memory)
+    per_row = [x.size for x in jax.tree.leaves(state.memory_optimizer) if x.ndim]
+    rows, numbers = state.memory.shape[0], state.memory.size
+    expected = {"adam": [numbers, numbers], "row_adam": [numbers, rows], "adagrad": [rows]}
+    assert per_row == expected.get(kind, [])
+
+
 def test_schedule_warms_up_and_decays():
     rate = learning_rate(dataclasses.replace(CONFIG, steps=100))
     assert float(rate(0)) == 0.0

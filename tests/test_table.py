@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import MeshConfig
 from prefixmem_jax.memory import table
+from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
 
@@ -106,7 +107,7 @@ def dense_step(optimizer: optax.GradientTransformation, addresses_list, weights)
         def only_touched(new, old, touched=touched):
             if new.ndim == 0:
                 return new
-            return jnp.where(touched[:, None], new, old)
+            return jnp.where(touched.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
         memory = only_touched(memory + updates, memory)
         state = jax.tree.map(only_touched, new_state, state)
@@ -135,9 +136,14 @@ def check(devices: int, kinds: list[str], seed: int, optimizer) -> list[int]:
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "row_adam"])
 def test_every_distribution_matches_the_dense_reference(devices, name):
-    optimizer = {"sgd": optax.sgd(0.1), "adam": optax.scale_by_adam()}[name]
+    optimizer = {
+        "sgd": optax.sgd(0.1),
+        "adam": optax.adamw(0.1, weight_decay=0.1),
+        "adagrad": optax.chain(scale_by_row_adagrad(), optax.scale(-0.1)),
+        "row_adam": optax.chain(scale_by_row_adam(0.9, 0.99), optax.scale(-0.1)),
+    }[name]
     rounds = check(devices, KINDS, 0, optimizer)
     if devices == 8:  # the adversarial ones really overflow one exchange, the rest do not
         by_kind = dict(zip(KINDS, rounds, strict=True))
@@ -167,3 +173,46 @@ def test_untouched_rows_and_their_moments_stay_bit_identical():
     assert not np.any(memory[~untouched] == before[~untouched])
     assert not state.mu[untouched].any() and not state.nu[untouched].any()
     assert int(state.count) == 2
+
+
+def dense_trajectory(optimizer, gradients):
+    """Plain optax on a whole small table, every row in every step."""
+    rows = jnp.ones((5, WIDTH))
+    state = optimizer.init(rows)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, rows)
+        rows = optax.apply_updates(rows, updates)
+    return np.asarray(rows)
+
+
+def test_lazy_adamw_is_adamw_on_rows_touched_in_every_step():
+    """And not on others: there it leaves out the decay of weights and moments, as documented."""
+    optimizer = optax.adamw(0.05, weight_decay=0.3)
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=(8, 6, 1, WIDTH)).astype(np.float32) for _ in range(20)]
+    addresses = np.arange(48, dtype=np.int32).reshape(8, 6, 1)
+    memory, _, _ = sharded_step(2, optimizer, [addresses] * 20, weights)
+    initial = np.random.default_rng(1).normal(size=(ROWS, WIDTH)).astype(np.float32)
+    dense = jnp.asarray(initial)
+    state = optimizer.init(dense)
+    for weight in weights:
+
+        def loss(dense, weight=weight):
+            return 0.5 * jnp.sum(jnp.sin(table.lookup(dense, addresses) * weight))
+
+        updates, state = optimizer.update(jax.grad(loss)(dense), state, dense)
+        dense = optax.apply_updates(dense, updates)
+    np.testing.assert_allclose(memory[:48], dense[:48], rtol=1e-4, atol=1e-6)
+    assert np.array_equal(memory[48:], initial[48:]) and not np.allclose(dense[48:], initial[48:])
+
+
+def test_row_wise_moments_by_hand():
+    gradients = [np.full((5, WIDTH), 2.0), np.full((5, WIDTH), -4.0)]
+    found = dense_trajectory(optax.chain(scale_by_row_adagrad(0), optax.scale(-1.0)), gradients)
+    np.testing.assert_allclose(found, 1 - 2 / 2 + 4 / np.sqrt(4 + 16), rtol=1e-6)
+    # Where all numbers of a row have one gradient, row-wise Adam is Adam.
+    ours = optax.chain(scale_by_row_adam(0.9, 0.99), optax.scale(-0.1))
+    adam = optax.chain(optax.scale_by_adam(0.9, 0.99), optax.scale(-0.1))
+    np.testing.assert_allclose(
+        dense_trajectory(ours, gradients), dense_trajectory(adam, gradients), rtol=1e-6
+    )

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW for dense parameters, lazy Adam for memory rows, one schedule for both."""
+"""Optimizers: AdamW for dense parameters, a row-wise one for memory rows, one schedule for both."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from prefixmem_jax.config import Config
+from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -44,12 +45,19 @@ def dense_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def memory_optimizer(config: Config) -> optax.GradientTransformation:
-    """Applied to the rows in the batch only (`memory.table.update_rows`): no decay."""
-    options = config.optimizer
+    """Applied to the rows in the batch only (`memory.table.update_rows`)."""
+    options, memory = config.optimizer, config.optimizer.memory
+    scaling = {
+        "adam": lambda: optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
+        "row_adam": lambda: scale_by_row_adam(options.beta1, options.beta2, options.epsilon),
+        "adagrad": lambda: scale_by_row_adagrad(options.epsilon),
+        "sgd": optax.identity,
+    }[memory.kind]()
     schedule = learning_rate(config)
     return optax.chain(
-        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
-        optax.scale_by_learning_rate(lambda count: options.memory_rate * schedule(count)),
+        scaling,
+        optax.add_decayed_weights(memory.weight_decay),
+        optax.scale_by_learning_rate(lambda count: memory.rate * schedule(count)),
     )
 
 
