@@ -1,5 +1,6 @@
 """Runs as users start them: stages that feed each other, kills, other configs, two processes."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, command_environment, prefixmem
 
-from prefixmem_jax.config import load_config
+from prefixmem_jax.config import SyntheticConfig, load_config
+from prefixmem_jax.data.formats import save_dataset
 from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.training.checkpoint import Checkpoints
 from prefixmem_jax.training.metrics import read_metrics
@@ -140,6 +143,16 @@ def test_a_run_directory_belongs_to_one_config(stage_one):
         "train", QUICKSTART / "classification.py", "--out", stage_one, *SMALL, "steps=30", expect=2
     )
     assert "holds a run with another config (steps is 20 there, 30 here)" in done.stderr
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    world = SyntheticConfig(items=300, users=300)
+    save_dataset(tmp_path / "data", make_synthetic(world)[0])
+    arguments = ["train", QUICKSTART / "baseline.py", "--out", tmp_path / "run", *SMALL, "steps=2"]
+    prefixmem(*arguments, f"data.path={tmp_path / 'data'}")
+    save_dataset(tmp_path / "data", make_synthetic(dataclasses.replace(world, seed=1))[0])
+    done = prefixmem(*arguments, f"data.path={tmp_path / 'data'}", expect=2)
+    assert "was trained on other data" in done.stderr
 
 
 def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):

@@ -2,8 +2,8 @@
 
 A run's `checkpoints/STEP/` holds one subtree per *part*: the model's dense parts (`llm`,
 `encoder`, `head`), `memory` (the table's rows, and the hash multipliers and layout that give
-them their meaning), `optimizer` and `memory_optimizer`. The data iterator's state is the
-checkpoint's metadata. Any stage can read any part of any run.
+them their meaning), `optimizer` and `memory_optimizer`. The data iterator's state and the
+dataset's digest are the checkpoint's metadata. Any stage can read any part of any run.
 """
 
 from __future__ import annotations
@@ -85,8 +85,12 @@ class Checkpoints:
         encoder = self.trainer.config.encoder
         return None if encoder is None else make_hash(encoder, self.trainer.space)
 
-    def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
-        """Starts an asynchronous save; the next save, or closing, waits for it."""
+    def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> None:
+        """Starts an asynchronous save; the next save, or closing, waits for it.
+
+        Args:
+          metadata: JSON, comes back from `restore`.
+        """
         hash_arrays = self._hash_arrays()
         if hash_arrays is not None:
             replicated = NamedSharding(self.trainer.mesh, P())
@@ -95,16 +99,16 @@ class Checkpoints:
                 for name, array in hash_arrays.items()
             }
         self._checkpointer.save_checkpointables_async(
-            step, to_parts(state, hash_arrays), custom_metadata={"data": data_state}
+            step, to_parts(state, hash_arrays), custom_metadata=metadata
         )
 
     def restore(self) -> tuple[int, TrainState, dict[str, Any]]:
-        """Step, state and data-iterator state of the newest checkpoint."""
+        """Step, state and metadata of the newest checkpoint."""
         step = self.latest_step
         parts = to_parts(self.trainer.abstract_state(), self._abstract_hash())
         loaded = self.load(parts)
         metadata = self._checkpointer.checkpointables_metadata(step)
-        return step, from_parts(loaded), metadata.custom_metadata["data"]
+        return step, from_parts(loaded), metadata.custom_metadata
 
     def _abstract_hash(self) -> dict[str, jax.ShapeDtypeStruct] | None:
         hash_arrays = self._hash_arrays()

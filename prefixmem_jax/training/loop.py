@@ -101,24 +101,37 @@ def train(config: Config, run: Path, data: PreparedData | None = None) -> TrainS
     with Checkpoints(run, trainer, config.checkpoint.keep) as checkpoints:
         step = 0
         if state is None:
-            step, state, data_state = checkpoints.restore()
-            iterator.set_state(data_state)
+            step, state, metadata = checkpoints.restore()
+            if metadata["dataset_sha256"] != data.dataset.sha256:
+                raise UserError(
+                    f"{run}: was trained on other data (dataset sha256 "
+                    f"{metadata['dataset_sha256'][:12]}..., now {data.dataset.sha256[:12]}...)"
+                )
+            iterator.set_state(metadata["data_iterator"])
         if step >= config.steps:
             return state
         validation = fixed_sample(data.split.validation, config.evaluation.validation_examples)
         rows = example_rows(data.catalog, validation, config.data.max_items)
         with jax.set_mesh(mesh):
-            return _Loop(trainer, run, checkpoints, rows, step).run(state, iterator)
+            loop = _Loop(trainer, run, checkpoints, rows, data.dataset.sha256, step)
+            return loop.run(state, iterator)
 
 
 class _Loop:
     def __init__(
-        self, trainer: Trainer, run: Path, checkpoints: Checkpoints, validation: Rows, step: int
+        self,
+        trainer: Trainer,
+        run: Path,
+        checkpoints: Checkpoints,
+        validation: Rows,
+        dataset_sha256: str,
+        step: int,
     ):
         self.trainer = trainer
         self.config = trainer.config
         self.checkpoints = checkpoints
         self.validation = validation
+        self.dataset_sha256 = dataset_sha256
         self.step = step
         self.writer = MetricsWriter(run, step) if jax.process_index() == 0 else None
         # Totals go on from where the last record left them, so that a resumed run's curves do.
@@ -155,7 +168,11 @@ class _Loop:
             if done or self.step % config.evaluation.every_steps == 0:
                 self._validate(evaluate, state)
             if done or self.step % config.checkpoint.every_steps == 0:
-                self.checkpoints.save(self.step, state, iterator.get_state())
+                metadata = {
+                    "data_iterator": iterator.get_state(),
+                    "dataset_sha256": self.dataset_sha256,
+                }
+                self.checkpoints.save(self.step, state, metadata)
         bar.close()
         if self.writer:
             self.writer.close()
