@@ -241,6 +241,14 @@ def test_flops_count_loops_and_match_the_formula():
     weights = jax.ShapeDtypeStruct((3, 7, 7), jnp.float32)
     assert matmul_flops(scanned, x, weights) == 3 * 2 * 5 * 7 * 7
     assert matmul_flops(jax.jit(scanned), x, weights) == 3 * 2 * 5 * 7 * 7
+    counts = []
+    for sizes in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):  # the same work, however it is divided
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+        trainer = Trainer.create(CONFIG, DATA.catalog.space, mesh)
+        with jax.set_mesh(mesh):
+            state, batch = trainer.abstract_state(), trainer.abstract_batch()
+            counts.append(matmul_flops(trainer.train_step, state, batch))
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_nothing_in_the_step_has_the_size_of_the_table_but_the_table():

@@ -43,8 +43,8 @@ def load_state(run: Path):
     space = prepare_data(config.data).catalog.space
     trainer = Trainer.create(config, space, make_mesh(devices=jax.devices()[:1]))
     with Checkpoints(run, trainer) as checkpoints:
-        step, state, data_state = checkpoints.restore()
-    return step, jax.device_get(state), data_state
+        step, state = checkpoints.restore()
+        return step, jax.device_get(state), checkpoints.metadata()
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ class Recommender:
         mesh = make_mesh(devices=jax.devices()[:1])
         trainer = Trainer.create(config, data.catalog.space, mesh)
         with Checkpoints(run, trainer) as checkpoints:
-            _, state, _ = checkpoints.restore()
+            _, state = checkpoints.restore()
         return cls(trainer, state, data)
 
     def _beams(

@@ -89,7 +89,7 @@ class Checkpoints:
         """Starts an asynchronous save; the next save, or closing, waits for it.
 
         Args:
-          metadata: JSON, comes back from `restore`.
+          metadata: JSON, comes back from `metadata`.
         """
         hash_arrays = self._hash_arrays()
         if hash_arrays is not None:
@@ -102,13 +102,14 @@ class Checkpoints:
             step, to_parts(state, hash_arrays), custom_metadata=metadata
         )
 
-    def restore(self) -> tuple[int, TrainState, dict[str, Any]]:
-        """Step, state and metadata of the newest checkpoint."""
-        step = self.latest_step
+    def metadata(self) -> dict[str, Any]:
+        """What the newest checkpoint was saved with."""
+        return self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata
+
+    def restore(self) -> tuple[int, TrainState]:
+        """Step and state of the newest checkpoint."""
         parts = to_parts(self.trainer.abstract_state(), self._abstract_hash())
-        loaded = self.load(parts)
-        metadata = self._checkpointer.checkpointables_metadata(step)
-        return step, from_parts(loaded), metadata.custom_metadata
+        return self.latest_step, from_parts(self.load(parts))
 
     def _abstract_hash(self) -> dict[str, jax.ShapeDtypeStruct] | None:
         hash_arrays = self._hash_arrays()

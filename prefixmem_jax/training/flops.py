@@ -11,7 +11,7 @@ from jax.extend import core
 
 
 def matmul_flops(function: Callable, *arguments: Any) -> int:
-    """FLOPs of all `dot_general`s in a call, loops included (2 per multiply-add).
+    """FLOPs of all `dot_general`s in a call, on all devices, loops included (2 per multiply-add).
 
     Args:
       arguments: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
@@ -27,7 +27,10 @@ def _count(jaxpr: Any) -> int:
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
         inner = sum(_count(sub) for sub in _subjaxprs(equation.params))
-        total += inner * equation.params.get("length", 1)
+        repeated = equation.params.get("length", 1)  # a scan's
+        if equation.primitive.name == "shard_map":  # what one device computes
+            repeated = equation.params["mesh"].size
+        total += inner * repeated
     return total
 
 

@@ -101,13 +101,14 @@ def train(config: Config, run: Path, data: PreparedData | None = None) -> TrainS
     with Checkpoints(run, trainer, config.checkpoint.keep) as checkpoints:
         step = 0
         if state is None:
-            step, state, metadata = checkpoints.restore()
+            metadata = checkpoints.metadata()
             if metadata["dataset_sha256"] != data.dataset.sha256:
                 raise UserError(
                     f"{run}: was trained on other data (dataset sha256 "
                     f"{metadata['dataset_sha256'][:12]}..., now {data.dataset.sha256[:12]}...)"
                 )
             iterator.set_state(metadata["data_iterator"])
+            step, state = checkpoints.restore()
         if step >= config.steps:
             return state
         validation = fixed_sample(data.split.validation, config.evaluation.validation_examples)
