@@ -2,11 +2,12 @@
 # Trains one config on every worker of a TPU pod slice.
 #   TPU_NAME=NAME ZONE=ZONE [PROJECT=ID] launch/tpu_vm.sh CONFIG --out DIR [--dry-run] [arguments of `prefixmem train`]
 # CONFIG is a path within this repository; DIR a folder that all workers share, such as a mounted
-# bucket (the data folder that the config names likewise). The repository is copied to every worker, installed
+# bucket (the data folder that the config names likewise). Workers need Python 3.11 to 3.13. What is
+# committed (HEAD) is copied, not edits beside it. The repository is copied to every worker, installed
 # there with the TPU build of JAX, and `prefixmem train CONFIG --distributed ...` is started on
 # all of them. --dry-run prints exactly the commands that would run, and runs none.
 set -euo pipefail
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit "$1"; }
 [ $# -ge 1 ] || usage 2
 case "$1" in -h|--help) usage 0 ;; esac
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -34,5 +35,5 @@ train=$(printf '%q ' .venv/bin/prefixmem train "$config" --distributed "${argume
 run git -C "$root" archive --format=tar.gz --output="$archive" HEAD
 run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:prefixmem_jax.tar.gz" "${where[@]}"
 run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command \
-  "mkdir -p prefixmem_jax && tar -xzf prefixmem_jax.tar.gz -C prefixmem_jax && cd prefixmem_jax && python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
+  "mkdir -p prefixmem_jax && tar -xzf prefixmem_jax.tar.gz -C prefixmem_jax && cd prefixmem_jax && root=\$PWD && . launch/common.sh && set_up tpu"
 run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command "cd prefixmem_jax && ${train% }"

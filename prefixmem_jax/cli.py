@@ -160,6 +160,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     metrics, levels = evaluate_run(Path(options.run), options.users, options.beam)
     name = Path(options.run).name
+    print(
+        f"retrieval on {metrics['retrieval_users']:,} of {metrics['test_users']:,} test users, "
+        f"beam {metrics['beam']}; teacher-forced accuracy on all"
+    )
     print(text_table({name: metrics}, levels))
     print(f"{Path(options.run) / 'metrics.json'}")
 
@@ -168,6 +172,7 @@ def _recommend(options: argparse.Namespace) -> None:
     from prefixmem_jax.evaluation.evaluator import Recommender
 
     recommender = Recommender.load(options.run)
+    print("rank  log-prob  item")
     for rank, found in enumerate(recommender.recommend(options.history, options.top), start=1):
         sid = "-".join(map(str, found.sid))
         print(

@@ -83,7 +83,7 @@ def drop(file, column):
         (change("items.parquet", "sid", 9, [1, 2]), "items.parquet: row 9: sid has 2 codes, row 0 has 3"),
         (change("items.parquet", "sid", 9, [1, -2, 3]), "items.parquet: row 9: sid level 2 is -2, expected 0.."),
         (change("items.parquet", "sid", 9, [1, 8, 3]), "items.parquet: row 9: sid level 2 is 8, expected 0..7"),
-        (change("items.parquet", "item_id", 6, 5), "items.parquet: row 6: item_id 5 stands in row 5 too"),
+        (change("items.parquet", "item_id", 6, 5), "items.parquet: row 6: item_id 5 is already in row 5"),
         (change("items.parquet", "item_id", 6, 400), "items.parquet: row 6: item_id 400 is outside 0..199"),
         (drop("items.parquet", "sid"), "items.parquet: no column 'sid'"),
         (drop("histories.parquet", "user_id"), "histories.parquet: no column 'user_id'"),

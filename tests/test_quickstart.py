@@ -83,7 +83,9 @@ def test_evaluate_agrees_with_quickstart(finished):
         assert metrics[name] == results["prefixmem"][name]
     assert metrics["beam"] == 20 and metrics["retrieval_users"] == 40
     assert "item_recall@10/constrained" in done.stdout
-    prefixmem("evaluate", out / "baseline", "--users", 10, "--beam", 5)
+    done = prefixmem("evaluate", out / "baseline", "--users", 10, "--beam", 5)
+    assert "retrieval on 10 of 700 test users, beam 5" in done.stdout
+    assert "@10" not in done.stdout and "ratio" not in done.stdout
     metrics = json.loads((out / "baseline" / "metrics.json").read_text())
     assert metrics["beam"] == 5 and metrics["retrieval_users"] == 10
     assert "item_recall@5/constrained" in metrics and "item_recall@10/constrained" not in metrics
@@ -91,12 +93,12 @@ def test_evaluate_agrees_with_quickstart(finished):
 
 def test_recommend_names_items_of_the_catalogue(finished):
     done = prefixmem("recommend", finished[0] / "prefixmem", "--history", "3,14,15", "--top", 7)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 7
+    header, *lines = done.stdout.splitlines()
+    assert "log-prob" in header and len(lines) == 7
     dataset, _ = make_synthetic(SyntheticConfig(items=900, users=700))
     scores, items = [], []
     for rank, line in enumerate(lines, start=1):
-        found = re.fullmatch(r" *(\d+) +(-?[\d.]+) +item (\d+) +([\d-]+) +(item [\d-]+)", line)
+        found = re.fullmatch(r" *(\d+) +(-?[\d.]+) +item (\d+) +([\d-]+) +(synthetic \d+)", line)
         assert found and int(found[1]) == rank
         item = int(found[3])
         assert found[4] == "-".join(map(str, dataset.catalog.sids[item]))
@@ -109,8 +111,8 @@ def test_recommend_names_items_of_the_catalogue(finished):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["recommend", "RUN", "--history", "3,x"], "--history: 'x' is no item id; expected 0..899"),
-        (["recommend", "RUN", "--history", "900"], "'900' is no item id"),
+        (["recommend", "RUN", "--history", "3,x"], "--history: 'x' is not an item id; expected 0..899"),
+        (["recommend", "RUN", "--history", "900"], "'900' is not an item id"),
         (["recommend", "RUN", "--history", "1", "--top", "0"], "--top: expected 1 or more"),
         (["recommend", "/nowhere", "--history", "1"], "/nowhere: not a run directory"),
         (["evaluate", "RUN/../classification"], "a classification run has no decoder"),

@@ -169,7 +169,7 @@ def _read_catalog(path: Path, sid_column: str, codebook_sizes: tuple[int, ...] |
                 "ids must be dense from 0"
             )
         if seen[item] >= 0:
-            raise UserError(f"{path}: row {row}: item_id {item} stands in row {seen[item]} too")
+            raise UserError(f"{path}: row {row}: item_id {item} is already in row {seen[item]}")
         seen[item] = row
     codes, offsets = _integer_lists(path, table, sid_column)
     lengths = np.diff(offsets)

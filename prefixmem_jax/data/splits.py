@@ -55,8 +55,10 @@ def split_dataset(dataset: Dataset, kind: str, holdout: float) -> Split:
     )
     for name in ("train", "validation", "test"):
         if not getattr(split, name):
+            need = "three items" if kind == "leave_two_out" else "enough items and users"
             raise UserError(
-                f"dataset {dataset.name}: split {kind!r} with holdout {holdout} leaves {name} empty"
+                f"dataset {dataset.name}: data.split={kind} leaves {name} empty; it needs users "
+                f"with {need}"
             )
     return split
 

@@ -85,7 +85,7 @@ def make_synthetic(config: SyntheticConfig) -> tuple[Dataset, SyntheticWorld]:
     """Draws a catalogue and histories; the same config gives the same bytes."""
     rng = np.random.default_rng(config.seed)
     sids = _random_tree(config, rng)
-    titles = ["item " + "-".join(map(str, sid)) for sid in sids]
+    titles = [f"synthetic {number}" for number in range(len(sids))]
     catalog = Catalog(sids, titles, SidSpace(config.codebook_sizes))
     popularity = np.empty(config.items)
     popularity[rng.permutation(config.items)] = np.arange(1, config.items + 1.0) ** (

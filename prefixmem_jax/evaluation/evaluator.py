@@ -148,7 +148,9 @@ def parse_history(text: str, items: int) -> list[int]:
     history = []
     for part in text.split(","):
         if not part.strip().isdigit() or int(part) >= items:
-            raise UserError(f"--history: {part.strip()!r} is no item id; expected 0..{items - 1}")
+            raise UserError(
+                f"--history: {part.strip()!r} is not an item id; expected 0..{items - 1}"
+            )
         history.append(int(part))
     return history
 
@@ -195,6 +197,7 @@ def evaluate_run(run: Path, users: int | None, beam: int | None) -> tuple[dict[s
     metrics: dict[str, Any] = evaluate_model(recommender)
     metrics["beam"] = options.beam
     metrics["retrieval_users"] = len(test_examples(recommender.config, recommender.data)[1])
+    metrics["test_users"] = len(recommender.data.split.test)
     metrics["dataset_sha256"] = recommender.data.dataset.sha256
     metrics["config"] = dataclasses.asdict(recommender.config)
     write_json(run / "metrics.json", metrics)

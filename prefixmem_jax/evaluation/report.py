@@ -40,13 +40,19 @@ def metric_rows(levels: int) -> list[str]:
 
 
 def text_table(results: Results, levels: int) -> str:
-    """The comparison as text, one column per system, with PrefixMem's ratio to the baseline."""
+    """The comparison as text, one column per system, with PrefixMem's ratio to the baseline.
+
+    Metrics that no system has (cut-offs beyond the beam) are left out.
+    """
     systems = list(results)
-    lines = [["metric", *systems, "ratio"]]
+    compared = {"baseline", "prefixmem"} <= set(systems)
+    lines = [["metric", *systems, *(["ratio"] if compared else [])]]
     for metric in metric_rows(levels):
         values = [results[system].get(metric) for system in systems]
+        if all(value is None for value in values):
+            continue
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
-        lines.append([metric, *cells, _ratio(results, metric)])
+        lines.append([metric, *cells, *([_ratio(results, metric)] if compared else [])])
     widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(
@@ -62,7 +68,7 @@ def text_table(results: Results, levels: int) -> str:
 
 
 def _ratio(results: Results, metric: str) -> str:
-    base, ours = (results.get(name, {}).get(metric) for name in ("baseline", "prefixmem"))
+    base, ours = (results[name].get(metric) for name in ("baseline", "prefixmem"))
     return "-" if not base or ours is None else f"{ours / base:.2f}x"
 
 
@@ -110,7 +116,8 @@ def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> N
         heights = [values.get(metric, 0.0) for metric in metrics]
         bars = axis.bar(places, heights, width, label=system, color=_COLORS[system])
         axis.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
-    axis.set_xticks(range(len(metrics)), [m.removeprefix("tf_accuracy/") for m in metrics])
+    labels = [metric.removeprefix("tf_accuracy/").replace("/", "\n") for metric in metrics]
+    axis.set_xticks(range(len(metrics)), labels)
     axis.margins(y=0.15)
     axis.grid(axis="y", alpha=0.3)
     axis.set_title(title)
@@ -159,7 +166,7 @@ def write_report(folder: Path, results: Results, curves: dict[str, list[dict]], 
     cost_rows = "".join(
         "<tr>"
         + f"<td>{label}</td>"
-        + "".join(f"<td>{results[s][key]:,.4g}</td>" for s in ("baseline", "prefixmem"))
+        + "".join(f"<td>{results[s][key]:,.0f}</td>" for s in ("baseline", "prefixmem"))
         + "</tr>"
         for label, key in costs
     )

@@ -187,6 +187,11 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
     for name in (*options.take, *options.fresh):
         if name not in parts:
             raise UserError(f"init: no part {name!r} in this model; it has {', '.join(parts)}")
+    if not has_checkpoint(Path(options.run)):
+        raise UserError(
+            f"init.run={options.run}: not a run directory with a checkpoint; train that stage "
+            "first, or name another run"
+        )
     with Checkpoints(Path(options.run), trainer) as source:
         abstract = {
             part: source.abstract_memory()
