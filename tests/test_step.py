@@ -82,6 +82,15 @@ GOLDEN = {
 }
 
 
+def test_a_model_that_cannot_tell_tokens_apart_has_no_hits():
+    trainer = Trainer.create(CONFIG, DATA.catalog.space, make_mesh(devices=jax.devices()[:1]))
+    state = jax.device_put(jax.device_get(trainer.init_sharded(0)), jax.devices()[0])
+    llm = {**state.params["llm"], "head": 0 * state.params["llm"]["head"]}
+    sums = trainer.evaluation_step({**state.params, "llm": llm}, state.memory, batch_at(0))
+    assert np.asarray(sums["level_count"]).min() > 0
+    assert not np.asarray(sums["hits"]).any()
+
+
 def test_loss_falls():
     history, _ = run(CONFIG, 20)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]

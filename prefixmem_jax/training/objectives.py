@@ -55,7 +55,9 @@ def next_token_sums(
     is_target_BSV = constrain(token_V, "vocabulary") == target_BS[..., None]
     target_logit_BS = jnp.sum(jnp.where(is_target_BSV, logits_BSV, 0.0), axis=-1)
     loss_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - target_logit_BS
-    hit_BS = (target_logit_BS >= jnp.max(logits_BSV, axis=-1)) * mask_BS
+    # Top-1 alone: a tie is a miss, or a model that says nothing would score full marks.
+    at_least_BS = jnp.sum(logits_BSV >= target_logit_BS[..., None], axis=-1)
+    hit_BS = (at_least_BS == 1) * mask_BS
     target_level_BS, _ = space.level_and_code(target_BS)
     by_level = [(target_level_BS == level) for level in range(1, space.levels + 1)]
     return {
