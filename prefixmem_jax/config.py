@@ -54,6 +54,7 @@ class DataConfig:
       codebook_sizes: codes per level; none means largest code + 1 of each level.
       split: see `data.splits.split_dataset`.
       holdout: share held out for validation, and again for test (splits time and users).
+      text_tokens: size of the text vocabulary that stands before the SID tokens.
       max_items: items of history that a sequence may hold.
       sequence_length: tokens in one packed row.
       batch_size: rows in one global batch.
@@ -64,6 +65,7 @@ class DataConfig:
     codebook_sizes: tuple[int, ...] | None = None
     split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
     holdout: float = 0.1
+    text_tokens: int = 0
     max_items: int = 20
     sequence_length: int = 128
     batch_size: int = 40
@@ -106,6 +108,7 @@ class PrefixMemoryConfig:
       heads: H, hash heads per n-gram.
       rows: T, rows in each of the orders * heads tables.
       d_mem: width of the memory vector; each row has d_mem / heads numbers.
+      dtype: how rows are stored; bfloat16 rows are updated in float32 and rounded stochastically.
       address: which n-grams of the prefix are hashed, see `memory.hashing`.
       seed: fixes the hash multipliers. Tables mean nothing under other multipliers.
     """
@@ -115,6 +118,7 @@ class PrefixMemoryConfig:
     heads: int = 4
     rows: int = 2_000_000
     d_mem: int = 256
+    dtype: DType = "float32"
     address: AddressScheme = "prefix"
     seed: int = 0
 
@@ -143,6 +147,8 @@ class OptimizerConfig:
       clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
       weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
       final_rate: the learning rate at the end as a share of its peak.
+      accumulation_steps: parts that a batch is cut into; their gradients are computed one after
+        the other and applied once, which needs less memory and gives the same step.
     """
 
     learning_rate: float = 3e-3
@@ -153,6 +159,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    accumulation_steps: int = 1
     memory: MemoryOptimizerConfig = field(default_factory=MemoryOptimizerConfig)
 
 
@@ -408,7 +415,7 @@ _POSITIVE = {
     "data": ("max_items", "sequence_length", "batch_size"),
     "model": ("layers", "d_model", "d_ff", "query_heads", "kv_heads", "head_dim"),
     "encoder": ("orders", "heads", "rows", "d_mem"),
-    "optimizer": ("learning_rate", "clip_norm"),
+    "optimizer": ("learning_rate", "clip_norm", "accumulation_steps"),
     "optimizer.memory": ("rate",),
     "checkpoint": ("every_steps", "keep"),
     "evaluation": ("every_steps", "validation_examples", "beam", "batch_size"),

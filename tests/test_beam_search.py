@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
 from prefixmem_jax.data.sequences import prompt_rows
 from prefixmem_jax.decoding.beam_search import beam_search
-from prefixmem_jax.memory import table
-from prefixmem_jax.memory.encoder import init_rows
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
@@ -36,9 +34,9 @@ def make(sizes, items, with_encoder, seed):
         encoder = PrefixMemoryConfig(
             target_levels=tuple(range(2, levels + 1)), orders=levels - 1, heads=2, rows=64, d_mem=8
         )
-        memory = 20 * init_rows(encoder, jax.random.key(seed))
     model = SidLM(DECODER, encoder, space, rngs=nnx.Rngs(seed))
     if with_encoder:  # strong enough to change every ranking
+        memory = 20 * model.encoder.table.init(jax.random.key(seed))
         model.encoder.projection[...] = 100 * model.encoder.projection[...]
     return model, memory, catalog, rng
 
@@ -54,7 +52,9 @@ def brute_force(model, memory, catalog, history, candidates):
     ones = jnp.ones_like(tokens)
     rows = None
     if memory is not None:
-        rows = table.lookup(memory, model.encoder.addresses(jnp.asarray(tokens), ones))
+        rows = model.encoder.table.lookup(
+            memory, model.encoder.addresses(jnp.asarray(tokens), ones)
+        )
     logits = np.asarray(model.next_token_logits(jnp.asarray(tokens), ones, positions, rows))
     total = np.zeros(len(candidates))
     for level in range(1, space.levels + 1):

@@ -18,7 +18,7 @@ from prefixmem_jax.data.splits import split_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.catalog import Catalog
-from prefixmem_jax.semantic_ids.space import BOS_TOKEN, SidSpace
+from prefixmem_jax.semantic_ids.space import SidSpace
 
 SMALL = SyntheticConfig(items=200, users=150, codebook_sizes=(8, 8, 8), children=(8, 4, 4))
 
@@ -180,7 +180,7 @@ def test_packing_keeps_every_item_once_and_documents_apart():
             at = np.flatnonzero(segments == segment)
             assert np.array_equal(at, np.arange(at[0], at[-1] + 1))
             assert np.array_equal(positions[at], np.arange(len(at)))
-            assert tokens[at[0]] == BOS_TOKEN
+            assert tokens[at[0]] == dataset.catalog.space.bos_token
             assert mask[at].tolist() == [1] * (len(at) - 1) + [0]
             documents.append(dataset.catalog.space.decode(tokens[at[1:]].reshape(-1, 3)))
         assert not tokens[segments == 0].any() and not mask[segments == 0].any()

@@ -8,9 +8,9 @@ from flax import nnx
 
 from prefixmem_jax.config import PrefixMemoryConfig
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.memory import hashing, table
-from prefixmem_jax.memory.encoder import PrefixMemory, check_encoder, init_rows, tables_of
-from prefixmem_jax.semantic_ids.space import BOS_TOKEN, SidSpace
+from prefixmem_jax.memory import hashing
+from prefixmem_jax.memory.encoder import PrefixMemory, check_encoder, make_table, tables_of
+from prefixmem_jax.semantic_ids.space import SidSpace
 
 SPACE = SidSpace((7, 9, 5, 11))
 
@@ -20,12 +20,12 @@ def make(address="prefix", targets=(3, 4), orders=3):
         target_levels=targets, orders=orders, heads=2, rows=97, d_mem=8, address=address
     )
     encoder = PrefixMemory(config, SPACE, 6, 1.0, rngs=nnx.Rngs(0))
-    return config, encoder, init_rows(config, jax.random.key(1))
+    return config, encoder, encoder.table.init(jax.random.key(1))
 
 
 def vectors(encoder, memory, tokens, segments):
     addresses = encoder.addresses(jnp.asarray(tokens), jnp.asarray(segments))
-    return np.asarray(encoder(table.lookup(memory, addresses)))
+    return np.asarray(encoder(encoder.table.lookup(memory, addresses)))
 
 
 def formula(config, encoder, memory, prefix):
@@ -35,10 +35,11 @@ def formula(config, encoder, memory, prefix):
         prefix, multipliers, scheme=config.address, orders=config.orders, rows=config.rows
     )
     total = np.zeros(config.d_mem)
+    rows = np.asarray(memory).reshape(-1, config.d_mem // config.heads)
     for n in range(len(addresses) // config.heads):
         read = addresses[n * config.heads : (n + 1) * config.heads]
         if (read >= 0).all():
-            total += np.concatenate([np.asarray(memory)[row] for row in read])
+            total += np.concatenate([rows[row] for row in read])
     return total @ np.asarray(encoder.projection[...]).reshape(config.d_mem, -1)
 
 
@@ -47,7 +48,7 @@ def test_vectors_follow_the_formula_and_are_zero_elsewhere(address):
     config, encoder, memory = make(address)
     rng = np.random.default_rng(0)
     sids = np.stack([rng.integers(0, k, 5) for k in SPACE.codebook_sizes], axis=1)
-    tokens = np.concatenate([[BOS_TOKEN], SPACE.encode(sids).reshape(-1)])[None]
+    tokens = np.concatenate([[SPACE.bos_token], SPACE.encode(sids).reshape(-1)])[None]
     found = vectors(encoder, memory, tokens, np.ones_like(tokens))
     for item in range(5):
         for level in range(1, 5):
@@ -91,7 +92,7 @@ def test_the_last_tokens_are_enough_for_decoding(address):
 def test_rows_and_tables_have_the_papers_sizes():
     paper = PrefixMemoryConfig()
     assert tables_of(paper) == 16 and paper.d_mem // paper.heads == 64
-    rows = table.padded_rows(tables_of(paper), paper.rows)
+    rows = make_table(paper, SidSpace((2048,) * 5)).padded_rows
     assert 2.0e9 < rows * 64 < 2.1e9  # "about 2B table parameters"
 
 

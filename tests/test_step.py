@@ -20,7 +20,6 @@ from prefixmem_jax.config import (
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.sequences import pack_training_rows
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.memory import table
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.training.flops import matmul_flops
@@ -101,17 +100,17 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
     trainer = Trainer.create(config, DATA.catalog.space, make_mesh(devices=jax.devices()[:1]))
     state = jax.device_put(jax.device_get(trainer.init_sharded(config.seed)), jax.devices()[0])
     losses, norms = [], []
+
+    def loss(params, memory, batch):
+        model = trainer.model(params)
+        addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
+        sums = next_token_sums(model, batch, trainer.table.lookup(memory, addresses))
+        return sums["loss"] / sums["count"], addresses
+
+    loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     for step in range(steps):
         batch = {name: jnp.asarray(array) for name, array in batch_at(step % 4).items()}
-        model = trainer.model(state.params)
-        addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
-
-        def loss(params, memory, batch=batch, addresses=addresses):
-            rows = table.lookup(memory, addresses)
-            sums = next_token_sums(trainer.model(params), batch, rows)
-            return sums["loss"] / sums["count"]
-
-        value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(state.params, state.memory)
+        (value, addresses), gradients = loss_and_gradients(state.params, state.memory, batch)
         norm = float(optax.tree.norm(gradients))
         scale = min(1.0, config.optimizer.clip_norm / norm)
         gradients = jax.tree.map(lambda g, scale=scale: g * scale, gradients)
@@ -122,15 +121,16 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
         row_updates, row_state = memory_optimizer(config).update(
             gradients[1], state.memory_optimizer, state.memory
         )
-        touched = np.zeros(state.memory.shape[0], bool)
+        touched = np.zeros(trainer.table.padded_rows, bool)
         touched[np.asarray(addresses)[np.asarray(addresses) >= 0]] = True
+        touched = np.repeat(touched, trainer.table.width).reshape(trainer.table.shape)
 
         def keep(new, old, touched=touched):
-            return jnp.where(touched[:, None], new, old) if new.ndim == 2 else new
+            return jnp.where(touched, new, old) if new.shape == touched.shape else new
 
         memory = keep(state.memory + row_updates, state.memory)
         row_state = jax.tree.map(keep, row_state, state.memory_optimizer)
-        state = TrainState(params, optimizer, memory, row_state)
+        state = TrainState(state.step + 1, params, optimizer, memory, row_state)
         losses.append(float(value))
         norms.append(norm)
     return losses, norms, state
@@ -176,6 +176,29 @@ def test_tied_bfloat16_remat_steps_agree_across_meshes():
     np.testing.assert_allclose([m["loss"] for m in other], [m["loss"] for m in rough], rtol=0.02)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes):
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes))
+    optimizer = dataclasses.replace(CONFIG.optimizer, accumulation_steps=4)
+    cut = dataclasses.replace(config, optimizer=optimizer)
+    (whole, state), (parts, other) = (run(c, 6, int(np.prod(sizes))) for c in (config, cut))
+    for name in ("loss", "gradient_norm", "memory_rounds"):
+        np.testing.assert_allclose([m[name] for m in parts], [m[name] for m in whole], rtol=1e-5)
+    np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(parts[0]["sums"]["hits"], whole[0]["sums"]["hits"])
+
+
+def test_bfloat16_rows_learn_as_float32_rows_do():
+    encoder = dataclasses.replace(CONFIG.encoder, dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, encoder=encoder)
+    exact, _ = run(CONFIG, 20)
+    rounded, state = run(config, 20)
+    assert state.memory.dtype == "bfloat16"
+    np.testing.assert_allclose([m["loss"] for m in rounded], [m["loss"] for m in exact], rtol=5e-3)
+    other, _ = run(dataclasses.replace(config, mesh=MeshConfig(2, 2, 1)), 20, 4)
+    np.testing.assert_allclose([m["loss"] for m in other], [m["loss"] for m in rounded], rtol=1e-3)
+
+
 def test_fsdp_and_tensor_really_divide_the_state():
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(1, 4, 2))
     trainer = Trainer.create(config, DATA.catalog.space, make_mesh(config.mesh))
@@ -195,8 +218,10 @@ def test_sizes_that_do_not_fit_the_mesh_are_refused():
         ((3, 1, 1), "mesh: data=3, fsdp=1, tensor=1 does not fit 8 devices"),
         ((-1, -1, 1), "at most one -1"),
         ((1, 1, 8), "model.kv_heads=2 does not divide by 8"),
+        ((4, 1, 2), "data.batch_size=8 does not divide by 16"),  # 4 devices, 4 parts
     ):
-        config = dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes))
+        optimizer = dataclasses.replace(CONFIG.optimizer, accumulation_steps=4)
+        config = dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes), optimizer=optimizer)
         with pytest.raises(UserError, match=words):
             run(config, 1, 8)
 
@@ -230,7 +255,8 @@ def test_every_memory_optimizer_trains_and_keeps_its_state_with_the_rows(kind):
     assert np.isfinite(history[-1]["loss"])
     assert not np.array_equal(state.memory, start.memory)
     per_row = [x.size for x in jax.tree.leaves(state.memory_optimizer) if x.ndim]
-    rows, numbers = state.memory.shape[0], state.memory.size
+    numbers = state.memory.size
+    rows = numbers * CONFIG.encoder.heads // CONFIG.encoder.d_mem
     expected = {"adam": [numbers, numbers], "row_adam": [numbers, rows], "adagrad": [rows]}
     assert per_row == expected.get(kind, [])
 

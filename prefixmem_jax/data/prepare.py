@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from prefixmem_jax.data.formats import Dataset, load_dataset
 from prefixmem_jax.data.splits import Split, split_dataset
 from prefixmem_jax.data.synthetic import SyntheticWorld, make_synthetic
 from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,21 @@ class PreparedData:
         return self.split.item_counts(len(self.catalog))
 
 
+def data_space(config: DataConfig) -> SidSpace:
+    """The data's SID space; reads the data only where the config does not state the codebooks."""
+    if config.codebook_sizes is not None:
+        sizes = config.codebook_sizes
+    elif config.path is None:
+        sizes = config.synthetic.codebook_sizes
+    else:
+        sizes = load_dataset(config.path, config.sid_column).catalog.space.codebook_sizes
+    return _after_text(config, SidSpace(tuple(sizes)))
+
+
+def _after_text(config: DataConfig, space: SidSpace) -> SidSpace:
+    return dataclasses.replace(space, token_offset=config.text_tokens + SPECIAL_TOKENS)
+
+
 def prepare_data(config: DataConfig) -> PreparedData:
     """Loads (or generates) the dataset and splits it; the config fixes every choice."""
     world = None
@@ -39,6 +56,9 @@ def prepare_data(config: DataConfig) -> PreparedData:
         dataset, world = make_synthetic(config.synthetic)
     else:
         dataset = load_dataset(config.path, config.sid_column, config.codebook_sizes)
+    catalog = dataset.catalog
+    catalog = catalog.in_space(_after_text(config, catalog.space))
+    dataset = dataclasses.replace(dataset, catalog=catalog)
     return PreparedData(dataset, split_dataset(dataset, config.split, config.holdout), world)
 
 

@@ -4,7 +4,7 @@ A *document* is `BOS, SID of item 1, SID of item 2, ...`. Training documents are
 into rows so that the online pipeline reads fixed shapes from random-access arrays.
 
 Every batch is a dict of arrays [rows, length]:
-  tokens       int32, PAD_TOKEN after the last document
+  tokens       int32, 0 after the last document
   segment_ids  int32, 1, 2, ... by document within the row, 0 for padding
   positions    int32, from 0 within each document
   loss_mask    float32, 1 where the *next* token is to be predicted
@@ -19,7 +19,6 @@ import numpy as np
 from prefixmem_jax.data.splits import Example
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.catalog import Catalog
-from prefixmem_jax.semantic_ids.space import BOS_TOKEN
 
 Rows = dict[str, np.ndarray]
 
@@ -27,7 +26,7 @@ Rows = dict[str, np.ndarray]
 def document(catalog: Catalog, items: Sequence[int] | np.ndarray) -> np.ndarray:
     """BOS and the SID tokens of the items in order: int32 [1 + levels * items]."""
     tokens = catalog.tokens[np.asarray(items, np.int64)].reshape(-1)
-    return np.concatenate([[BOS_TOKEN], tokens]).astype(np.int32)
+    return np.concatenate([[catalog.space.bos_token], tokens]).astype(np.int32)
 
 
 def _empty_rows(rows: int, length: int) -> Rows:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prefixmem_jax.memory import table
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.semantic_ids.trie import Trie
 
@@ -84,7 +83,7 @@ def _prefill(model: SidLM, memory: jax.Array | None, prompts: dict[str, jax.Arra
     tokens, segment_ids = prompts["tokens"], prompts["segment_ids"]
     memory_rows = None
     if model.encoder is not None:
-        memory_rows = table.read(memory, model.encoder.addresses(tokens, segment_ids))
+        memory_rows = model.encoder.table.read(memory, model.encoder.addresses(tokens, segment_ids))
     return model(tokens, segment_ids, prompts["positions"], memory_rows)
 
 
@@ -100,7 +99,7 @@ def _embed_last(model: SidLM, memory: jax.Array | None, codes: jax.Array) -> jax
     memory_rows = None
     if model.encoder is not None:
         addresses = model.encoder.addresses(window, jnp.ones_like(window))[:, -1]
-        memory_rows = table.read(memory, addresses.reshape(users, beams, -1))
+        memory_rows = model.encoder.table.read(memory, addresses.reshape(users, beams, -1))
     return model.embed(window[:, -1].reshape(users, beams), memory_rows)
 
 

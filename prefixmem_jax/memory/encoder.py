@@ -9,7 +9,8 @@ from flax import nnx
 
 from prefixmem_jax.config import PrefixMemoryConfig
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.memory import hashing, table
+from prefixmem_jax.memory import hashing
+from prefixmem_jax.memory.table import Table
 from prefixmem_jax.semantic_ids.space import SidSpace
 
 
@@ -29,7 +30,7 @@ def check_encoder(config: PrefixMemoryConfig, space: SidSpace) -> None:
             f"encoder.orders={config.orders}: the longest prefix that target_levels="
             f"{config.target_levels} uses has {longest} codes"
         )
-    if table.padded_rows(tables_of(config), config.rows) >= 2**31:
+    if make_table(config, space).padded_rows >= 2**31:
         raise UserError(
             f"encoder.rows={config.rows}: {tables_of(config)} tables exceed 2^31 rows in all"
         )
@@ -49,18 +50,25 @@ def make_hash(config: PrefixMemoryConfig, space: SidSpace) -> dict[str, np.ndarr
     }
 
 
-def init_rows(config: PrefixMemoryConfig, key: jax.Array) -> jax.Array:
-    """Fresh memory rows, float32 [padded rows, width], the same on any number of devices."""
-    shape = (table.padded_rows(tables_of(config), config.rows), config.d_mem // config.heads)
-    return 0.02 * jax.random.normal(key, shape, jnp.float32)
+def make_table(config: PrefixMemoryConfig, space: SidSpace) -> Table:
+    """The array that holds every table E[n, h], and the share of addresses that batches use.
+
+    Of one SID's levels * tables addresses, those of the n-grams that its active positions hash
+    are used; with `prefix`, all active positions share those of the longest.
+    """
+    tables = tables_of(config)
+    grams = [min(level - 1, config.orders) for level in config.target_levels]
+    used = {"prefix": max(grams), "suffix": sum(grams), "full_prefix": len(grams)}[config.address]
+    density = used * config.heads / (space.levels * tables)
+    return Table(config.rows * tables, config.d_mem // config.heads, config.dtype, density)
 
 
 class PrefixMemory(nnx.Module):
     """m_l = W_out @ sum over n of concat over h of E[n, h][idx[n, h]].
 
-    The rows live outside the module, in the sharded table: `addresses` says which rows to
-    read, the caller fetches them, `__call__` makes vectors of them. Training, prefill and
-    cached decoding all go this way.
+    The rows live outside the module, in the sharded array that `table` describes: `addresses`
+    says which rows to read, the caller fetches them, `__call__` makes vectors of them. Training,
+    prefill and cached decoding all go this way.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class PrefixMemory(nnx.Module):
     ):
         self.config = config
         self.space = space
+        self.table = make_table(config, space)
         shape = (config.heads, config.d_mem // config.heads, d_model)
         self.projection = nnx.Param(
             projection_std * jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -1,9 +1,9 @@
 """The memory table: one row-sharded array, fetched and updated only where a batch touches it.
 
-All tables E[n, h] are one array [rows, width], its rows sharded over every mesh axis. A train
-step fetches the distinct rows that its batch names, differentiates with respect to those rows
-(never the table), merges the gradients of equal rows at their owner in float32, and updates
-just these rows in place. Cost does not depend on the number of rows.
+All tables E[n, h] are one array, its rows sharded over every mesh axis. A train step fetches the
+distinct rows that its batch names, differentiates with respect to those rows (never the table),
+merges the gradients of equal rows at their owner in float32, and updates just these rows in
+place. Cost does not depend on the number of rows.
 
 On several devices, each device removes its own duplicates first, then asks the owners. Static
 shapes need a capacity: a device may ask an owner for at most `capacity` rows in one exchange.
@@ -14,6 +14,7 @@ spread evenly, so one exchange is the rule; `Fetched.rounds` counts them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +22,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from prefixmem_jax.memory import lines
+from prefixmem_jax.memory.exchange import Exchange, axes, devices, distinct, varying
 from prefixmem_jax.parallel.sharding import row_spec, spec
 
-# Rows are padded to a multiple of this, whatever the number of devices, so that a checkpoint
+# Lines are padded to a multiple of this, whatever the number of devices, so that a checkpoint
 # has one shape everywhere.
-ROW_MULTIPLE = 4096
-# Room for an uneven spread of a batch's rows over their owners before a second exchange.
-CAPACITY_FACTOR = 1.25
+LINE_MULTIPLE = 4096
+
+# A batch's addresses: tensor-parallel devices, which share a part of the batch, divide its
+# positions among them, so that no address is asked for twice.
+ADDRESSES = spec("batch", "shared_length")
 
 
 class Fetched(NamedTuple):
@@ -62,33 +67,6 @@ class Merged(NamedTuple):
     squared_norm: jax.Array
 
 
-def padded_rows(tables: int, rows: int) -> int:
-    """Rows of the one array that holds `tables` tables of `rows` rows."""
-    return -(-tables * rows // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-# A batch's addresses: tensor-parallel devices, which share a part of the batch, divide its
-# positions among them, so that no address is asked for twice.
-ADDRESSES = spec("batch", "shared_length")
-
-
-def _axes() -> tuple[str, ...]:
-    return jax.sharding.get_abstract_mesh().axis_names
-
-
-def _devices() -> int:
-    return jax.sharding.get_abstract_mesh().size
-
-
-def lookup(table: jax.Array, addresses: jax.Array) -> jax.Array:
-    """Rows [..., width] at addresses [...], zero where the address is negative.
-
-    The plain gather: for one device without a mesh, and the reference for `fetch`.
-    """
-    index = jnp.where(addresses < 0, table.shape[0], addresses)
-    return table.at[index].get(mode="fill", fill_value=0)
-
-
 def spread(fetched: Fetched) -> jax.Array:
     """Rows at every address of the batch: [..., width], zero where there was no address.
 
@@ -103,249 +81,235 @@ def spread(fetched: Fetched) -> jax.Array:
     )
 
 
-def read(table: jax.Array, addresses: jax.Array) -> jax.Array:
-    """Rows at addresses, without gradients to the table: exchanged on a mesh, else gathered."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return lookup(table, addresses)
-    return spread(fetch(table, addresses))
+def round_stochastically(values: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 [K, width] to bfloat16, up or down at random so that the mean is kept.
 
-
-def fetch(table: jax.Array, addresses: jax.Array) -> Fetched:
-    """Fetches the distinct rows that a batch names.
-
-    Args:
-      table: [rows, width], sharded by `row_spec`.
-      addresses: int32 [batch, length, ...]; negative for none. Moved to `ADDRESSES`.
+    Plain rounding would lose every update smaller than 1/256 of the number. The random bits
+    depend on the row's id [K] and the key alone, so that any number of devices rounds alike.
     """
-    rows = row_spec()
-    return jax.shard_map(
-        _fetch_local, in_specs=(rows, ADDRESSES), out_specs=Fetched(rows, rows, ADDRESSES, P())
-    )(table, jax.sharding.reshard(addresses, ADDRESSES))
+
+    def bits(row: jax.Array) -> jax.Array:
+        return jax.random.bits(jax.random.fold_in(key, row), values.shape[1:], jnp.uint16)
+
+    raw = jax.lax.bitcast_convert_type(values, jnp.uint32) + jax.vmap(bits)(ids).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type((raw >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _fetch_local(table: jax.Array, addresses: jax.Array) -> Fetched:
-    total = table.shape[0] * _devices()
-    ids, place = _distinct(addresses, total)
-    if _devices() == 1:
-        rows = table.at[ids].get(mode="fill", fill_value=0, indices_are_sorted=True)
-        return Fetched(ids, rows, place, jnp.int32(1))
-    exchange = _Exchange(ids, table.shape[0])
+@dataclass(frozen=True)
+class Table:
+    """What the array of rows looks like, and how it is read and updated.
 
-    def more(carry: tuple) -> jax.Array:
-        return carry[2] == 0
+    Functions that take `memory` want the array itself: [lines, numbers per line] of `shape`.
 
-    def one_round(carry: tuple) -> tuple:
-        rows, start, _, rounds = carry
-        asked, slots, stop, finished = exchange.ask(start)
-        found = table.at[asked].get(mode="fill", fill_value=0)
-        answered = exchange.swap(found)
-        rows = rows.at[slots].set(answered, mode="drop", unique_indices=True)
-        return rows, stop, finished, rounds + 1
-
-    empty = _varying(jnp.zeros((len(ids), table.shape[1]), table.dtype))
-    start = exchange.first
-    rows, _, _, rounds = jax.lax.while_loop(
-        more, one_round, (empty, start, jnp.int32(0), jnp.int32(0))
-    )
-    return Fetched(ids, rows, place, rounds)
-
-
-def merge_gradients(table: jax.Array, fetched: Fetched, row_gradients: jax.Array) -> Merged:
-    """Brings row gradients [devices * M, width] to the owners and sums equal rows (float32)."""
-    by_row = row_spec()
-    return jax.shard_map(
-        _merge_local,
-        in_specs=(by_row, by_row, by_row),
-        out_specs=Merged(by_row, by_row, by_row, P()),
-    )(table, fetched.ids, row_gradients.astype(jnp.float32))
-
-
-def _merge_local(table: jax.Array, ids: jax.Array, gradients: jax.Array) -> Merged:
-    if _devices() == 1:
-        squared = jax.lax.psum(jnp.sum(gradients**2), _axes())
-        return Merged(ids, gradients, _varying(jnp.zeros(1, jnp.int32)), squared)
-    exchange = _Exchange(ids, table.shape[0])
-    merged_ids, merged, stop, finished = exchange.gather_gradients(exchange.first, gradients)
-
-    def later_round(carry: tuple) -> tuple:
-        start, _, total = carry
-        _, merged, stop, finished = exchange.gather_gradients(start, gradients)
-        return stop, finished, total + jnp.sum(merged**2)
-
-    _, _, squared = jax.lax.while_loop(
-        lambda carry: carry[1] == 0, later_round, (stop, finished, jnp.sum(merged**2))
-    )
-    return Merged(merged_ids, merged, stop, jax.lax.psum(squared, _axes()))
-
-
-def update_rows(
-    table: jax.Array,
-    state: Any,
-    optimizer: optax.GradientTransformation,
-    fetched: Fetched,
-    row_gradients: jax.Array,
-    merged: Merged,
-    scale: jax.Array,
-) -> tuple[jax.Array, Any]:
-    """Applies an optax transformation to the rows in the batch and to no others.
-
-    Leaves of the optimizer state with one entry per row are read and written only at these
-    rows; the others (step counts) advance once per call. So Adam is *lazy* here: a row's
-    moments decay only in the steps that touch it.
-
-    Args:
-      table: [rows, width]; donate it and the state to update in place.
-      state: `optimizer.init(table)`.
-      scale: factor for the gradients (global-norm clipping).
-
-    Returns:
-      The new table and optimizer state.
+    Attributes:
+      rows: rows of all tables together, without padding.
+      width: numbers in a row.
+      dtype: how rows are stored; whatever it is, they are used and updated in float32.
+      density: share of a batch's addresses that are expected to name distinct rows. It sizes the
+        exchange between devices; a batch with more is served in more than one.
     """
-    by_row = row_spec()
-    rows = table.shape[0]
-    state_spec = jax.tree.map(lambda leaf: by_row if _per_row(leaf, rows) else P(), state)
 
-    def local(table, state, ids, gradients, merged_ids, merged_gradients, done, scale):
-        local_rows = table.shape[0]
+    rows: int
+    width: int
+    dtype: str = "float32"
+    density: float = 1.0
 
-        def apply(table: jax.Array, per_row: Any, ids: jax.Array, gradients: jax.Array) -> tuple:
-            def read(leaf: jax.Array) -> jax.Array:
-                return leaf.at[ids].get(mode="fill", fill_value=0)
+    @property
+    def shape(self) -> tuple[int, int]:
+        pack = lines.rows_per_line(self.width)
+        count = -(-self.rows // (pack * LINE_MULTIPLE)) * LINE_MULTIPLE
+        return count, pack * self.width
 
-            def write(leaf: jax.Array, value: jax.Array) -> jax.Array:
-                return leaf.at[ids].set(value.astype(leaf.dtype), mode="drop", unique_indices=True)
+    @property
+    def padded_rows(self) -> int:
+        return self.shape[0] * self.shape[1] // self.width
 
-            before = read(table)
-            mixed = jax.tree.map(
-                lambda now, old: read(now) if _per_row(now, local_rows) else old, per_row, state
+    def init(self, key: jax.Array) -> jax.Array:
+        """Fresh rows, the same on any number of devices."""
+        return (0.02 * jax.random.normal(key, self.shape, jnp.float32)).astype(self.dtype)
+
+    def init_optimizer(self, optimizer: optax.GradientTransformation) -> Any:
+        """The optimizer's state for all rows, in float32, its leaves lying as the rows do."""
+        by_row = (self.padded_rows, self.width)
+        state = optimizer.init(jnp.zeros(by_row, jnp.float32))
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(self.shape) if leaf.shape == by_row else leaf, state
+        )
+
+    def is_per_row(self, leaf: Any) -> bool:
+        """Whether an array holds something for every row (else it is a count or the like)."""
+        return leaf.shape in (self.shape, (self.padded_rows,))
+
+    def partition(self, leaf: Any) -> P:
+        """How the rows, or a leaf of their optimizer state, lie on the mesh."""
+        return row_spec() if self.is_per_row(leaf) else P()
+
+    def lookup(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
+        """Rows float32 [..., width] at addresses [...], zero where the address is negative.
+
+        The plain gather: for one device without a mesh, and the reference for `fetch`.
+        """
+        ids = jnp.where(addresses < 0, self.padded_rows, addresses).reshape(-1)
+        rows = lines.read(memory, ids, self.width).astype(jnp.float32)
+        return rows.reshape(*addresses.shape, self.width)
+
+    def read(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
+        """As `lookup`; on a mesh, by exchange. Without gradients to the table."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return self.lookup(memory, addresses)
+        return spread(self.fetch(memory, addresses))
+
+    def fetch(self, memory: jax.Array, addresses: jax.Array) -> Fetched:
+        """Fetches the distinct rows that a batch names.
+
+        Args:
+          addresses: int32 [batch, length, ...]; negative for none. Moved to `ADDRESSES`.
+        """
+        rows = row_spec()
+        return jax.shard_map(
+            self._fetch_local,
+            in_specs=(rows, ADDRESSES),
+            out_specs=Fetched(rows, rows, ADDRESSES, P()),
+        )(memory, jax.sharding.reshard(addresses, ADDRESSES))
+
+    def _exchange(self, ids: jax.Array) -> Exchange:
+        return Exchange(ids, self.padded_rows // devices(), self.density)
+
+    def _fetch_local(self, memory: jax.Array, addresses: jax.Array) -> Fetched:
+        ids, place = distinct(addresses, self.padded_rows)
+        if devices() == 1:
+            rows = lines.read(memory, ids, self.width).astype(jnp.float32)
+            return Fetched(ids, rows, place, jnp.int32(1))
+        exchange = self._exchange(ids)
+
+        def more(carry: tuple) -> jax.Array:
+            return carry[2] == 0
+
+        def one_round(carry: tuple) -> tuple:
+            rows, start, _, rounds = carry
+            asked, slots, stop, finished = exchange.ask(start)
+            answered = exchange.swap(lines.read(memory, asked, self.width))
+            rows = rows.at[slots].set(
+                answered.astype(jnp.float32), mode="drop", unique_indices=True
             )
-            updates, after = optimizer.update(gradients * scale, mixed, before)
-            table = write(table, before + updates)
-            per_row = jax.tree.map(
-                lambda leaf, new: write(leaf, new) if _per_row(leaf, local_rows) else new,
-                per_row,
-                after,
-            )
-            return table, per_row
+            return rows, stop, finished, rounds + 1
 
-        table, new_state = apply(table, state, merged_ids, merged_gradients)
-        if _devices() == 1:
-            return table, new_state
-        exchange = _Exchange(ids, local_rows)
+        empty = varying(jnp.zeros((len(ids), self.width), jnp.float32))
+        rows, _, _, rounds = jax.lax.while_loop(
+            more, one_round, (empty, exchange.first, jnp.int32(0), jnp.int32(0))
+        )
+        return Fetched(ids, rows, place, rounds)
+
+    def merge_gradients(self, fetched: Fetched, row_gradients: jax.Array) -> Merged:
+        """Brings row gradients [devices * M, width] to the owners and sums equal rows."""
+        by_row = row_spec()
+        return jax.shard_map(
+            self._merge_local,
+            in_specs=(by_row, by_row),
+            out_specs=Merged(by_row, by_row, by_row, P()),
+        )(fetched.ids, row_gradients)
+
+    def _merge_local(self, ids: jax.Array, gradients: jax.Array) -> Merged:
+        if devices() == 1:
+            squared = jax.lax.psum(jnp.sum(gradients**2), axes())
+            return Merged(ids, gradients, varying(jnp.zeros(1, jnp.int32)), squared)
+        exchange = self._exchange(ids)
+        merged_ids, merged, stop, finished = exchange.gather_gradients(exchange.first, gradients)
 
         def later_round(carry: tuple) -> tuple:
-            table, new_state, start, _ = carry
-            more_ids, more, stop, finished = exchange.gather_gradients(start, gradients)
-            table, new_state = apply(table, new_state, more_ids, more)
-            return table, new_state, stop, finished
+            start, _, total = carry
+            _, merged, stop, finished = exchange.gather_gradients(start, gradients)
+            return stop, finished, total + jnp.sum(merged**2)
 
-        table, new_state, _, _ = jax.lax.while_loop(
-            lambda carry: carry[3] == 0,
-            later_round,
-            (table, new_state, done, exchange.all_sent(done)),
+        _, _, squared = jax.lax.while_loop(
+            lambda carry: carry[1] == 0, later_round, (stop, finished, jnp.sum(merged**2))
         )
-        return table, new_state
+        return Merged(merged_ids, merged, stop, jax.lax.psum(squared, axes()))
 
-    return jax.shard_map(
-        local,
-        in_specs=(by_row, state_spec, by_row, by_row, by_row, by_row, by_row, P()),
-        out_specs=(by_row, state_spec),
-    )(
-        table,
-        state,
-        fetched.ids,
-        row_gradients.astype(jnp.float32),
-        merged.ids,
-        merged.gradients,
-        merged.done,
-        scale,
-    )
+    def update(
+        self,
+        memory: jax.Array,
+        state: Any,
+        optimizer: optax.GradientTransformation,
+        fetched: Fetched,
+        row_gradients: jax.Array,
+        merged: Merged,
+        scale: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """Applies an optax transformation to the rows in the batch and to no others.
 
+        Leaves of the optimizer state with one entry per row are read and written only at these
+        rows; the others (step counts) advance once per call. So Adam is *lazy* here: a row's
+        moments decay only in the steps that touch it.
 
-def _per_row(leaf: jax.Array, rows: int) -> bool:
-    return leaf.ndim > 0 and leaf.shape[0] == rows
-
-
-def _varying(x: jax.Array) -> jax.Array:
-    """Marks a constant as differing between devices, as a loop's carry must be told."""
-    return jax.lax.pcast(x, _axes(), to="varying")
-
-
-def _distinct(addresses: jax.Array, total: int) -> tuple[jax.Array, jax.Array]:
-    """Ascending distinct non-negative addresses, padded with `total`; and each one's place.
-
-    The place of a negative address is out of range, so that nothing is read or added there.
-    """
-    flat = jnp.where(addresses < 0, total, addresses).reshape(-1)
-    ids, place = jnp.unique(flat, return_inverse=True, size=flat.size, fill_value=total)
-    place = jnp.where(addresses < 0, flat.size, place.reshape(addresses.shape))
-    return ids.astype(jnp.int32), place.astype(jnp.int32)
-
-
-class _Exchange:
-    """One device's side of asking the owners for its distinct ids, round by round.
-
-    In every round each owner serves, to all devices alike, one range of row ids: from where
-    the last round stopped up to the first id that would overflow some device's capacity.
-    """
-
-    def __init__(self, ids: jax.Array, rows_per_device: int):
-        self.ids = ids
-        self.devices = _devices()
-        self.rows_per_device = rows_per_device
-        self.capacity = min(len(ids), -(-int(CAPACITY_FACTOR * len(ids)) // self.devices))
-        owners = jnp.arange(self.devices, dtype=jnp.int32)
-        self.owner_end = (owners + 1) * rows_per_device
-        self.first = jnp.searchsorted(ids, owners * rows_per_device).astype(jnp.int32)
-        self.last = jnp.searchsorted(ids, self.owner_end).astype(jnp.int32)
-
-    def swap(self, x: jax.Array) -> jax.Array:
-        """[devices * capacity, ...] by owner to the same by asking device, or back."""
-        return jax.lax.all_to_all(x, _axes(), 0, 0, tiled=True)
-
-    def all_sent(self, start: jax.Array) -> jax.Array:
-        """1 where no device has anything left to ask, the same on all: int32 []."""
-        return jax.lax.pmin(jnp.all(start >= self.last).astype(jnp.int32), _axes())
-
-    def _window(self, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        beyond = jnp.minimum(start + self.capacity, len(self.ids) - 1)
-        overflow = start + self.capacity < self.last
-        limit = jax.lax.pmin(jnp.where(overflow, self.ids[beyond], self.owner_end), _axes())
-        stop = jnp.searchsorted(self.ids, limit).astype(jnp.int32)
-        slots = start[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)
-        slots = jnp.where(slots < stop[:, None], slots, len(self.ids)).reshape(-1)
-        return slots, jnp.maximum(stop, start)
-
-    def ask(self, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """One round of questions.
+        Args:
+          memory: donate it and the state to update in place.
+          state: as from `init_optimizer`.
+          scale: factor for the gradients (global-norm clipping).
+          key: random key of this step, for stochastic rounding of bfloat16 rows.
 
         Returns:
-          asked: the owner's local rows that devices ask for, [devices * capacity].
-          slots: places in `ids` that this device asked for, [devices * capacity].
-          stop: where the next round starts, [devices].
-          finished: 1 where this was the last round.
+          The new rows and optimizer state.
         """
-        slots, stop = self._window(start)
-        nothing = self.devices * self.rows_per_device
-        wanted = self.ids.at[slots].get(mode="fill", fill_value=nothing)
-        asked = self.swap(wanted) - jax.lax.axis_index(_axes()) * self.rows_per_device
-        asked = jnp.where(
-            (asked >= 0) & (asked < self.rows_per_device), asked, self.rows_per_device
+        per_row = jax.tree.map(self.is_per_row, state)
+        state_spec = jax.tree.map(self.partition, state)
+        by_row = row_spec()
+
+        def local(memory, state, ids, gradients, merged_ids, merged_gradients, done, scale, key):
+            first_row = jax.lax.axis_index(axes()) * (self.padded_rows // devices())
+
+            def apply(memory: jax.Array, new_state: Any, ids: jax.Array, gradients: jax.Array):
+                before = lines.read(memory, ids, self.width).astype(jnp.float32)
+                mixed = jax.tree.map(
+                    lambda mine, leaf, old: lines.read(leaf, ids, self.width) if mine else old,
+                    per_row,
+                    new_state,
+                    state,
+                )
+                updates, after = optimizer.update(gradients * scale, mixed, before)
+                rows = before + updates
+                if self.dtype == "bfloat16":
+                    rows = round_stochastically(rows, first_row + ids, key)
+                memory = lines.write(memory, ids, rows)
+                new_state = jax.tree.map(
+                    lambda mine, leaf, new: lines.write(leaf, ids, new) if mine else new,
+                    per_row,
+                    new_state,
+                    after,
+                )
+                return memory, new_state
+
+            memory, new_state = apply(memory, state, merged_ids, merged_gradients)
+            if devices() == 1:
+                return memory, new_state
+            exchange = self._exchange(ids)
+
+            def later_round(carry: tuple) -> tuple:
+                memory, new_state, start, _ = carry
+                more_ids, more, stop, finished = exchange.gather_gradients(start, gradients)
+                memory, new_state = apply(memory, new_state, more_ids, more)
+                return memory, new_state, stop, finished
+
+            memory, new_state, _, _ = jax.lax.while_loop(
+                lambda carry: carry[3] == 0,
+                later_round,
+                (memory, new_state, done, exchange.all_sent(done)),
+            )
+            return memory, new_state
+
+        return jax.shard_map(
+            local,
+            in_specs=(by_row, state_spec, by_row, by_row, by_row, by_row, by_row, P(), P()),
+            out_specs=(by_row, state_spec),
+        )(
+            memory,
+            state,
+            fetched.ids,
+            row_gradients,
+            merged.ids,
+            merged.gradients,
+            merged.done,
+            scale,
+            key,
         )
-        return asked, slots, stop, self.all_sent(stop)
-
-    def gather_gradients(
-        self, start: jax.Array, gradients: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """One round of gradients to their owners, equal rows summed in float32.
-
-        Returns:
-          ids: distinct local rows, padded with the number of rows, [devices * capacity].
-          merged: their summed gradients, [devices * capacity, width].
-          stop, finished: as for `ask`.
-        """
-        asked, slots, stop, finished = self.ask(start)
-        received = self.swap(gradients.at[slots].get(mode="fill", fill_value=0))
-        ids, place = _distinct(asked, self.rows_per_device)
-        merged = jax.ops.segment_sum(received, place, num_segments=len(ids))
-        return ids, merged, stop, finished

@@ -39,6 +39,10 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.sids)
 
+    def in_space(self, space: SidSpace) -> Catalog:
+        """The same items, with tokens elsewhere in the vocabulary."""
+        return Catalog(self.sids, self.titles, space)
+
     @property
     def group_sizes(self) -> np.ndarray:
         """Number of items per distinct SID, int64 [groups]."""

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PAD_TOKEN = 0
-BOS_TOKEN = 1
-SPECIAL_TOKENS = 2
+SPECIAL_TOKENS = 2  # padding and BOS, just before the SID tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,11 @@ class SidSpace:
 
     codebook_sizes: tuple[int, ...]
     token_offset: int = SPECIAL_TOKENS
+
+    @property
+    def bos_token(self) -> int:
+        """The token that every document starts with."""
+        return self.token_offset - 1
 
     @property
     def levels(self) -> int:

@@ -2,8 +2,9 @@
 
 A run's `checkpoints/STEP/` holds one subtree per *part*: the model's dense parts (`llm`,
 `encoder`, `head`), `memory` (the table's rows, and the hash multipliers and layout that give
-them their meaning), `optimizer` and `memory_optimizer`. The data iterator's state and the
-dataset's digest are the checkpoint's metadata. Any stage can read any part of any run.
+them their meaning), `optimizer`, `memory_optimizer` and `step` (the number of updates). The data
+iterator's state and the dataset's digest are the checkpoint's metadata. Any stage can read any part
+of any run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FOLDER = "checkpoints"
 
 def to_parts(state: TrainState, hash_arrays: dict[str, Any] | None) -> dict[str, Any]:
     """The state as checkpoint parts; `hash_arrays` as from `memory.encoder.make_hash`."""
-    parts = {**state.params, "optimizer": state.optimizer}
+    parts = {**state.params, "optimizer": state.optimizer, "step": {"count": state.step}}
     if state.memory is not None:
         parts["memory"] = {"rows": state.memory, **hash_arrays}
         parts["memory_optimizer"] = state.memory_optimizer
@@ -37,8 +38,9 @@ def to_parts(state: TrainState, hash_arrays: dict[str, Any] | None) -> dict[str,
 
 def from_parts(parts: dict[str, Any]) -> TrainState:
     """The inverse of `to_parts`."""
-    others = ("optimizer", "memory", "memory_optimizer")
+    others = ("optimizer", "memory", "memory_optimizer", "step")
     return TrainState(
+        parts["step"]["count"],
         {name: tree for name, tree in parts.items() if name not in others},
         parts["optimizer"],
         parts["memory"]["rows"] if "memory" in parts else None,

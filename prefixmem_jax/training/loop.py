@@ -57,8 +57,9 @@ def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
 def check_mesh(config: Config, space: SidSpace, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError where the config's sizes do not divide over the mesh."""
     data, fsdp, tensor = mesh.devices.shape
+    accumulated = config.optimizer.accumulation_steps
     for key, size, parts in (
-        ("data.batch_size", config.data.batch_size, data * fsdp),
+        ("data.batch_size", config.data.batch_size, data * fsdp * accumulated),
         ("data.sequence_length", config.data.sequence_length, tensor),
         ("model.kv_heads", config.model.kv_heads, tensor),
         ("model.d_ff", config.model.d_ff, tensor),
@@ -68,8 +69,8 @@ def check_mesh(config: Config, space: SidSpace, mesh: jax.sharding.Mesh) -> None
     ):
         if size % parts:
             raise UserError(
-                f"mesh data={data} fsdp={fsdp} tensor={tensor}: {key}={size} does not divide by "
-                f"{parts}"
+                f"mesh data={data} fsdp={fsdp} tensor={tensor}, accumulation_steps={accumulated}: "
+                f"{key}={size} does not divide by {parts}"
             )
 
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.memory import table
-from prefixmem_jax.memory.encoder import init_rows
-from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec, row_spec
+from prefixmem_jax.memory.encoder import make_table
+from prefixmem_jax.memory.table import Fetched, Table, spread
+from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training.objectives import Model, build_model, next_token_sums
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
@@ -26,12 +26,14 @@ class TrainState(NamedTuple):
     """Everything a step changes.
 
     Attributes:
+      step: int32 [], updates so far.
       params: dense parameters by part (`llm`, `encoder`, `head`), nested dicts of float32.
       optimizer: optax state of `params`.
       memory: the table's rows, or None without an encoder.
       memory_optimizer: optax state of `memory`, or None.
     """
 
+    step: jax.Array
     params: dict[str, Any]
     optimizer: Any
     memory: jax.Array | None
@@ -55,21 +57,26 @@ class Trainer:
     def model(self, params: dict[str, Any]) -> Model:
         return nnx.merge(self.graphdef, nnx.State(params))
 
+    @property
+    def table(self) -> Table | None:
+        encoder = self.config.encoder
+        return None if encoder is None else make_table(encoder, self.space)
+
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state; traceable, so that `abstract_state` can say its shapes."""
         model_key, memory_key = jax.random.split(key)
         model = build_model(self.config, self.space, nnx.Rngs(model_key))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         memory = memory_state = None
-        if self.config.encoder is not None:
-            memory = init_rows(self.config.encoder, memory_key)
-            memory_state = memory_optimizer(self.config).init(memory)
-        return TrainState(params, dense_optimizer(self.config).init(params), memory, memory_state)
+        if self.table is not None:
+            memory = self.table.init(memory_key)
+            memory_state = self.table.init_optimizer(memory_optimizer(self.config))
+        optimizer = dense_optimizer(self.config).init(params)
+        return TrainState(jnp.int32(0), params, optimizer, memory, memory_state)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; no memory is taken."""
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
-        rows = None if shapes.memory is None else shapes.memory.shape[0]
+        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
         def placed(leaf: jax.ShapeDtypeStruct, partition: P) -> jax.ShapeDtypeStruct:
             sharding = NamedSharding(self.mesh, partition)
@@ -79,10 +86,10 @@ class Trainer:
             return placed(leaf, parameter_spec(path, leaf.shape))
 
         def by_row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            per_row = leaf.ndim > 0 and leaf.shape[0] == rows
-            return placed(leaf, row_spec() if per_row else P())
+            return placed(leaf, self.table.partition(leaf))
 
         return TrainState(
+            placed(shapes.step, P()),
             jax.tree_util.tree_map_with_path(dense, shapes.params),
             jax.tree_util.tree_map_with_path(dense, shapes.optimizer),
             jax.tree.map(by_row, shapes.memory),
@@ -111,24 +118,15 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update. Gradients are taken of the fetched rows, never of the table."""
         fetched = None
-        if state.memory is not None:
+        if self.table is not None:
             encoder = self.model(state.params).encoder
             addresses = encoder.addresses(batch["tokens"], batch["segment_ids"])
-            fetched = table.fetch(state.memory, addresses)
+            fetched = self.table.fetch(state.memory, addresses)
 
-        def mean_loss(params: dict[str, Any], rows: jax.Array | None) -> tuple:
-            memory_rows = None if rows is None else table.spread(fetched._replace(rows=rows))
-            sums = next_token_sums(self.model(params), batch, memory_rows)
-            return sums["loss"] / jnp.maximum(sums["count"], 1), sums
-
-        rows = None if fetched is None else fetched.rows
-        (loss, sums), (gradients, row_gradients) = jax.value_and_grad(
-            mean_loss, argnums=(0, 1), has_aux=True
-        )(state.params, rows)
-
+        sums, (gradients, row_gradients) = self._gradients(state.params, fetched, batch)
         squared_norm = optax.tree.norm(gradients, squared=True)
         if fetched is not None:
-            merged = table.merge_gradients(state.memory, fetched, row_gradients)
+            merged = self.table.merge_gradients(fetched, row_gradients)
             squared_norm = squared_norm + merged.squared_norm
         scale = clip_scale(squared_norm, self.config.optimizer.clip_norm)
 
@@ -138,9 +136,13 @@ class Trainer:
         )
         params = optax.apply_updates(state.params, updates)
         memory, memory_state = state.memory, state.memory_optimizer
-        metrics = {"loss": loss, "gradient_norm": jnp.sqrt(squared_norm), "sums": sums}
+        metrics = {
+            "loss": sums["loss"] / jnp.maximum(sums["count"], 1),
+            "gradient_norm": jnp.sqrt(squared_norm),
+            "sums": sums,
+        }
         if fetched is not None:
-            memory, memory_state = table.update_rows(
+            memory, memory_state = self.table.update(
                 memory,
                 memory_state,
                 memory_optimizer(self.config),
@@ -148,9 +150,46 @@ class Trainer:
                 row_gradients,
                 merged,
                 scale,
+                jax.random.fold_in(jax.random.key(self.config.seed), state.step),
             )
             metrics["memory_rounds"] = fetched.rounds
-        return TrainState(params, optimizer, memory, memory_state), metrics
+        return TrainState(state.step + 1, params, optimizer, memory, memory_state), metrics
+
+    def _gradients(
+        self, params: dict[str, Any], fetched: Fetched | None, batch: dict[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], tuple]:
+        """Sums over the batch, and gradients of its mean loss for parameters and fetched rows."""
+
+        def summed_loss(params: dict[str, Any], rows: jax.Array | None, part: tuple) -> tuple:
+            batch, place = part
+            memory_rows = None
+            if rows is not None:
+                memory_rows = spread(fetched._replace(rows=rows, place=place))
+            sums = next_token_sums(self.model(params), batch, memory_rows)
+            return sums["loss"], sums
+
+        def one_part(part: tuple) -> tuple:
+            gradients, sums = jax.grad(summed_loss, argnums=(0, 1), has_aux=True)(
+                params, rows, part
+            )
+            return sums, gradients
+
+        rows, place = (None, None) if fetched is None else (fetched.rows, fetched.place)
+        parts = self.config.optimizer.accumulation_steps
+        if parts == 1:
+            sums, gradients = one_part((batch, place))
+        else:
+            # Each device keeps its own rows of the batch: part i takes every parts-th of them.
+            cut = jax.tree.map(lambda x: _cut(x, parts), (batch, place))
+            first = one_part(jax.tree.map(lambda x: x[0], cut))
+            rest = jax.tree.map(lambda x: x[1:], cut)
+            (sums, gradients), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, one_part(part)), None),
+                first,
+                rest,
+            )
+        count = jnp.maximum(sums["count"], 1)
+        return sums, jax.tree.map(lambda g: g / count, gradients)
 
     def evaluation_step(
         self, params: dict[str, Any], memory: jax.Array | None, batch: dict[str, jax.Array]
@@ -160,7 +199,7 @@ class Trainer:
         memory_rows = None
         if memory is not None:
             addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
-            memory_rows = table.read(memory, addresses)
+            memory_rows = self.table.read(memory, addresses)
         return next_token_sums(model, batch, memory_rows)
 
     def compile_train_step(self) -> Callable:
@@ -168,3 +207,9 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(self.train_step, donate_argnums=0)
             return jitted.lower(self.abstract_state(), self.abstract_batch()).compile()
+
+
+def _cut(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] to [parts, B / parts, ...], without moving anything between devices."""
+    cut = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    return jax.sharding.reshard(cut, P(None, *jax.typeof(x).sharding.spec))

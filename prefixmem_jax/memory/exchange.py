@@ -1,0 +1,114 @@
+"""One device's side of exchanging rows with their owners, inside `shard_map`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Room for an uneven spread of a batch's rows over their owners before a second exchange: a share of
+# an even spread's, and some rows, since small numbers vary more.
+CAPACITY_FACTOR = 1.25
+CAPACITY_EXTRA = 8
+
+
+def axes() -> tuple[str, ...]:
+    """The mesh axes that rows are spread over: all of them."""
+    return jax.sharding.get_abstract_mesh().axis_names
+
+
+def devices() -> int:
+    return jax.sharding.get_abstract_mesh().size
+
+
+def varying(x: jax.Array) -> jax.Array:
+    """Marks a constant as differing between devices, as a loop's carry must be told."""
+    return jax.lax.pcast(x, axes(), to="varying")
+
+
+def distinct(addresses: jax.Array, total: int) -> tuple[jax.Array, jax.Array]:
+    """Ascending distinct non-negative addresses, padded with `total`; and each one's place.
+
+    The place of a negative address is out of range, so that nothing is read or added there.
+    """
+    flat = jnp.where(addresses < 0, total, addresses).reshape(-1)
+    ids, place = jnp.unique(flat, return_inverse=True, size=flat.size, fill_value=total)
+    place = jnp.where(addresses < 0, flat.size, place.reshape(addresses.shape))
+    return ids.astype(jnp.int32), place.astype(jnp.int32)
+
+
+class Exchange:
+    """A device's questions to the owners for its distinct ids, round by round.
+
+    In every round each owner serves, to all devices alike, one range of row ids: from where
+    the last round stopped up to the first id that would overflow some device's capacity.
+    """
+
+    def __init__(self, ids: jax.Array, rows_per_device: int, density: float):
+        """Sizes the exchange.
+
+        Args:
+          ids: int32 [M], as from `distinct`.
+          density: expected share of the M that are rows, not padding.
+        """
+        self.ids = ids
+        self.devices = devices()
+        self.rows_per_device = rows_per_device
+        even = density * len(ids) / self.devices
+        self.capacity = min(len(ids), math.ceil(CAPACITY_FACTOR * even) + CAPACITY_EXTRA)
+        owners = jnp.arange(self.devices, dtype=jnp.int32)
+        self.owner_end = (owners + 1) * rows_per_device
+        self.first = jnp.searchsorted(ids, owners * rows_per_device).astype(jnp.int32)
+        self.last = jnp.searchsorted(ids, self.owner_end).astype(jnp.int32)
+
+    def swap(self, x: jax.Array) -> jax.Array:
+        """[devices * capacity, ...] by owner to the same by asking device, or back."""
+        return jax.lax.all_to_all(x, axes(), 0, 0, tiled=True)
+
+    def all_sent(self, start: jax.Array) -> jax.Array:
+        """1 where no device has anything left to ask, the same on all: int32 []."""
+        return jax.lax.pmin(jnp.all(start >= self.last).astype(jnp.int32), axes())
+
+    def _window(self, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        beyond = jnp.minimum(start + self.capacity, len(self.ids) - 1)
+        overflow = start + self.capacity < self.last
+        limit = jax.lax.pmin(jnp.where(overflow, self.ids[beyond], self.owner_end), axes())
+        stop = jnp.searchsorted(self.ids, limit).astype(jnp.int32)
+        slots = start[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)
+        slots = jnp.where(slots < stop[:, None], slots, len(self.ids)).reshape(-1)
+        return slots, jnp.maximum(stop, start)
+
+    def ask(self, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """One round of questions.
+
+        Returns:
+          asked: the owner's local rows that devices ask for, [devices * capacity].
+          slots: places in `ids` that this device asked for, [devices * capacity].
+          stop: where the next round starts, [devices].
+          finished: 1 where this was the last round.
+        """
+        slots, stop = self._window(start)
+        nothing = self.devices * self.rows_per_device
+        wanted = self.ids.at[slots].get(mode="fill", fill_value=nothing)
+        asked = self.swap(wanted) - jax.lax.axis_index(axes()) * self.rows_per_device
+        asked = jnp.where(
+            (asked >= 0) & (asked < self.rows_per_device), asked, self.rows_per_device
+        )
+        return asked, slots, stop, self.all_sent(stop)
+
+    def gather_gradients(
+        self, start: jax.Array, gradients: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """One round of gradients to their owners, equal rows summed in float32.
+
+        Returns:
+          ids: distinct local rows, padded with the number of rows, [devices * capacity].
+          merged: their summed gradients, [devices * capacity, width].
+          stop, finished: as for `ask`.
+        """
+        asked, slots, stop, finished = self.ask(start)
+        received = self.swap(gradients.at[slots].get(mode="fill", fill_value=0))
+        ids, place = distinct(asked, self.rows_per_device)
+        merged = jax.ops.segment_sum(received, place, num_segments=len(ids))
+        return ids, merged, stop, finished

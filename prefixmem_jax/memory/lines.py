@@ -1,0 +1,89 @@
+"""How memory rows lie in the array that holds them: side by side in lines of 128 numbers.
+
+A TPU tiles arrays by 128 lanes. An array [rows, 64] is either padded to twice its size there or
+kept column by column, and then every gather first copies the whole table. Lines of 128 numbers
+are gathered and scattered in place. In row-major memory (CPU, GPU) a line is no more than a
+reshape of its rows. Rows wider than a line, or of a width that does not divide it, are lines of
+their own.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+
+
+def rows_per_line(width: int) -> int:
+    """How many rows of this width share one line."""
+    return LANES // width if LANES % width == 0 else 1
+
+
+def read(lines: jax.Array, ids: jax.Array, width: int) -> jax.Array:
+    """Rows [K, width] at ids int32 [K]; zero where the id is out of range.
+
+    Args:
+      lines: [lines, rows_per_line * width]; or [rows], one number a row, read as [K].
+    """
+    if lines.ndim == 1:
+        return lines.at[ids].get(mode="fill", fill_value=0)
+    return jax.lax.platform_dependent(
+        lines,
+        ids,
+        tpu=partial(read_by_line, width=width),
+        default=partial(read_by_row, width=width),
+    )
+
+
+def write(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """Puts rows [K, width] (or numbers [K]) at ids; those out of range are dropped.
+
+    Args:
+      lines: as for `read`; donated or carried by a loop, it is written in place.
+      ids: int32 [K], ascending; distinct, but for those out of range.
+    """
+    rows = rows.astype(lines.dtype)
+    if lines.ndim == 1:
+        return lines.at[ids].set(rows, mode="drop", unique_indices=True)
+    return jax.lax.platform_dependent(lines, ids, rows, tpu=write_by_line, default=write_by_row)
+
+
+def read_by_row(lines: jax.Array, ids: jax.Array, *, width: int) -> jax.Array:
+    return lines.reshape(-1, width).at[ids].get(mode="fill", fill_value=0)
+
+
+def write_by_row(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+    table = lines.reshape(-1, rows.shape[1])
+    return table.at[ids].set(rows, mode="drop", unique_indices=True).reshape(lines.shape)
+
+
+def read_by_line(lines: jax.Array, ids: jax.Array, *, width: int) -> jax.Array:
+    pack = lines.shape[1] // width
+    found = lines.at[ids // pack].get(mode="fill", fill_value=0).reshape(-1, pack, width)
+    mine = (ids % pack)[:, None] == jnp.arange(pack)
+    return jnp.sum(jnp.where(mine[..., None], found, 0), axis=1)
+
+
+def write_by_line(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """Reads the lines that the rows lie in, replaces these rows, writes the lines back."""
+    count, width = rows.shape
+    pack = lines.shape[1] // width
+    line = ids // pack
+    # The ids ascend, so rows of one line are neighbours: number the distinct lines.
+    slot = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), line[1:] != line[:-1]]))
+    target = jnp.full(count, lines.shape[0], ids.dtype).at[slot].set(line)
+    mine = ((ids % pack)[:, None] == jnp.arange(pack))[..., None]
+    # Rows of one line lie in different places of it: these sums have one term.
+    new, replaced = (
+        jax.ops.segment_sum(x, slot, count, indices_are_sorted=True).reshape(count, -1)
+        for x in (
+            jnp.where(mine, rows[:, None].astype(jnp.float32), 0),
+            jnp.broadcast_to(mine, (count, pack, width)).astype(jnp.float32),
+        )
+    )
+    old = lines.at[target].get(mode="fill", fill_value=0)
+    merged = jnp.where(replaced > 0, new.astype(lines.dtype), old)
+    return lines.at[target].set(merged, mode="drop", unique_indices=True)
