@@ -67,6 +67,7 @@ class Merged(NamedTuple):
     squared_norm: jax.Array
 
 
+@jax.named_scope("table")
 def spread(fetched: Fetched) -> jax.Array:
     """Rows at every address of the batch: [..., width], zero where there was no address.
 
@@ -144,6 +145,7 @@ class Table:
         """How the rows, or a leaf of their optimizer state, lie on the mesh."""
         return row_spec() if self.is_per_row(leaf) else P()
 
+    @jax.named_scope("table")
     def lookup(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
         """Rows float32 [..., width] at addresses [...], zero where the address is negative.
 
@@ -159,6 +161,7 @@ class Table:
             return self.lookup(memory, addresses)
         return spread(self.fetch(memory, addresses))
 
+    @jax.named_scope("table")
     def fetch(self, memory: jax.Array, addresses: jax.Array) -> Fetched:
         """Fetches the distinct rows that a batch names.
 
@@ -182,9 +185,6 @@ class Table:
             return Fetched(ids, rows, place, jnp.int32(1))
         exchange = self._exchange(ids)
 
-        def more(carry: tuple) -> jax.Array:
-            return carry[2] == 0
-
         def one_round(carry: tuple) -> tuple:
             rows, start, _, rounds = carry
             asked, slots, stop, finished = exchange.ask(start)
@@ -195,11 +195,11 @@ class Table:
             return rows, stop, finished, rounds + 1
 
         empty = varying(jnp.zeros((len(ids), self.width), jnp.float32))
-        rows, _, _, rounds = jax.lax.while_loop(
-            more, one_round, (empty, exchange.first, jnp.int32(0), jnp.int32(0))
-        )
+        first = one_round((empty, exchange.first, jnp.int32(0), jnp.int32(0)))
+        rows, _, _, rounds = jax.lax.while_loop(lambda carry: carry[2] == 0, one_round, first)
         return Fetched(ids, rows, place, rounds)
 
+    @jax.named_scope("table")
     def merge_gradients(self, fetched: Fetched, row_gradients: jax.Array) -> Merged:
         """Brings row gradients [devices * M, width] to the owners and sums equal rows."""
         by_row = row_spec()
@@ -226,6 +226,7 @@ class Table:
         )
         return Merged(merged_ids, merged, stop, jax.lax.psum(squared, axes()))
 
+    @jax.named_scope("table")
     def update(
         self,
         memory: jax.Array,

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefixmem_jax.config import DecoderConfig
-from prefixmem_jax.parallel.sharding import by_heads, constrain, einsum, take
+from prefixmem_jax.parallel.sharding import by_heads, constrain, einsum, gather_over_fsdp, take
+
+WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
 
 
 class Cache(NamedTuple):
@@ -27,11 +29,6 @@ class Cache(NamedTuple):
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
-
-
-def _gathered(weight: nnx.Param, dtype: jnp.dtype, *logical: str | None) -> jax.Array:
-    """A stored weight in the compute dtype, gathered over everything but its logical axes."""
-    return constrain(weight[...].astype(dtype), *logical)
 
 
 class RMSNorm(nnx.Module):
@@ -86,10 +83,24 @@ class Layer(nnx.Module):
         write_at: int,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Returns the layer's output and the keys and values [B, T, K, H] it attended to."""
+        x_BSD, kept = self._attend(x_BSD, positions_BS, mask_BST, past, write_at)
+        return self._feed_forward(x_BSD), kept
+
+    @jax.named_scope("attention")
+    def _attend(
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        mask_BST: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+        write_at: int,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         dtype, heads = x_BSD.dtype, ("batch", None, "heads", None)
         y = self.attention_norm(x_BSD)
         query, key, value = (
-            einsum("BSD,DNH->BSNH", y, _gathered(w, dtype, None, "heads", None), out=heads)
+            einsum(
+                "BSD,DNH->BSNH", y, gather_over_fsdp(w[...], dtype, None, "heads", None), out=heads
+            )
             for w in (self.query, self.key, self.value)
         )
         if self.config.qk_norm:
@@ -100,22 +111,24 @@ class Layer(nnx.Module):
             key = jax.lax.dynamic_update_slice_in_dim(past[0], key, write_at, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(past[1], value, write_at, axis=1)
         attended = by_heads(_attention, query, key, value, mask_BST)
-        output = _gathered(self.output, dtype, "heads", None, None)
-        whole = ("batch", None, None)
-        x_BSD = x_BSD + einsum("BSNH,NHD->BSD", attended, output, out=whole)
+        output = gather_over_fsdp(self.output[...], dtype, "heads", None, None)
+        return x_BSD + einsum("BSNH,NHD->BSD", attended, output, out=WHOLE), (key, value)
+
+    @jax.named_scope("mlp")
+    def _feed_forward(self, x_BSD: jax.Array) -> jax.Array:
+        dtype = x_BSD.dtype
         y = self.mlp_norm(x_BSD)
         gate, up = (
             einsum(
                 "BSD,DF->BSF",
                 y,
-                _gathered(w, dtype, None, "feed_forward"),
+                gather_over_fsdp(w[...], dtype, None, "feed_forward"),
                 out=("batch", None, "feed_forward"),
             )
             for w in (self.gate, self.up)
         )
-        down = _gathered(self.down, dtype, "feed_forward", None)
-        y = einsum("BSF,FD->BSD", jax.nn.silu(gate) * up, down, out=whole)
-        return x_BSD + y, (key, value)
+        down = gather_over_fsdp(self.down[...], dtype, "feed_forward", None)
+        return x_BSD + einsum("BSF,FD->BSD", jax.nn.silu(gate) * up, down, out=WHOLE)
 
 
 class Decoder(nnx.Module):
@@ -129,11 +142,12 @@ class Decoder(nnx.Module):
         if not config.tied_embeddings:
             self.head = _normal(rngs, (config.d_model, vocabulary_size), config.init_std)
 
+    @jax.named_scope("embedding")
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """Token embeddings [B, S, D] in the compute dtype."""
-        table = _gathered(self.embedding, self.config.compute_dtype, None, "embedded")
+        table = gather_over_fsdp(self.embedding[...], self.config.compute_dtype, None, "embedded")
         found = take(table, tokens_BS, "batch", None, "embedded")
-        return constrain(found, "batch", None, None)
+        return constrain(found, *WHOLE)
 
     def __call__(
         self,
@@ -164,13 +178,14 @@ class Decoder(nnx.Module):
         x_BSD, kept = jax.lax.scan(body, x_BSD, (self.layers, past))
         return self.final_norm(x_BSD), Cache(*kept)
 
+    @jax.named_scope("head")
     def logits(self, hidden_BSD: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
         """Float32 logits [B, S, V] of tokens first..stop-1 (default: the whole vocabulary)."""
         dtype = hidden_BSD.dtype
         if self.config.tied_embeddings:
-            weight = _gathered(self.embedding, dtype, "vocabulary", None).T
+            weight = gather_over_fsdp(self.embedding[...], dtype, "vocabulary", None).T
         else:
-            weight = _gathered(self.head, dtype, None, "vocabulary")
+            weight = gather_over_fsdp(self.head[...], dtype, None, "vocabulary")
         if first != 0 or stop is not None:
             weight = weight[:, first:stop]
         return einsum(

@@ -31,7 +31,7 @@ RULES = {
     "vocabulary": "tensor",
     "stored_model": "fsdp",
     "embedded": "tensor",
-    "stored_embedded": ("fsdp", "tensor"),
+    "stored_embedded": ("tensor", "fsdp"),
 }
 
 # Logical axes of every dense parameter as it is stored, by its name in the model.
@@ -93,6 +93,43 @@ def einsum(equation: str, *operands: jax.Array, out: tuple[str | None, ...], **o
     """`jnp.einsum` whose result has the partition of the logical axes `out`."""
     sharding = spec(*out) if _explicit_mesh() else None
     return jnp.einsum(equation, *operands, out_sharding=sharding, **options)
+
+
+def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax.Array:
+    """A stored weight in the compute dtype, whole but for its logical axes.
+
+    Its gradient goes back by a reduce-scatter over `fsdp` in the compute dtype, and then by an
+    all-reduce over `data` of each device's own part in the stored dtype. (Left to itself, the
+    compiler all-reduces whole gradients.)
+    """
+    if not _explicit_mesh():
+        return weight.astype(dtype)
+    stored = jax.typeof(weight).sharding.spec
+    whole = tuple(_without_fsdp(axes) for axes in stored)
+    sharded = [dim for dim in range(len(stored)) if whole[dim] != stored[dim]]
+    if not sharded:
+        return constrain(weight.astype(dtype), *logical)
+
+    def gather(part: jax.Array) -> jax.Array:
+        part = jax.lax.pcast(part, "data", to="reduced").astype(dtype)
+        return jax.lax.all_gather(part, "fsdp", axis=sharded[0], tiled=True, to="reduced")
+
+    gathered = jax.shard_map(
+        gather,
+        in_specs=stored,
+        out_specs=P(*whole, reduced={"data", "fsdp"}),
+    )(weight)
+    wanted = spec(*logical)
+    if tuple(wanted) == whole:
+        return gathered
+    return jax.sharding.reshard(gathered, P(*wanted, reduced={"data", "fsdp"}))
+
+
+def _without_fsdp(axes: Any) -> Any:
+    if isinstance(axes, tuple):
+        left = tuple(axis for axis in axes if axis != "fsdp")
+        return left[0] if len(left) == 1 else left or None
+    return None if axes == "fsdp" else axes
 
 
 def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:

@@ -130,11 +130,12 @@ class Trainer:
             squared_norm = squared_norm + merged.squared_norm
         scale = clip_scale(squared_norm, self.config.optimizer.clip_norm)
 
-        gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, optimizer = dense_optimizer(self.config).update(
-            gradients, state.optimizer, state.params
-        )
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
+            updates, optimizer = dense_optimizer(self.config).update(
+                gradients, state.optimizer, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
         memory, memory_state = state.memory, state.memory_optimizer
         metrics = {
             "loss": sums["loss"] / jnp.maximum(sums["count"], 1),

@@ -1,0 +1,84 @@
+"""TPU pods that a program can be compiled for without having one."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import jax
+
+from prefixmem_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published peak rates of one chip, and the memory that the compiler may use.
+
+    Attributes:
+      hbm_bytes: usable main memory.
+      flops: bfloat16 FLOP/s.
+      hbm_bandwidth: bytes/s.
+      network_bandwidth: bytes/s over all links between chips.
+    """
+
+    hbm_bytes: int
+    flops: float
+    hbm_bandwidth: float
+    network_bandwidth: float
+
+
+_GIB = 2**30
+# cloud.google.com/tpu/docs/v5e, v5p, v6e; memory as the compiler states it.
+CHIPS = {
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9),
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9),
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 1640e9, 448e9),
+}
+
+
+def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
+    """Devices of a pod to compile for, such as `v5e:16x16` or `v5p:4x4x8`.
+
+    Raises:
+      UserError: the name is unknown, or the TPU compiler is not installed.
+    """
+    name, _, shape = topology.partition(":")
+    dimensions = 3 if name == "v5p" else 2
+    if name not in CHIPS or not re.fullmatch(rf"\d+(x\d+){{{dimensions - 1}}}", shape):
+        raise UserError(
+            f"--topology {topology}: expected one of {', '.join(CHIPS)} and a shape, such as "
+            "v5e:16x16, v6e:8x8 or v5p:4x4x4"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "--topology needs the TPU compiler: pip install 'prefixmem_jax[tpu]' (no TPU needed)"
+        )
+    # Nothing is to be asked of a cloud machine's metadata: there is no TPU here.
+    for key, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"{name}-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    options = {"num_slices": slices} if slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--topology {topology}: not a pod that exists ({reason})") from None
+    return CHIPS[name], list(found.devices)
+
+
+def mean_hops(topology: str) -> float:
+    """Links that a message between two random chips of the pod's torus crosses, on average."""
+    return sum(max(int(n), 1) / 4 for n in topology.partition(":")[2].split("x"))
+
+
+def chips_in(topology: str) -> int:
+    return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
