@@ -14,6 +14,7 @@ setup(
         *find_packages(include=["prefixmem_jax", "prefixmem_jax.*"]),
         "prefixmem_jax.configs",
         "prefixmem_jax.configs.quickstart",
+        "prefixmem_jax.configs.qwen3_1p7b",
     ],
     # The configs stand at the top of the repository and are installed with the package.
     package_dir={"prefixmem_jax.configs": "configs"},

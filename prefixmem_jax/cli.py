@@ -127,7 +127,36 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument(
         "--top", type=int, default=10, metavar="N", help="items to show (default: %(default)s)"
     )
+
+    planning = verb(
+        "plan",
+        _plan,
+        "Compile a config's train step for a TPU pod that you do not have yet: memory, FLOPs, "
+        "network traffic and what bounds the step, per chip.",
+        "  prefixmem plan configs/qwen3_1p7b/prefixmem.py --topology v5e:4x4\n"
+        "  prefixmem plan configs/qwen3_1p7b/prefixmem.py --topology v5e:16x16 "
+        "data.batch_size=1024\n"
+        "  prefixmem plan configs/quickstart/baseline.py --devices 8 --json plan.json",
+    )
+    planning.add_argument("config", metavar="CONFIG", help="a .py with get_config(), or a .json")
+    where = planning.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--topology", metavar="POD", help="such as v5e:16x16, v6e:8x8, v5p:4x4x8 (extra [tpu])"
+    )
+    where.add_argument("--devices", type=_positive, metavar="N", help="simulated CPU devices")
+    planning.add_argument(
+        "--slices", type=_positive, default=1, metavar="N", help="pods of that shape (default: 1)"
+    )
+    planning.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    planning.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -178,6 +207,22 @@ def _recommend(options: argparse.Namespace) -> None:
         print(
             f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} {found.title or ''}"
         )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config import load_config
+    from prefixmem_jax.files import write_json
+    from prefixmem_jax.parallel.topology import use_cpu
+
+    config = load_config(options.config, options.overrides)
+    use_cpu(options.devices or 1)
+    from prefixmem_jax.training.plan import describe, plan
+
+    print("compiling the train step; this can take minutes ...", file=sys.stderr)
+    found = plan(config, options.topology, options.devices, options.slices)
+    print(describe(found))
+    if options.json:
+        write_json(options.json, found.to_json())
 
 
 if __name__ == "__main__":

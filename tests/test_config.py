@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from prefixmem_jax.config import Config, PrefixMemoryConfig, load_config, override, to_json
-from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.prepare import data_space, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.training.step import Trainer
@@ -19,8 +19,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__ini
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_loads_builds_and_lowers(path):
     config = load_config(path)
-    space = prepare_data(config.data).catalog.space
-    trainer = Trainer.create(config, space, make_mesh(devices=jax.devices()[:1]))
+    trainer = Trainer.create(config, data_space(config.data), make_mesh(devices=jax.devices()[:1]))
     state = trainer.abstract_state()
     assert jax.tree.leaves(state.params)
     with jax.set_mesh(trainer.mesh):
@@ -133,3 +132,18 @@ def test_bad_config_files_are_refused(tmp_path, name, text, words):
     assert words in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="no such config file"):
         load_config(tmp_path / "nowhere.py")
+
+
+def test_a_text_vocabulary_stands_before_the_sid_tokens():
+    config = dataclasses.replace(
+        load_config(ROOT / "configs/quickstart/baseline.py").data, text_tokens=1000
+    )
+    space = prepare_data(config).catalog.space
+    assert space == data_space(config)
+    assert space.token_range(1)[0] == 1002 and space.bos_token == 1001
+
+
+def test_codebook_sizes_without_data_are_refused():
+    config = load_config(ROOT / "configs" / "qwen3_1p7b" / "prefixmem.py")
+    with pytest.raises(UserError, match=r"data\.path is none"):
+        prepare_data(config.data)

@@ -12,6 +12,7 @@ from prefixmem_jax.config import DataConfig
 from prefixmem_jax.data.formats import Dataset, load_dataset
 from prefixmem_jax.data.splits import Split, split_dataset
 from prefixmem_jax.data.synthetic import SyntheticWorld, make_synthetic
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
 
@@ -53,6 +54,11 @@ def prepare_data(config: DataConfig) -> PreparedData:
     """Loads (or generates) the dataset and splits it; the config fixes every choice."""
     world = None
     if config.path is None:
+        if config.codebook_sizes not in (None, config.synthetic.codebook_sizes):
+            raise UserError(
+                f"data.path is none, but data.codebook_sizes={config.codebook_sizes}: set "
+                "data.path to the dataset that has these SIDs (docs/data.md)"
+            )
         dataset, world = make_synthetic(config.synthetic)
     else:
         dataset = load_dataset(config.path, config.sid_column, config.codebook_sizes)

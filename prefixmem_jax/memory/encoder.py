@@ -103,7 +103,6 @@ class PrefixMemory(nnx.Module):
             rows=config.rows,
         )
 
-    @jax.named_scope("encoder")
     def __call__(self, rows_BSAW: jax.Array) -> jax.Array:
         """Memory vectors float32 [B, S, d_model], zero where the encoder is not active.
 

@@ -38,6 +38,17 @@ def distinct(addresses: jax.Array, total: int) -> tuple[jax.Array, jax.Array]:
     return ids.astype(jnp.int32), place.astype(jnp.int32)
 
 
+def capacity(addresses: int, density: float, over: int) -> int:
+    """Rows that a device may ask of each of `over` owners in one exchange.
+
+    Args:
+      addresses: of one device's part of the batch.
+      density: expected share of them that name distinct rows.
+    """
+    even = density * addresses / over
+    return min(addresses, math.ceil(CAPACITY_FACTOR * even) + CAPACITY_EXTRA)
+
+
 class Exchange:
     """A device's questions to the owners for its distinct ids, round by round.
 
@@ -55,8 +66,7 @@ class Exchange:
         self.ids = ids
         self.devices = devices()
         self.rows_per_device = rows_per_device
-        even = density * len(ids) / self.devices
-        self.capacity = min(len(ids), math.ceil(CAPACITY_FACTOR * even) + CAPACITY_EXTRA)
+        self.capacity = capacity(len(ids), density, self.devices)
         owners = jnp.arange(self.devices, dtype=jnp.int32)
         self.owner_end = (owners + 1) * rows_per_device
         self.first = jnp.searchsorted(ids, owners * rows_per_device).astype(jnp.int32)

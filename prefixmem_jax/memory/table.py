@@ -23,7 +23,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.memory import lines
-from prefixmem_jax.memory.exchange import Exchange, axes, devices, distinct, varying
+from prefixmem_jax.memory.exchange import Exchange, axes, capacity, devices, distinct, varying
 from prefixmem_jax.parallel.sharding import row_spec, spec
 
 # Lines are padded to a multiple of this, whatever the number of devices, so that a checkpoint
@@ -144,6 +144,16 @@ class Table:
     def partition(self, leaf: Any) -> P:
         """How the rows, or a leaf of their optimizer state, lie on the mesh."""
         return row_spec() if self.is_per_row(leaf) else P()
+
+    def bytes_served(self, addresses: int, over: int) -> int:
+        """Bytes of rows that a device reads from its own part in one exchange.
+
+        Args:
+          addresses: of a batch, on each device.
+          over: devices.
+        """
+        rows = addresses if over == 1 else over * capacity(addresses, self.density, over)
+        return rows * self.width * jnp.dtype(self.dtype).itemsize
 
     @jax.named_scope("table")
     def lookup(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:

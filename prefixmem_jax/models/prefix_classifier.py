@@ -36,6 +36,7 @@ class PrefixClassifier(nnx.Module):
     ) -> jax.Array:
         """Float32 logits [B, S, V] of the next token; only active positions mean anything."""
         del tokens_BS, segment_ids_BS, positions_BS
-        memory_BSD = constrain(self.encoder(memory_rows), "batch", None, None)
+        with jax.named_scope("encoder"):
+            memory_BSD = constrain(self.encoder(memory_rows), "batch", None, None)
         head = constrain(self.head[...], None, "vocabulary")
         return einsum("BSD,DV->BSV", memory_BSD, head, out=("batch", None, "vocabulary"))

@@ -35,8 +35,9 @@ class SidLM(nnx.Module):
         """The decoder's input: token embeddings, plus the memory at SID positions."""
         x_BSD = self.llm.embed(tokens_BS)
         if memory_rows is not None:
-            memory_BSD = self.encoder(memory_rows).astype(x_BSD.dtype)
-            x_BSD = x_BSD + constrain(memory_BSD, "batch", None, None)
+            with jax.named_scope("encoder"):
+                memory_BSD = self.encoder(memory_rows).astype(x_BSD.dtype)
+                x_BSD = x_BSD + constrain(memory_BSD, "batch", None, None)
         return x_BSD
 
     def __call__(

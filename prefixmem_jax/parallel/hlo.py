@@ -125,7 +125,7 @@ class Program:
         """Every collective between two or more devices that runs, largest first."""
         found, seen = [], set()
         for name, count in self.executed():
-            for instruction in self._with_fused(name):
+            for where, instruction in self._with_fused((name,)):
                 kind = instruction.opcode.removesuffix("-start")
                 if kind not in _COLLECTIVES:
                     continue
@@ -139,18 +139,49 @@ class Program:
                 devices = _group_size(instruction.text)
                 if devices == 1:
                     continue
-                size = _collective_size(instruction, kind)
-                sent = int(count * size * _sent_share(kind, devices))
-                scope = re.search(r'op_name="([^"]*)"', instruction.text)
-                scope = scope[1] if scope else ""
-                found.append(Collective(kind, sent, size, count, devices, scope))
+                share = _sent_share(kind, devices)
+                if where[-1].startswith("all-reduce-scatter"):  # how TPUs write some of these
+                    kind, share = "reduce-scatter", share / 2
+                # The compiler joins small collectives into one with many operands.
+                sizes = _collective_sizes(instruction, kind)
+                if len(sizes) == len(instruction.operands):
+                    parts = zip(sizes, instruction.operands, strict=True)
+                else:  # one result
+                    parts = [(sum(sizes), instruction.operands[0])]
+                for size, operand in parts:
+                    sent = int(count * size * share)
+                    scope = self._scope(where, instruction, operand, len(sizes) > 1)
+                    found.append(Collective(kind, sent, size, count, devices, scope))
         return sorted(found, key=lambda c: -c.bytes)
 
-    def _with_fused(self, name: str) -> Iterator[Instruction]:
-        for instruction in self.computations[name].values():
-            yield instruction
+    def _with_fused(self, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Instruction]]:
+        """Instructions of a computation and of its fusions.
+
+        Args:
+          where: the computation's name, after those of the fusions and computations around it.
+        """
+        for instruction in self.computations[where[-1]].values():
+            yield where, instruction
             if instruction.opcode == "fusion":
-                yield from self._with_fused(instruction.called("calls"))
+                yield from self._with_fused((*where, instruction.name, instruction.called("calls")))
+
+    def _scope(
+        self, where: tuple[str, ...], instruction: Instruction, operand: str, joined: bool
+    ) -> str:
+        """The collective's name stack, or where it has none of its own, its operand's."""
+        home = self.computations[where[-1]]
+        queue = [operand] if joined else [instruction.name, operand]
+        for name in queue:  # grows: producers, nearest first
+            if len(queue) > 100:
+                break
+            scope = re.search(r'op_name="([^"]*)"', home[name].text)
+            if scope:
+                return scope[1]
+            queue += [producer for producer in home[name].operands if producer in home]
+        if len(where) > 1:  # in a fusion: look where its operands come from
+            fusion = self.computations[where[-3]][where[-2]]
+            return self._scope(where[:-2], fusion, fusion.operands[0], joined)
+        return ""
 
     def memory_bytes(self) -> int:
         """Bytes that one run reads from and writes to main memory, on one device.
@@ -251,12 +282,12 @@ def _size(kind: str) -> int:
     return sum(_sizes(kind))
 
 
-def _collective_size(instruction: Instruction, kind: str) -> int:
-    """Bytes of the result, wherever it is kept."""
+def _collective_sizes(instruction: Instruction, kind: str) -> list[int]:
+    """Bytes of each result, wherever it is kept."""
     sizes = _sizes(re.sub(r"S\(\d+\)", "", instruction.type))
     if instruction.opcode == "all-reduce-start" or not instruction.opcode.endswith("-start"):
-        return sum(sizes)
-    return sizes[1]  # (operand, result, ...)
+        return sizes
+    return sizes[len(instruction.operands) :][: len(instruction.operands)]  # (operands, results)
 
 
 def _sent_share(kind: str, devices: int) -> float:
@@ -277,7 +308,7 @@ def _group_size(text: str) -> int:
     numbered = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
     if numbered:
         return int(numbered[1])
-    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
     if meshed:
         sizes = dict(re.findall(r"('[\w.]+')=(\d+)", meshed[1]))
         return math.prod(int(sizes[axis]) for axis in meshed[2].split(","))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -80,5 +79,7 @@ def mean_hops(topology: str) -> float:
     return sum(max(int(n), 1) / 4 for n in topology.partition(":")[2].split("x"))
 
 
-def chips_in(topology: str) -> int:
-    return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
+def use_cpu(devices: int = 1) -> None:
+    """Keeps JAX to this machine's CPU, divided into so many devices; before anything else."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)

@@ -49,7 +49,14 @@ def next_token_sums(
     if isinstance(model, PrefixClassifier):
         addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
         mask_BS = mask_BS * jnp.any(addresses >= 0, axis=-1)
-    target_BS = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
+    with jax.named_scope("loss"):
+        return _cross_entropy_sums(logits_BSV, batch["tokens"], mask_BS, space)
+
+
+def _cross_entropy_sums(
+    logits_BSV: jax.Array, tokens_BS: jax.Array, mask_BS: jax.Array, space: SidSpace
+) -> dict[str, jax.Array]:
+    target_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
     # Reductions over the vocabulary only, which may be sharded: no gather of the target's logit.
     token_V = jnp.arange(logits_BSV.shape[-1], dtype=target_BS.dtype)
     is_target_BSV = constrain(token_V, "vocabulary") == target_BS[..., None]

@@ -1,0 +1,208 @@
+"""What a train step needs of a pod, found by compiling it for that pod without having one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.data.prepare import data_space
+from prefixmem_jax.memory.encoder import tables_of
+from prefixmem_jax.parallel.hlo import Collective, Program
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.topology import Chip, mean_hops, pod_devices
+from prefixmem_jax.training.flops import matmul_flops
+from prefixmem_jax.training.loop import check_mesh
+from prefixmem_jax.training.step import Trainer
+
+# Parts of the model, by the named scopes that the code opens.
+PARTS = ("table", "encoder", "embedding", "attention", "mlp", "head", "loss", "optimizer")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One device's share of one train step; bytes and FLOPs are per step.
+
+    Attributes:
+      devices: in the pod; mesh: their axes.
+      hbm_bytes: `parameters` (dense), `table` (rows), `optimizer` (state of both), `temporary`
+        (everything else while the step runs) and their `total`; where the program is too large,
+        `temporary` is None and `total` what the compiler asked for, if it said so.
+      hbm_capacity: what the compiler may use; None for CPU devices.
+      fits: whether it compiled within the capacity; None for CPU devices.
+      flops: of matrix products, recomputation included.
+      collectives: largest first: `kind`, `bytes` sent by a device, `part` of the model, `count`,
+        `devices` that exchange.
+      collective_bytes: the same, summed by part.
+      table_bytes_gathered: row bytes that a device reads from its part of the table.
+      roofline_seconds: least time of `compute`, `memory` and `network`, each at the chip's
+        published peak and perfectly overlapped; None for CPU devices.
+    """
+
+    devices: int
+    mesh: dict[str, int]
+    hbm_bytes: dict[str, int | None]
+    hbm_capacity: int | None
+    fits: bool | None
+    flops: float
+    collectives: list[dict[str, Any]]
+    collective_bytes: dict[str, int]
+    table_bytes_gathered: int
+    roofline_seconds: dict[str, float] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def plan(
+    config: Config, topology: str | None = None, devices: int | None = None, slices: int = 1
+) -> Plan:
+    """Compiles the whole train step for a TPU pod, or for this process's CPU devices.
+
+    Args:
+      topology: such as `v5e:16x16`, see `parallel.topology`; `slices` of them.
+      devices: number of local devices to use instead.
+    """
+    chip = None
+    if topology is not None:
+        chip, found = pod_devices(topology, slices)
+    else:
+        found = jax.devices()[:devices]
+    mesh = make_mesh(config.mesh, found)
+    space = data_space(config.data)
+    check_mesh(config, space, mesh)
+    trainer = Trainer.create(config, space, mesh)
+    state, batch = trainer.abstract_state(), trainer.abstract_batch()
+    with jax.set_mesh(mesh):
+        flops = matmul_flops(trainer.train_step, state, batch) / len(found)
+    sizes = {
+        "parameters": _device_bytes(state.params),
+        "table": _device_bytes(state.memory),
+        "optimizer": _device_bytes((state.optimizer, state.memory_optimizer, state.step)),
+    }
+    shape = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    try:
+        compiled = trainer.compile_train_step()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes |= {"temporary": None, "total": _bytes_asked_for(str(error))}
+        capacity = chip.hbm_bytes if chip else None
+        return Plan(len(found), shape, sizes, capacity, False, flops, [], {}, 0, None)
+    memory = compiled.memory_analysis()
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    sizes |= {"temporary": total - sum(sizes.values()), "total": total}
+    program = Program.parse(compiled.as_text())
+    collectives = program.collectives()
+    by_part: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for collective in collectives:
+        part = _part(collective.scope)
+        by_part[part] = by_part.get(part, 0) + collective.bytes
+    gathered = 0
+    if trainer.table is not None:
+        positions = config.data.batch_size * config.data.sequence_length // len(found)
+        gathered = trainer.table.bytes_served(positions * tables_of(config.encoder), len(found))
+    return Plan(
+        devices=len(found),
+        mesh=shape,
+        hbm_bytes=sizes,
+        hbm_capacity=chip and chip.hbm_bytes,
+        fits=None if chip is None else total <= chip.hbm_bytes,
+        flops=flops,
+        collectives=[_described(collective) for collective in collectives],
+        collective_bytes=by_part,
+        table_bytes_gathered=gathered,
+        roofline_seconds=chip and _roofline(chip, topology, flops, program, collectives),
+    )
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _bytes_asked_for(message: str) -> int | None:
+    found = re.search(r"(?:required[^(]*\(|Used )([\d.]+)([KMGT])", message)
+    return found and int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
+
+
+def _part(scope: str) -> str:
+    named = [word for word in re.findall(r"\w+", scope) if word in PARTS]
+    return named[-1] if named else "other"
+
+
+def _described(collective: Collective) -> dict[str, Any]:
+    return {
+        "kind": collective.kind,
+        "bytes": collective.bytes,
+        "part": _part(collective.scope),
+        "count": collective.count,
+        "devices": collective.devices,
+    }
+
+
+def _roofline(
+    chip: Chip, topology: str, flops: float, program: Program, collectives: list[Collective]
+) -> dict[str, float]:
+    """An all-to-all passes through several links: its bytes count once for each, on average."""
+    hops = mean_hops(topology)
+    link_bytes = sum(c.bytes * (hops if c.kind == "all-to-all" else 1) for c in collectives)
+    return {
+        "compute": flops / chip.flops,
+        "memory": program.memory_bytes() / chip.hbm_bandwidth,
+        "network": link_bytes / chip.network_bandwidth,
+    }
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text for people."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    lines = [f"{plan.devices} devices ({mesh}); each, in one step:", ""]
+    for name, size in plan.hbm_bytes.items():
+        lines.append(f"  memory, {name:11s} {_gib(size)}")
+    if plan.hbm_capacity is not None:
+        verdict = "fits" if plan.fits else "DOES NOT FIT"
+        lines.append(f"  {verdict} in {_gib(plan.hbm_capacity).strip()}")
+    lines += ["", f"  matrix products     {plan.flops / 1e12:8.2f} TFLOP"]
+    if plan.hbm_bytes["temporary"] is None:
+        lines.append("  (the rest is known only of a program that fits)")
+        return "\n".join(lines)
+    lines += [
+        f"  table rows read     {_mib(plan.table_bytes_gathered)}",
+        "",
+        "  sent over the network:",
+    ]
+    for part, sent in sorted(plan.collective_bytes.items(), key=lambda item: -item[1]):
+        if sent:
+            kinds = sorted({c["kind"] for c in plan.collectives if c["part"] == part})
+            lines.append(f"    {part:17s} {_mib(sent)}  ({', '.join(kinds)})")
+    if not any(plan.collective_bytes.values()):
+        lines.append("    nothing")
+    if plan.roofline_seconds is not None:
+        lines += ["", "  least time at the chip's peak rates:"]
+        slowest = max(plan.roofline_seconds, key=plan.roofline_seconds.get)
+        for name, seconds in plan.roofline_seconds.items():
+            mark = "  <- bounds the step" if name == slowest else ""
+            lines.append(f"    {name:17s} {seconds * 1e3:8.2f} ms{mark}")
+    return "\n".join(lines)
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:8.2f} GiB"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:8.1f} MiB"

@@ -1,0 +1,159 @@
+"""Plans for pods: what a compiled step holds and moves, on simulated and on described devices."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, prefixmem
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefixmem_jax.config import Config, DataConfig, DecoderConfig, MeshConfig, PrefixMemoryConfig
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.parallel import topology
+from prefixmem_jax.parallel.hlo import Program
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.training.plan import Plan, describe, plan
+
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]"
+)
+
+
+def config_for(devices: int, rows: int = 50_000, mesh: MeshConfig | None = None) -> Config:
+    """Four sequences of 512 tokens for each device."""
+    return Config(
+        "plan",
+        data=DataConfig(codebook_sizes=(256,) * 5, sequence_length=512, batch_size=4 * devices),
+        model=DecoderConfig(layers=3, d_model=128, d_ff=256, query_heads=4, head_dim=32),
+        encoder=PrefixMemoryConfig(rows=rows, d_mem=256),
+        mesh=mesh or MeshConfig(),
+    )
+
+
+def test_loops_are_counted():
+    mesh = make_mesh(MeshConfig(data=8))
+
+    def step(x, weights):
+        def layer(x, w):
+            return jnp.tanh(x @ jax.sharding.reshard(w, P())), None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+        weights = jax.ShapeDtypeStruct(
+            (5, 128, 128), jnp.float32, sharding=NamedSharding(mesh, P(None, "data"))
+        )
+        program = Program.parse(jax.jit(step).lower(x, weights).compile().as_text())
+    (gather,) = program.collectives()
+    assert (gather.kind, gather.count, gather.devices) == ("all-gather", 5, 8)
+    assert gather.bytes == 5 * 128 * 128 * 4 * 7 // 8
+    # Each layer writes and reads the gathered weights at least, and keeps little else.
+    weight = 128 * 128 * 4
+    assert 5 * 2 * weight < program.memory_bytes() < 5 * 8 * weight
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Plan:
+    return plan(config_for(8, mesh=MeshConfig(2, 2, 2)), devices=8)
+
+
+def test_memory_adds_up_and_shards(simulated):
+    sizes = simulated.hbm_bytes
+    assert sizes["total"] == sum(sizes[n] for n in sizes if n != "total")
+    rows = 16 * 50_000 * 64 * 4 / 8
+    assert rows <= sizes["table"] < 1.2 * rows
+    assert sizes["temporary"] > 0
+    assert simulated.hbm_capacity is simulated.fits is simulated.roofline_seconds is None
+
+
+def test_collectives_say_what_they_serve(simulated):
+    by_part = simulated.collective_bytes
+    assert sum(by_part.values()) == sum(c["bytes"] for c in simulated.collectives)
+    assert min(by_part[n] for n in ("table", "attention", "mlp", "embedding", "head")) > 0
+    assert by_part["other"] < 0.01 * sum(by_part.values())
+    # Rows out, their gradients back, ids both times; sized for 4 of 5 * 4 n-grams and a quarter.
+    addresses = 4 * 512 * 16
+    capacity = int(np.ceil(1.25 * 0.2 * addresses / 8)) + 8
+    exchanged = 8 * capacity * (2 * 64 + 2) * 4 * 7 / 8
+    exchange = [c for c in simulated.collectives if c["part"] == "table" and "all-to" in c["kind"]]
+    assert sum(c["bytes"] for c in exchange) == pytest.approx(exchanged, rel=1e-6)
+    assert simulated.table_bytes_gathered == 8 * capacity * 64 * 4
+    assert "table" in describe(simulated)
+
+
+def test_no_collective_or_temporary_has_the_tables_size(simulated):
+    larger = plan(config_for(8, rows=400_000, mesh=MeshConfig(2, 2, 2)), devices=8)
+    assert larger.hbm_bytes["table"] > 7 * simulated.hbm_bytes["table"]
+    assert larger.hbm_bytes["temporary"] <= 1.05 * simulated.hbm_bytes["temporary"]
+    assert larger.collectives == simulated.collectives
+    assert max(c["bytes"] / c["count"] for c in larger.collectives) < larger.hbm_bytes["table"] / 50
+
+
+@needs_tpu_compiler
+def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table():
+    plans = {}
+    for shape, devices, rows in (("4x4", 16, 50_000), ("4x4", 16, 800_000), ("8x16", 128, 50_000)):
+        config = config_for(devices, rows, MeshConfig(-1, 4, 2))
+        plans[devices, rows] = plan(config, f"v5e:{shape}")
+    small, many_rows, large = plans.values()
+    assert small.collective_bytes["table"] > 100_000
+    assert large.collective_bytes["table"] <= 1.25 * small.collective_bytes["table"]
+    more = {n: size - small.hbm_bytes[n] for n, size in many_rows.hbm_bytes.items()}
+    assert more["table"] > 150e6 and more["temporary"] < 0.1 * more["table"]
+    assert many_rows.collective_bytes["table"] == small.collective_bytes["table"]
+    assert small.fits and small.hbm_capacity == int(15.75 * 2**30)
+    assert all(seconds > 0 for seconds in small.roofline_seconds.values())
+
+
+@needs_tpu_compiler
+def test_only_the_data_axis_crosses_slices():
+    _, devices = topology.pod_devices("v5e:2x4", slices=2)
+    mesh = make_mesh(MeshConfig(-1, 2, 2), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 2}
+    assert slices.tolist() == [[[n] * 2] * 2 for n in (0, 0, 1, 1)]
+    found = plan(config_for(16, mesh=MeshConfig(-1, 2, 2)), "v5e:2x4", slices=2)
+    assert found.devices == 16 and found.fits
+    with pytest.raises(UserError, match="data=1 does not divide by the 2 slices"):
+        make_mesh(MeshConfig(1, 8, 2), devices)
+
+
+@needs_tpu_compiler
+def test_a_step_that_does_not_fit_says_so():
+    config = config_for(4, rows=20_000_000, mesh=MeshConfig(-1, 1, 1))
+    found = plan(config, "v5e:2x2")
+    assert found.fits is False and found.hbm_bytes["table"] > 15 * 2**30
+    assert found.hbm_bytes["total"] > found.hbm_capacity
+    assert "DOES NOT FIT" in describe(found)
+
+
+def test_mistakes_are_one_line(monkeypatch):
+    for name in ("v5e", "v9:4x4", "v5e:4x4x4", "v5p:4x4"):
+        with pytest.raises(UserError, match="expected one of v5e, v5p, v6e and a shape"):
+            topology.pod_devices(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'prefixmem_jax\[tpu\]'"):
+        topology.pod_devices("v5e:4x4")
+
+
+@needs_tpu_compiler
+def test_a_pod_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="not a pod that exists"):
+        topology.pod_devices("v5e:3x7")
+
+
+def test_the_command_writes_the_plan(tmp_path):
+    config = ROOT / "configs" / "quickstart" / "prefixmem.py"
+    done = prefixmem("plan", config, "--devices", 2, "--json", tmp_path / "plan.json")
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert "2 devices (data=2, fsdp=1, tensor=1)" in done.stdout
+    assert set(written) == {f.name for f in dataclasses.fields(Plan)}
+    assert {"parameters", "table", "optimizer", "temporary", "total"} == set(written["hbm_bytes"])
+    done = prefixmem("plan", config, "--topology", "v9:4x4", expect=2)
+    assert done.stderr.splitlines()[-1].startswith("prefixmem: --topology v9:4x4: expected one")
