@@ -35,5 +35,5 @@ train=$(printf '%q ' .venv/bin/prefixmem train "$config" --distributed "${argume
 run git -C "$root" archive --format=tar.gz --output="$archive" HEAD
 run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:prefixmem_jax.tar.gz" "${where[@]}"
 run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command \
-  "mkdir -p prefixmem_jax && tar -xzf prefixmem_jax.tar.gz -C prefixmem_jax && cd prefixmem_jax && root=\$PWD && . launch/common.sh && set_up tpu"
+  "mkdir -p prefixmem_jax && tar -xzf prefixmem_jax.tar.gz -C prefixmem_jax && cd prefixmem_jax && root=\$PWD && . launch/common.sh && set_up .venv tpu"
 run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command "cd prefixmem_jax && ${train% }"

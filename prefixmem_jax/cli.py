@@ -147,9 +147,57 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument(
         "--slices", type=_positive, default=1, metavar="N", help="pods of that shape (default: 1)"
     )
-    planning.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    planning.add_argument(
+        "--json", type=_new_file, metavar="FILE", help="also write the plan there"
+    )
     planning.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+
+    benching = verb(
+        "bench",
+        _bench,
+        "Measure on this machine what the memory costs: alone (memory), or in a step (step).",
+        "  prefixmem bench memory --json memory.json --plot memory.png\n"
+        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU",
+    )
+    benching.add_argument("what", choices=("memory", "step"), help="what to measure")
+    benching.add_argument(
+        "--rows",
+        type=_positive,
+        nargs="+",
+        metavar="T",
+        help="rows per table (default: memory 16384 131072 1048576, step 500000)",
+    )
+    benching.add_argument(
+        "--compared-rows",
+        type=_positive,
+        default=500_000,
+        metavar="T",
+        help="memory: rows per table where dense AdamW is compared (default: %(default)s)",
+    )
+    benching.add_argument(
+        "--decoder",
+        choices=("quickstart", "qwen3-0.6b"),
+        default="quickstart",
+        help="step: whose shape (default: %(default)s)",
+    )
+    benching.add_argument(
+        "--d-mem", type=_positive, default=64, metavar="N", help="memory width (default: 64)"
+    )
+    benching.add_argument(
+        "--repeats", type=_positive, default=30, metavar="N", help="timed calls (default: 30)"
+    )
+    benching.add_argument("--json", type=_new_file, metavar="FILE", help="write the numbers there")
+    benching.add_argument(
+        "--plot", type=_new_file, metavar="FILE", help="write a picture there (.png)"
+    )
     return parser
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
+    return path
 
 
 def _positive(text: str) -> int:
@@ -223,6 +271,34 @@ def _plan(options: argparse.Namespace) -> None:
     print(describe(found))
     if options.json:
         write_json(options.json, found.to_json())
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from prefixmem_jax.benchmarks import memory, step
+    from prefixmem_jax.benchmarks.timing import bar_plot
+    from prefixmem_jax.files import write_json
+    from prefixmem_jax.parallel.topology import simulate_cpu_devices
+
+    simulate_cpu_devices(8)
+    if options.what == "memory":
+        rows = options.rows or [2**14, 2**17, 2**20]
+        module, found = (
+            memory,
+            memory.bench_memory(rows, options.compared_rows, options.d_mem, options.repeats),
+        )
+    else:
+        rows = options.rows or [500_000]
+        if len(rows) > 1:
+            raise UserError(f"bench step: --rows takes one number, got {len(rows)}")
+        module, found = (
+            step,
+            step.bench_step(options.decoder, rows[0], options.d_mem, options.repeats),
+        )
+    print(module.describe(found))
+    if options.json:
+        write_json(options.json, found)
+    if options.plot:
+        bar_plot(options.plot, module.panels(found))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import real_data
 from flax import nnx
 
-from prefixmem_jax.config import PrefixMemoryConfig
+from prefixmem_jax.config import DataConfig, PrefixMemoryConfig
+from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.sequences import pack_training_rows
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import hashing
 from prefixmem_jax.memory.encoder import PrefixMemory, check_encoder, make_table, tables_of
+from prefixmem_jax.memory.exchange import capacity
 from prefixmem_jax.semantic_ids.space import SidSpace
 
 SPACE = SidSpace((7, 9, 5, 11))
@@ -106,3 +110,25 @@ def test_sizes_that_do_not_fit_the_sids_are_refused():
     ):
         with pytest.raises(UserError, match=words.replace("^", r"\^")):
             check_encoder(PrefixMemoryConfig(**changes), SPACE)
+
+
+@pytest.mark.parametrize("name", ["beauty", "microlens", "amazon180k"])
+def test_real_batches_need_one_exchange_even_on_256_devices(name):
+    """No device asks an owner for more rows than one exchange holds: 4 rows of 1024 tokens each."""
+    data = prepare_data(DataConfig(path=str(real_data(name))))
+    space = data.catalog.space
+    levels, devices = space.levels, 256
+    config = PrefixMemoryConfig(
+        target_levels=(levels - 1, levels), orders=levels - 1, rows=5_000_000
+    )
+    encoder = PrefixMemory(config, space, 8, 1.0, rngs=nnx.Rngs(0))
+    rows = pack_training_rows(data.catalog, data.split.train, 1024, 32, seed=0)
+    addresses_of = jax.jit(encoder.addresses)
+    largest = []
+    for start in range(0, 200, 4):
+        part = slice(start, start + 4)
+        addresses = np.asarray(addresses_of(rows["tokens"][part], rows["segment_ids"][part]))
+        distinct = np.unique(addresses[addresses >= 0])
+        largest.append(np.bincount(distinct // (encoder.table.padded_rows // devices)).max())
+    room = capacity(addresses.size, encoder.table.density, devices)
+    assert 0.5 * room < max(largest) <= 0.8 * room

@@ -1,97 +1,234 @@
-"""Does a train step's cost depend on the size of the memory tables? It must not.
-
-    python -m prefixmem_jax.benchmarks.memory [--rows 14 17 20] [--json FILE]
-
-Runs the whole train step of the quickstart's decoder (5,120 tokens, SIDs of 5 levels, 16 tables,
-d_mem 64) at several table sizes, in turn within one process so that a noisy machine disturbs
-all alike, and prints the ratio of the median step times to the smallest table's.
-"""
+"""What the memory table costs: by its size, by its optimizer, and by how it is fetched."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import Config, DataConfig, PrefixMemoryConfig
-from prefixmem_jax.files import write_json
+from prefixmem_jax.benchmarks.timing import machine, median_seconds
+from prefixmem_jax.benchmarks.worlds import (
+    dense_training,
+    one_device_trainer,
+    random_batches,
+    table_training,
+    training,
+)
+from prefixmem_jax.config import MeshConfig, PrefixMemoryConfig
+from prefixmem_jax.memory.table import ADDRESSES, Table, spread
+from prefixmem_jax.parallel.hlo import Program
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.parallel.sharding import batch_sharding
-from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.parallel.sharding import row_spec
 from prefixmem_jax.training.step import Trainer
 
-SPACE = SidSpace((256,) * 5)
-ITEMS, LENGTH, BATCH = 25, 128, 40
+BATCH, LENGTH, CODES = 40, 128, 256  # 5,120 tokens, as in the quickstart
 
 
-def random_batches(count: int) -> list[dict[str, np.ndarray]]:
-    """Rows of random items, in the layout of `data.sequences`."""
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(count):
-        sids = rng.integers(0, 256, (BATCH, ITEMS, 5))
-        tokens = np.zeros((BATCH, LENGTH), np.int32)
-        tokens[:, 0] = 1
-        tokens[:, 1 : 1 + 5 * ITEMS] = SPACE.encode(sids).reshape(BATCH, -1)
-        segments = (tokens > 0).astype(np.int32)
-        positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
-        found.append(
-            {
-                "tokens": tokens,
-                "segment_ids": segments,
-                "positions": positions,
-                "loss_mask": segments.astype(np.float32),
-            }
-        )
+def bench_memory(rows: list[int], compared_rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
+    """Measures the table on this machine.
+
+    Args:
+      rows: rows per table (16 tables) of the steps to compare.
+      compared_rows: the same, for the comparison with dense AdamW.
+
+    Returns:
+      machine: what it ran on.
+      step_seconds: whole train step (quickstart's decoder, 5,120 tokens) by rows per table.
+      row_wise_seconds, dense_seconds: the table's part of a step alone at `compared_rows`: read
+        rows, gradient, Adam on the rows in the batch; or a gradient of the whole table and AdamW
+        on all of it. row_wise_step_seconds, dense_step_seconds: whole steps with either.
+      fetch: on all devices, seconds and bytes that a device sends, of `exchange` (ours), of a
+        gather that XLA partitions, and of a masked all-gather.
+      bandwidth: bytes/s on one device of `stream` (a copy), `random_rows` (a plain gather of
+        rows in random order) and `fetch` (ours, duplicates removed and rows spread over the
+        batch); `fetch_rows_per_second` counts addresses.
+    """
+    found: dict[str, Any] = {"machine": machine(), "d_mem": d_mem, "tables": 16}
+    found["step_seconds"] = _step_by_rows(rows, d_mem, repeats)
+    found["compared_rows"] = compared_rows
+    fewer = max(repeats // 3, 3)
+    for what, seconds in (
+        ("", _row_wise_and_dense_table(compared_rows, d_mem, fewer)),
+        ("step_", _row_wise_and_dense_step(compared_rows, d_mem, fewer)),
+    ):
+        found |= {f"{kind}_{what}seconds": value for kind, value in seconds.items()}
+    found["fetch"] = _compare_fetches(compared_rows, d_mem, repeats)
+    found["bandwidth"] = _bandwidth(compared_rows, d_mem, repeats)
     return found
 
 
-def step_times(rows_per_table: list[int], repeats: int) -> dict[int, list[float]]:
-    """Seconds of single steps by rows per table, measured in turn."""
+def _trainer(rows: int, d_mem: int) -> Trainer:
+    encoder = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
+    return one_device_trainer("quickstart", encoder, BATCH, LENGTH, CODES)
+
+
+def _step_by_rows(rows: list[int], d_mem: int, repeats: int) -> dict[int, float]:
+    trainers = {size: _trainer(size, d_mem) for size in rows}
+    batches = random_batches(trainers[rows[0]], 8)
+    with jax.set_mesh(trainers[rows[0]].mesh):
+        calls = {size: training(trainer, batches) for size, trainer in trainers.items()}
+        return median_seconds(calls, repeats, "step by rows per table")
+
+
+def _row_wise_and_dense_table(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
+    trainer = _trainer(rows, d_mem)
+    batches = random_batches(trainer, 8)
+    calls = {
+        "row_wise": table_training(trainer, batches, dense=False),
+        "dense": table_training(trainer, batches, dense=True),
+    }
+    return median_seconds(calls, repeats, "table, row-wise and dense")
+
+
+def _row_wise_and_dense_step(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
+    trainer = _trainer(rows, d_mem)
+    batches = random_batches(trainer, 8)
+    calls = {
+        "row_wise": training(trainer, batches),
+        "dense": dense_training(trainer, batches),
+    }
+    return median_seconds(calls, repeats, "step, row-wise and dense")
+
+
+def _table_and_addresses(rows: int, d_mem: int) -> tuple[Table, np.ndarray]:
+    trainer = _trainer(rows, d_mem)
+    batch = random_batches(trainer, 1)[0]
+    with jax.set_mesh(trainer.mesh):
+        encoder = trainer.model(trainer.init_sharded(0).params).encoder
+        addresses = encoder.addresses(batch["tokens"], batch["segment_ids"])
+    return trainer.table, np.asarray(addresses)
+
+
+def _compare_fetches(rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
+    table, addresses = _table_and_addresses(rows, d_mem)
+    lines, lanes = table.shape
+    explicit = make_mesh(MeshConfig())
+    automatic = jax.make_mesh((jax.device_count(),), ("x",), (AxisType.Auto,))
+
+    def masked_all_gather(mine: jax.Array, ids: jax.Array) -> jax.Array:
+        everyone = jax.lax.all_gather(ids, "x", tiled=True)
+        local = everyone - jax.lax.axis_index("x") * mine.shape[0] * (lanes // table.width)
+        here = (local >= 0) & (local < mine.shape[0] * (lanes // table.width))
+        read = table_rows(mine, jnp.where(here, local, -1))
+        return jax.lax.psum_scatter(read, "x", scatter_dimension=0, tiled=True)
+
+    def table_rows(memory: jax.Array, ids: jax.Array) -> jax.Array:
+        by_row = memory.reshape(-1, table.width)
+        return jnp.where(ids[..., None] < 0, 0, by_row[jnp.maximum(ids, 0)])
+
+    variants: dict[str, tuple[Any, Callable, P, P]] = {
+        "exchange": (
+            explicit,
+            lambda memory, ids: spread(table.fetch(memory, ids)),
+            row_spec(),
+            ADDRESSES,
+        ),
+        "xla_partitioned_gather": (automatic, table_rows, P("x"), P("x")),
+        "masked_all_gather": (
+            automatic,
+            jax.shard_map(
+                masked_all_gather, mesh=automatic, in_specs=(P("x"), P("x")), out_specs=P("x")
+            ),
+            P("x"),
+            P("x"),
+        ),
+    }
+    calls, sent = {}, {}
+    for name, (mesh, function, of_rows, of_ids) in variants.items():
+        with jax.set_mesh(mesh):
+            memory = jax.jit(
+                lambda: jnp.zeros((lines, lanes)), out_shardings=NamedSharding(mesh, of_rows)
+            )()
+            ids = jax.device_put(addresses, NamedSharding(mesh, of_ids))
+            out = NamedSharding(mesh, of_ids)
+            compiled = jax.jit(function, out_shardings=out).lower(memory, ids).compile()
+        sent[name] = sum(c.bytes for c in Program.parse(compiled.as_text()).collectives())
+        calls[name] = lambda run=compiled, memory=memory, ids=ids: run(memory, ids)
+    seconds = median_seconds(calls, repeats, "fetches")
+    return {name: {"seconds": seconds[name], "bytes_sent": sent[name]} for name in calls}
+
+
+def _bandwidth(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
+    table, addresses = _table_and_addresses(rows, d_mem)
     mesh = make_mesh(devices=jax.devices()[:1])
-    sharding = batch_sharding(mesh)
-    runs: dict[int, list[Any]] = {}
-    for rows in rows_per_table:
-        encoder = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=64)
-        data = DataConfig(sequence_length=LENGTH, batch_size=BATCH)
-        trainer = Trainer.create(Config("benchmark", encoder=encoder, data=data), SPACE, mesh)
-        runs[rows] = [trainer.compile_train_step(), trainer.init_sharded(0)]
+    used = int((addresses >= 0).sum())
+    order = np.random.default_rng(0).integers(0, table.padded_rows, used).astype(np.int32)
     with jax.set_mesh(mesh):
-        batches = [
-            {name: jax.device_put(jnp.asarray(array), sharding) for name, array in batch.items()}
-            for batch in random_batches(repeats + 3)
-        ]
-    times: dict[int, list[float]] = {rows: [] for rows in rows_per_table}
-    for index, batch in enumerate(batches):
-        for rows, run in runs.items():
-            started = time.perf_counter()
-            run[1], metrics = run[0](run[1], batch)
-            jax.block_until_ready((run[1], metrics))
-            if index >= 3:  # the first steps touch fresh memory pages
-                times[rows].append(time.perf_counter() - started)
-    return times
+        sharding = NamedSharding(mesh, row_spec())
+        memory = jax.jit(lambda: jnp.zeros(table.shape), out_shardings=sharding)()
+        placed = jax.device_put(addresses, NamedSharding(mesh, ADDRESSES))
+        fetch = jax.jit(lambda memory, ids: spread(table.fetch(memory, ids)))
+    plain = jnp.zeros(table.shape)
+    gather = jax.jit(table.lookup)
+    copy = jax.jit(lambda x: x + 1)
+    ids = jnp.asarray(order)
+
+    def fetched() -> jax.Array:
+        with jax.set_mesh(mesh):
+            return fetch(memory, placed)
+
+    seconds = median_seconds(
+        {
+            "stream": lambda: copy(plain),
+            "random_rows": lambda: gather(plain, ids),
+            "fetch": fetched,
+        },
+        repeats,
+        "bandwidth",
+    )
+    row_bytes = used * table.width * 4
+    return {
+        "stream": 2 * plain.nbytes / seconds["stream"],
+        "random_rows": row_bytes / seconds["random_rows"],
+        "fetch": row_bytes / seconds["fetch"],
+        "fetch_rows_per_second": used / seconds["fetch"],
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[14, 17, 20], metavar="LOG2")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    times = step_times([2**power for power in options.rows], options.repeats)
-    medians = {rows: statistics.median(values) for rows, values in times.items()}
-    first = medians[2 ** options.rows[0]]
-    for rows, median in medians.items():
-        print(f"{rows:>9,} rows per table: {median * 1e3:7.1f} ms a step, {median / first:.3f}x")
-    if options.json:
-        write_json(options.json, {"step_seconds": medians})
+def describe(found: dict[str, Any]) -> str:
+    """The measurements as text, ratios first."""
+    steps = found["step_seconds"]
+    smallest = steps[min(steps)]
+    lines = [f"{found['machine']['device']}, {found['machine']['devices']} devices"]
+    lines += [
+        f"  step, {rows:>9,} rows per table  {value * 1e3:8.1f} ms  {value / smallest:6.3f}x"
+        for rows, value in steps.items()
+    ]
+    for what, key in (("table alone", ""), ("whole step", "step_")):
+        row_wise, dense = found[f"row_wise_{key}seconds"], found[f"dense_{key}seconds"]
+        lines.append(
+            f"  {what} at {found['compared_rows']:,} rows: row-wise {row_wise * 1e3:.1f} ms, dense "
+            f"AdamW {dense * 1e3:.1f} ms: {dense / row_wise:.1f}x"
+        )
+    for name, one in found["fetch"].items():
+        lines.append(
+            f"  fetch, {name:24s}{one['seconds'] * 1e3:8.2f} ms, each device sends "
+            f"{one['bytes_sent'] / 2**20:8.3f} MiB"
+        )
+    rates = found["bandwidth"]
+    lines.append(
+        f"  rows fetched: {rates['fetch_rows_per_second'] / 1e6:.1f} million/s, "
+        f"{rates['fetch'] / 1e9:.2f} GB/s; random rows {rates['random_rows'] / 1e9:.2f} GB/s; "
+        f"copy {rates['stream'] / 1e9:.1f} GB/s"
+    )
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    main()
+def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """What the plot shows."""
+    return [
+        ("train step by rows per table", {f"{k:,}": v for k, v in found["step_seconds"].items()}),
+        (
+            f"table alone, {found['compared_rows']:,} rows per table",
+            {"row-wise": found["row_wise_seconds"], "dense AdamW": found["dense_seconds"]},
+        ),
+        (
+            f"fetch on {found['machine']['devices']} devices",
+            {name.replace("_", " "): one["seconds"] for name, one in found["fetch"].items()},
+        ),
+    ]

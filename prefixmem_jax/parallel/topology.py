@@ -79,7 +79,12 @@ def mean_hops(topology: str) -> float:
     return sum(max(int(n), 1) / 4 for n in topology.partition(":")[2].split("x"))
 
 
+def simulate_cpu_devices(devices: int) -> None:
+    """Divides this machine's CPU into so many devices, if JAX uses it; before anything else."""
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
 def use_cpu(devices: int = 1) -> None:
     """Keeps JAX to this machine's CPU, divided into so many devices; before anything else."""
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    simulate_cpu_devices(devices)

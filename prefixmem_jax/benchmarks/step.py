@@ -1,0 +1,69 @@
+"""What the SID encoder costs in a whole train step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from prefixmem_jax.benchmarks.timing import machine, median_seconds
+from prefixmem_jax.benchmarks.worlds import one_device_trainer, random_batches, training
+from prefixmem_jax.config import PrefixMemoryConfig
+
+# Batch, length and codes per level by decoder: what fits the machines they are meant for.
+SHAPES = {"quickstart": (40, 128, 256), "qwen3-0.6b": (8, 1024, 2048)}
+
+
+def bench_step(decoder: str, rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
+    """Times a train step of a decoder without and with the encoder, on one device.
+
+    Returns:
+      machine, decoder, rows (per table), d_mem, tokens (per step).
+      step_seconds: by `without` and `with` the encoder.
+      encoder_overhead: seconds that the encoder adds, as a share of the step without it.
+      tokens_per_second: of both.
+    """
+    batch, length, codes = SHAPES[decoder]
+    encoder = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
+    trainers = {
+        name: one_device_trainer(decoder, used, batch, length, codes)
+        for name, used in (("without", None), ("with", encoder))
+    }
+    batches = random_batches(trainers["with"], 8)
+    with jax.set_mesh(trainers["with"].mesh):
+        calls = {name: training(trainer, batches) for name, trainer in trainers.items()}
+        seconds = median_seconds(calls, repeats, "train step")
+    tokens = batch * length
+    return {
+        "machine": machine(),
+        "decoder": decoder,
+        "rows": rows,
+        "d_mem": d_mem,
+        "tokens": tokens,
+        "step_seconds": seconds,
+        "encoder_overhead": seconds["with"] / seconds["without"] - 1,
+        "tokens_per_second": {name: tokens / value for name, value in seconds.items()},
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The measurements as text."""
+    seconds = found["step_seconds"]
+    return "\n".join(
+        [
+            f"{found['machine']['device']}, {found['decoder']}, {found['tokens']:,} tokens a step",
+            *(
+                f"  step {name:8s} {seconds[name] * 1e3:9.1f} ms, "
+                f"{found['tokens_per_second'][name]:,.0f} tokens/s"
+                for name in seconds
+            ),
+            f"  the encoder ({found['rows']:,} rows per table, d_mem {found['d_mem']}) adds "
+            f"{100 * found['encoder_overhead']:.1f}%",
+        ]
+    )
+
+
+def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """What the plot shows."""
+    named = {f"{name} encoder": value for name, value in found["step_seconds"].items()}
+    return [(f"train step, {found['decoder']}", named)]

@@ -1,0 +1,70 @@
+"""Timing for comparisons: everything in turn within one process, so that noise hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from prefixmem_jax.files import replacing
+
+BLOCK = 4  # calls in a row; the first, which finds another call's data in the caches, is dropped
+
+
+def median_seconds(
+    calls: dict[Any, Callable[[], Any]], repeats: int, describe: str
+) -> dict[Any, float]:
+    """Median seconds of each call, in blocks that take turns.
+
+    Args:
+      calls: functions without arguments; what they return is waited for.
+      repeats: timed calls of each, rounded up to whole blocks; one more block warms up.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    blocks = 1 + -(-repeats // (BLOCK - 1))
+    with tqdm(total=blocks * BLOCK * len(calls), desc=describe, leave=False) as bar:
+        for block in range(blocks):
+            for name, call in calls.items():
+                for number in range(BLOCK):
+                    started = time.perf_counter()
+                    jax.block_until_ready(call())
+                    if block and number:
+                        times[name].append(time.perf_counter() - started)
+                    bar.update()
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+    }
+
+
+def bar_plot(path: Path, panels: Sequence[tuple[str, dict[str, float]]]) -> None:
+    """One panel of horizontal bars per (title, seconds by name), in milliseconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 2.6), squeeze=False)
+    for axis, (title, seconds) in zip(axes[0], panels, strict=True):
+        bars = axis.barh(list(seconds), [1e3 * value for value in seconds.values()])
+        axis.bar_label(bars, fmt="%.1f", padding=2)
+        axis.set(title=title, xlabel="ms")
+        axis.margins(x=0.2)
+        axis.invert_yaxis()
+    figure.tight_layout()
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format=path.suffix.lstrip(".") or "png")
+    plt.close(figure)

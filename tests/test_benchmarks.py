@@ -1,0 +1,74 @@
+"""The benchmarks run, measure what they say, and import no more than they need."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import command_environment, prefixmem
+
+from prefixmem_jax.benchmarks.worlds import (
+    one_device_trainer,
+    random_batches,
+    table_training,
+)
+from prefixmem_jax.config import PrefixMemoryConfig
+
+
+def test_bench_memory_writes_numbers_and_a_plot(tmp_path):
+    done = prefixmem(
+        "bench", "memory", "--rows", 512, 1024, "--compared-rows", 2048, "--repeats", 1,
+        "--json", tmp_path / "m.json", "--plot", tmp_path / "m.png",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert set(found["step_seconds"]) == {"512", "1024"}
+    assert min(found["row_wise_seconds"], found["dense_seconds"]) > 0
+    sent = {name: one["bytes_sent"] for name, one in found["fetch"].items()}
+    # Every device's rows for the global batch, against each device's own distinct rows.
+    assert (
+        0 < 10 * sent["exchange"] < min(sent["xla_partitioned_gather"], sent["masked_all_gather"])
+    )
+    assert found["machine"]["devices"] == 8
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert "dense AdamW" in done.stdout
+
+
+def test_bench_step_writes_the_overhead(tmp_path):
+    prefixmem("bench", "step", "--rows", 512, "--repeats", 1, "--json", tmp_path / "s.json")
+    found = json.loads((tmp_path / "s.json").read_text())
+    seconds = found["step_seconds"]
+    assert found["encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
+
+
+def test_mistakes_are_one_line_before_anything_runs(tmp_path):
+    done = prefixmem("bench", "step", "--rows", 5, 6, expect=2)
+    assert done.stderr == "prefixmem: bench step: --rows takes one number, got 2\n"
+    done = prefixmem("bench", "memory", "--json", tmp_path / "no" / "m.json", expect=2)
+    assert "--json: no such folder" in done.stderr.splitlines()[-1]
+
+
+def test_row_wise_and_dense_tables_take_the_same_steps():
+    """What the benchmark compares is the same work: rows of the batch end up alike."""
+    encoder = PrefixMemoryConfig(target_levels=(4, 5), rows=300, d_mem=64)
+    trainer = one_device_trainer("quickstart", encoder, 4, 32, 16)
+    batches = random_batches(trainer, 1)
+    calls = [table_training(trainer, batches, dense=dense) for dense in (False, True)]
+    for step in range(2):  # the warm-up starts at rate zero: the second step moves the rows
+        row_wise, dense = (np.asarray(call()[0]) for call in calls)
+        if step == 0:
+            start = row_wise.copy()
+    assert not np.array_equal(row_wise, start)
+    np.testing.assert_allclose(row_wise, dense, rtol=1e-5, atol=1e-7)
+
+
+def test_benchmarks_import_no_data_pipeline_or_checkpoints():
+    """So that they run where only JAX, Flax and optax are installed."""
+    code = (
+        "import sys, prefixmem_jax.benchmarks.memory, prefixmem_jax.benchmarks.step\n"
+        "print(sorted({'grain', 'orbax', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=command_environment()
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
