@@ -130,12 +130,15 @@ class MemoryOptimizerConfig:
     Attributes:
       kind: `adam`, `row_adam` (one second moment a row), `adagrad` (row-wise: one number of state
         a row) or `sgd`. Adam's betas and epsilon are the dense optimizer's.
-      rate: learning rate as a multiple of the dense one, 5 in the paper.
+      rate: peak learning rate as a multiple of the dense one, 5 in the paper.
+      warmup_steps, final_rate: of its own schedule; none means the dense one's.
       weight_decay: decoupled, on the rows in the batch; steps that miss a row do not decay it.
     """
 
     kind: Literal["adam", "row_adam", "adagrad", "sgd"] = "adam"
     rate: float = 5.0
+    warmup_steps: int | None = None
+    final_rate: float | None = None
     weight_decay: float = 0.0
 
 

@@ -112,6 +112,14 @@ def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table()
 
 
 @needs_tpu_compiler
+@pytest.mark.parametrize("pod", ["v5p:2x2x1", "v6e:2x2"])
+def test_other_chips_have_plans(pod):
+    found = plan(config_for(4), pod)
+    assert found.devices == 4 and found.fits
+    assert found.hbm_capacity > 31 * 2**30
+
+
+@needs_tpu_compiler
 def test_only_the_data_axis_crosses_slices():
     _, devices = topology.pod_devices("v5e:2x4", slices=2)
     mesh = make_mesh(MeshConfig(-1, 2, 2), devices)

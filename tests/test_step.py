@@ -12,6 +12,7 @@ from prefixmem_jax.config import (
     Config,
     DataConfig,
     DecoderConfig,
+    MemoryOptimizerConfig,
     MeshConfig,
     OptimizerConfig,
     PrefixMemoryConfig,
@@ -25,7 +26,12 @@ from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.loop import check_mesh
 from prefixmem_jax.training.objectives import next_token_sums
-from prefixmem_jax.training.optimizers import dense_optimizer, learning_rate, memory_optimizer
+from prefixmem_jax.training.optimizers import (
+    dense_optimizer,
+    learning_rate,
+    memory_learning_rate,
+    memory_optimizer,
+)
 from prefixmem_jax.training.step import Trainer, TrainState
 
 CONFIG = Config(
@@ -161,6 +167,7 @@ def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(object
             [m["loss"] for m in other_history], [m["loss"] for m in history], rtol=1e-5
         )
         np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
+        assert np.linalg.norm(other.memory - state.memory) < 1e-5 * np.linalg.norm(state.memory)
 
 
 def test_tied_bfloat16_remat_steps_agree_across_meshes():
@@ -266,6 +273,16 @@ def test_schedule_warms_up_and_decays():
     assert float(rate(0)) == 0.0
     assert float(rate(2)) == pytest.approx(3e-3)
     assert float(rate(100)) == pytest.approx(3e-4)
+
+
+def test_memory_rows_have_their_own_rate_and_schedule():
+    config = dataclasses.replace(CONFIG, steps=100)
+    rate = memory_learning_rate(config)
+    assert [float(rate(n)) for n in (0, 2, 100)] == pytest.approx([0, 1.5e-2, 1.5e-3])
+    own = MemoryOptimizerConfig(rate=2.0, warmup_steps=10, final_rate=0.5)
+    optimizer = dataclasses.replace(CONFIG.optimizer, memory=own)
+    rate = memory_learning_rate(dataclasses.replace(config, optimizer=optimizer))
+    assert [float(rate(n)) for n in (0, 5, 10, 100)] == pytest.approx([0, 3e-3, 6e-3, 3e-3])
 
 
 def test_flops_count_loops_and_match_the_formula():

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW for dense parameters, a row-wise one for memory rows, one schedule for both."""
+"""Optimizers: AdamW for dense parameters, a row-wise one for memory rows, and their schedules."""
 
 from __future__ import annotations
 
@@ -13,15 +13,27 @@ from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_r
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warm-up to the peak, cosine decay to `final_rate` of it at the last step."""
+    """The dense parameters' rate: linear warm-up, then cosine decay to the last step."""
     options = config.optimizer
-    warmup = min(options.warmup_steps, config.steps)
+    return _schedule(config, options.learning_rate, options.warmup_steps, options.final_rate)
+
+
+def memory_learning_rate(config: Config) -> optax.Schedule:
+    """The memory rows' rate: a multiple of the dense one, with its own schedule if it has one."""
+    dense, own = config.optimizer, config.optimizer.memory
+    warmup = dense.warmup_steps if own.warmup_steps is None else own.warmup_steps
+    final_rate = dense.final_rate if own.final_rate is None else own.final_rate
+    return _schedule(config, own.rate * dense.learning_rate, warmup, final_rate)
+
+
+def _schedule(config: Config, peak: float, warmup_steps: int, final_rate: float) -> optax.Schedule:
+    warmup = min(warmup_steps, config.steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=options.learning_rate,
+        peak_value=peak,
         warmup_steps=warmup,
         decay_steps=max(config.steps, warmup + 1),
-        end_value=options.learning_rate * options.final_rate,
+        end_value=peak * final_rate,
     )
 
 
@@ -45,7 +57,7 @@ def dense_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def memory_optimizer(config: Config) -> optax.GradientTransformation:
-    """Applied to the rows in the batch only (`memory.table.update_rows`)."""
+    """Applied to the rows in the batch only (`memory.table.Table.update`)."""
     options, memory = config.optimizer, config.optimizer.memory
     scaling = {
         "adam": lambda: optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
@@ -53,11 +65,10 @@ def memory_optimizer(config: Config) -> optax.GradientTransformation:
         "adagrad": lambda: scale_by_row_adagrad(options.epsilon),
         "sgd": optax.identity,
     }[memory.kind]()
-    schedule = learning_rate(config)
     return optax.chain(
         scaling,
         optax.add_decayed_weights(memory.weight_decay),
-        optax.scale_by_learning_rate(lambda count: memory.rate * schedule(count)),
+        optax.scale_by_learning_rate(memory_learning_rate(config)),
     )
 
 
