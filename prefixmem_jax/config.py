@@ -73,10 +73,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of the decoder.
+class RopeScalingConfig:
+    """How rotary frequencies are stretched for long contexts.
 
     Attributes:
+      kind: `linear` divides all by `factor`; `llama3` divides those with wavelengths over
+        original_length / low_frequency_factor, keeps those under
+        original_length / high_frequency_factor, and blends between.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the decoder. Qwen3, Llama 3 and Gemma 3 differ by these values alone.
+
+    Attributes:
+      qk_norm: normalise queries and keys per head.
+      norm_plus_one: norms multiply by 1 + scale.
+      post_norms: normalise the outputs of attention and feed-forward too.
+      query_scale: of queries before the softmax; none means head_dim ** -0.5.
+      scale_embedding: multiply token embeddings by the root of d_model.
+      logit_softcap: bound c on logits, c * tanh(logits / c).
+      sliding_layers: 0-based layers that attend to the last `sliding_window` positions only, with
+        rotary base `sliding_rope_base` and without `rope_scaling`.
       compute_dtype: of activations and matrix products; parameters, norms, softmax and logits
         are float32.
       remat: recompute each layer in the backward pass instead of keeping its activations.
@@ -88,9 +113,19 @@ class DecoderConfig:
     query_heads: int = 4
     kv_heads: int = 2
     head_dim: int = 24
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     qk_norm: bool = True
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    query_scale: float | None = None
+    scale_embedding: bool = False
+    logit_softcap: float | None = None
     tied_embeddings: bool = False
     rope_base: float = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    sliding_layers: tuple[int, ...] = ()
+    sliding_window: int = 0
+    sliding_rope_base: float = 10_000.0
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     compute_dtype: DType = "float32"
@@ -171,11 +206,16 @@ class InitConfig:
     """Where parameters come from when the run has no checkpoint of its own.
 
     Attributes:
+      from_huggingface: model folder that part `llm` comes from; the SID tokens, which it lacks, get
+        the mean of its vocabulary and some noise. `model` and `data.text_tokens` must be the
+        folder's (`hf.families.read_config` gives them).
       run: run directory whose newest checkpoint to read; none means start from scratch.
       take: parts to read from it.
-      fresh: parts to initialise anew. Every part of the model must be in one of the two.
+      fresh: parts to initialise anew. With `run` or `from_huggingface`, every part of the model
+        must come from exactly one place.
     """
 
+    from_huggingface: str | None = None
     run: str | None = None
     take: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
@@ -447,6 +487,15 @@ def _check_values(config: Config) -> None:
         raise UserError(
             f"model.query_heads={model.query_heads} is not a multiple of "
             f"model.kv_heads={model.kv_heads}"
+        )
+    if model.sliding_layers and model.sliding_window < 1:
+        raise UserError(
+            f"model.sliding_window={model.sliding_window}: layers {model.sliding_layers} slide; "
+            "expected 1 or more"
+        )
+    if any(not 0 <= layer < model.layers for layer in model.sliding_layers):
+        raise UserError(
+            f"model.sliding_layers={model.sliding_layers}: layers are 0..{model.layers - 1}"
         )
     if model.head_dim % 2:
         raise UserError(f"model.head_dim={model.head_dim} is odd; rotary embeddings need pairs")

@@ -80,7 +80,7 @@ def test_stage_one_learns_and_stage_two_takes_its_memory(stage_one, tmp_path):
         (["init.take=('memory','llm')", "init.fresh=('encoder',)"], "no part 'llm'"),
         (["init.take=('memory','tables')"], "no part 'tables' in this model; it has encoder, llm, memory"),
         (["init.run=/nowhere"], "init.run=/nowhere: not a run directory with a checkpoint"),
-        (["init.run=none"], "init names part 'memory' but init.run is none"),
+        (["init.run=none"], "init.take names part 'memory' but init.run is none"),
     ],
 )  # fmt: skip
 def test_stage_two_refuses_what_does_not_fit(stage_one, tmp_path, overrides, words):
@@ -197,7 +197,7 @@ def test_tpu_launcher_prints_what_it_would_run():
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert len(lines) == 4 and all("gcloud" in line for line in lines[1:])
-    assert "set_up\\ tpu" in lines[2] or "set_up tpu" in lines[2]
+    assert "set_up\\ .venv\\ tpu" in lines[2] or "set_up .venv tpu" in lines[2]
     assert "--worker=all" in lines[3] and "us-east5-a" in lines[3]
     assert (
         "train\\ configs/quickstart/baseline.py\\ --distributed\\ --out\\ /mnt/bucket/run\\ steps=5"

@@ -55,6 +55,9 @@ def beam_search(
     slots = jnp.arange(prompt_size + generated)
     prompt_mask = jnp.pad(in_prompt, ((0, 0), (0, generated)))
 
+    later_US = length_U[:, None] + jnp.arange(generated) // beams
+    slot_positions = jnp.concatenate([prompts["positions"], later_US], axis=1)
+
     codes = jnp.full((users, beams, space.levels), -1, jnp.int32)
     nodes = jnp.zeros((users, beams), jnp.int32)
     ancestors = jnp.zeros((users, beams, 0), jnp.int32)  # slots of c_1..c_l of each beam
@@ -75,7 +78,7 @@ def beam_search(
         visible = jnp.any(slots == ancestors[..., None], axis=2) | prompt_mask[:, None]
         x = _embed_last(model, memory, codes[..., :level])
         positions = jnp.broadcast_to((length_U + level - 1)[:, None], (users, beams))
-        beam_hidden, cache = model.llm(x, positions, visible, cache, start)
+        beam_hidden, cache = model.llm(x, positions, visible, cache, start, slot_positions)
     return Beams(jnp.where(jnp.isfinite(scores)[..., None], codes, -1), scores)
 
 

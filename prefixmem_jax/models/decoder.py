@@ -1,20 +1,23 @@
-"""One decoder-only transformer: Qwen3's architecture at any size.
+"""One decoder-only transformer: Qwen3, Llama 3 and Gemma 3 at any size, by configuration.
 
 Pre-norm RMSNorm, rotary embeddings (rotate-half), grouped-query attention with optional q/k
-norm, SwiGLU, optional tying of the output head. Layers are stacked along a leading axis and run
-by `lax.scan`. Dimension letters: B batch, S query positions, T key positions, D model, N query
-heads, K key/value heads, H head size, F feed-forward, L layers, V vocabulary.
+norm and sliding windows, gated feed-forward, optional tying of the output head. Layers are stacked
+along a leading axis and run by `lax.scan`. Dimension letters: B batch, S query positions, T key
+positions, D model, N query heads, K key/value heads, H head size, F feed-forward, L layers,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from prefixmem_jax.config import DecoderConfig
+from prefixmem_jax.config import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.parallel.sharding import by_heads, constrain, einsum, gather_over_fsdp, take
 
 WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
@@ -32,43 +35,74 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
-        self.epsilon = epsilon
+    def __init__(self, size: int, config: DecoderConfig):
+        self.offset = 1.0 if config.norm_plus_one else 0.0
+        self.scale = nnx.Param(jnp.full(size, 1.0 - self.offset, jnp.float32))
+        self.epsilon = config.norm_epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon)
-        return (normed * self.scale[...]).astype(x.dtype)
+        return (normed * (self.offset + self.scale[...])).astype(x.dtype)
 
 
-def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array:
+def rope_frequencies(
+    head_dim: int, base: float, scaling: RopeScalingConfig | None = None
+) -> np.ndarray:
+    """Radians per position of each pair of a head's numbers, float32 [head_dim / 2]."""
+    frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency.astype(np.float32)
+    stretched = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return stretched.astype(np.float32)
+    turns = scaling.original_length * frequency / (2 * np.pi)  # within the original context
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (kept * frequency + (1 - kept) * stretched).astype(np.float32)
+
+
+def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array) -> jax.Array:
     """Rotary position embedding, rotate-half form, computed in float32."""
-    half = x_BSNH.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency
+    angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency_H
     cos, sin = jnp.cos(angle_BSH)[:, :, None], jnp.sin(angle_BSH)[:, :, None]
     first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BSNH.dtype)
 
 
-def _attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+class Positions(NamedTuple):
+    """Where a layer's queries stand and what they may attend to.
+
+    Attributes:
+      query_BS: positions of the queries.
+      mask_BST: True where query s may attend to key t.
+      frequency_H: rotary frequencies.
+    """
+
+    query_BS: jax.Array
+    mask_BST: jax.Array
+    frequency_H: jax.Array
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 class Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         d, h, std = config.d_model, config.head_dim, config.init_std
-        self.attention_norm = RMSNorm(d, config.norm_epsilon)
+        self.attention_norm = RMSNorm(d, config)
         self.query = _normal(rngs, (d, config.query_heads, h), std)
         self.key = _normal(rngs, (d, config.kv_heads, h), std)
         self.value = _normal(rngs, (d, config.kv_heads, h), std)
         self.output = _normal(rngs, (config.query_heads, h, d), std)
         if config.qk_norm:
-            self.query_norm = RMSNorm(h, config.norm_epsilon)
-            self.key_norm = RMSNorm(h, config.norm_epsilon)
-        self.mlp_norm = RMSNorm(d, config.norm_epsilon)
+            self.query_norm = RMSNorm(h, config)
+            self.key_norm = RMSNorm(h, config)
+        self.mlp_norm = RMSNorm(d, config)
+        if config.post_norms:
+            self.attention_post_norm = RMSNorm(d, config)
+            self.mlp_post_norm = RMSNorm(d, config)
         self.gate = _normal(rngs, (d, config.d_ff), std)
         self.up = _normal(rngs, (d, config.d_ff), std)
         self.down = _normal(rngs, (config.d_ff, d), std)
@@ -77,58 +111,70 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        mask_BST: jax.Array,
+        positions: Positions,
         past: tuple[jax.Array, jax.Array] | None,
         write_at: int,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Returns the layer's output and the keys and values [B, T, K, H] it attended to."""
-        x_BSD, kept = self._attend(x_BSD, positions_BS, mask_BST, past, write_at)
-        return self._feed_forward(x_BSD), kept
+        attended, kept = self._attend(self.attention_norm(x_BSD), positions, past, write_at)
+        if self.config.post_norms:
+            attended = self.attention_post_norm(attended)
+        x_BSD = x_BSD + attended
+        y = self._feed_forward(self.mlp_norm(x_BSD))
+        if self.config.post_norms:
+            y = self.mlp_post_norm(y)
+        return x_BSD + y, kept
 
     @jax.named_scope("attention")
     def _attend(
         self,
         x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        mask_BST: jax.Array,
+        positions: Positions,
         past: tuple[jax.Array, jax.Array] | None,
         write_at: int,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        dtype, heads = x_BSD.dtype, ("batch", None, "heads", None)
-        y = self.attention_norm(x_BSD)
+        config, dtype, heads = self.config, x_BSD.dtype, ("batch", None, "heads", None)
         query, key, value = (
             einsum(
-                "BSD,DNH->BSNH", y, gather_over_fsdp(w[...], dtype, None, "heads", None), out=heads
+                "BSD,DNH->BSNH",
+                x_BSD,
+                gather_over_fsdp(w[...], dtype, None, "heads", None),
+                out=heads,
             )
             for w in (self.query, self.key, self.value)
         )
-        if self.config.qk_norm:
+        if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = rotate(query, positions_BS, self.config.rope_base)
-        key = rotate(key, positions_BS, self.config.rope_base)
+        query = rotate(query, positions.query_BS, positions.frequency_H)
+        key = rotate(key, positions.query_BS, positions.frequency_H)
         if past is not None:
             key = jax.lax.dynamic_update_slice_in_dim(past[0], key, write_at, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(past[1], value, write_at, axis=1)
-        attended = by_heads(_attention, query, key, value, mask_BST)
+
+        def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array):
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=mask[:, None], scale=config.query_scale
+            )
+
+        attended = by_heads(attention, query, key, value, positions.mask_BST)
         output = gather_over_fsdp(self.output[...], dtype, "heads", None, None)
-        return x_BSD + einsum("BSNH,NHD->BSD", attended, output, out=WHOLE), (key, value)
+        return einsum("BSNH,NHD->BSD", attended, output, out=WHOLE), (key, value)
 
     @jax.named_scope("mlp")
     def _feed_forward(self, x_BSD: jax.Array) -> jax.Array:
         dtype = x_BSD.dtype
-        y = self.mlp_norm(x_BSD)
         gate, up = (
             einsum(
                 "BSD,DF->BSF",
-                y,
+                x_BSD,
                 gather_over_fsdp(w[...], dtype, None, "feed_forward"),
                 out=("batch", None, "feed_forward"),
             )
             for w in (self.gate, self.up)
         )
         down = gather_over_fsdp(self.down[...], dtype, "feed_forward", None)
-        return x_BSD + einsum("BSF,FD->BSD", jax.nn.silu(gate) * up, down, out=WHOLE)
+        activated = _ACTIVATIONS[self.config.activation](gate)
+        return einsum("BSF,FD->BSD", activated * up, down, out=WHOLE)
 
 
 class Decoder(nnx.Module):
@@ -138,7 +184,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = _normal(rngs, (vocabulary_size, config.d_model), config.init_std)
         self.layers = nnx.vmap(lambda r: Layer(config, rngs=r))(rngs.fork(split=config.layers))
-        self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.final_norm = RMSNorm(config.d_model, config)
         if not config.tied_embeddings:
             self.head = _normal(rngs, (config.d_model, vocabulary_size), config.init_std)
 
@@ -147,7 +193,10 @@ class Decoder(nnx.Module):
         """Token embeddings [B, S, D] in the compute dtype."""
         table = gather_over_fsdp(self.embedding[...], self.config.compute_dtype, None, "embedded")
         found = take(table, tokens_BS, "batch", None, "embedded")
-        return constrain(found, *WHOLE)
+        found = constrain(found, *WHOLE)
+        if self.config.scale_embedding:
+            found *= jnp.asarray(self.config.d_model**0.5, found.dtype)
+        return found
 
     def __call__(
         self,
@@ -156,6 +205,7 @@ class Decoder(nnx.Module):
         mask_BST: jax.Array,
         cache: Cache | None = None,
         write_at: int = 0,
+        key_positions_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs the layers on embedded inputs.
 
@@ -163,19 +213,39 @@ class Decoder(nnx.Module):
           mask_BST: True where query position s may attend to key position t.
           cache: keys and values with room for T positions; this call writes its S positions at
             `write_at`. Without one, T = S.
+          key_positions_BT: positions of the cache's keys; needed with a cache by layers that slide.
 
         Returns:
           Hidden states after the final norm [B, S, D], and the keys and values [L, B, T, K, H].
         """
 
-        def body(x: jax.Array, layer_and_past: tuple) -> tuple:
-            layer, past = layer_and_past
-            return layer(x, positions_BS, mask_BST, past, write_at)
+        config = self.config
+        everywhere = Positions(
+            positions_BS,
+            mask_BST,
+            jnp.asarray(rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling)),
+        )
+        slides_L = jnp.isin(jnp.arange(config.layers), jnp.array(config.sliding_layers, int))
+        if config.sliding_layers:
+            keys = positions_BS if key_positions_BT is None else key_positions_BT
+            near = positions_BS[:, :, None] - keys[:, None, :] < config.sliding_window
+            local = Positions(
+                positions_BS,
+                mask_BST & near,
+                jnp.asarray(rope_frequencies(config.head_dim, config.sliding_rope_base)),
+            )
 
-        if self.config.remat:
+        def body(x: jax.Array, one: tuple) -> tuple:
+            layer, past, slides = one
+            positions = everywhere
+            if config.sliding_layers:
+                positions = jax.tree.map(partial(jnp.where, slides), local, everywhere)
+            return layer(x, positions, past, write_at)
+
+        if config.remat:
             body = jax.checkpoint(body)
         past = None if cache is None else tuple(cache)
-        x_BSD, kept = jax.lax.scan(body, x_BSD, (self.layers, past))
+        x_BSD, kept = jax.lax.scan(body, x_BSD, (self.layers, past, slides_L))
         return self.final_norm(x_BSD), Cache(*kept)
 
     @jax.named_scope("head")
@@ -188,13 +258,15 @@ class Decoder(nnx.Module):
             weight = gather_over_fsdp(self.head[...], dtype, None, "vocabulary")
         if first != 0 or stop is not None:
             weight = weight[:, first:stop]
-        return einsum(
+        logits_BSV = einsum(
             "BSD,DV->BSV",
             hidden_BSD,
             weight,
             out=("batch", None, "vocabulary"),
             preferred_element_type=jnp.float32,
         )
+        cap = self.config.logit_softcap
+        return logits_BSV if cap is None else cap * jnp.tanh(logits_BSV / cap)
 
 
 def causal_mask(segment_ids_BS: jax.Array) -> jax.Array:

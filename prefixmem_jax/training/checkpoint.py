@@ -9,6 +9,7 @@ of any run.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -174,21 +175,40 @@ def _path(path: tuple) -> str:
 
 
 def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainState:
-    """A run's first state: from another run's checkpoint (`init`), or from scratch."""
+    """A run's first state: from another run, from a Hugging Face folder, or from scratch."""
     state = trainer.init_sharded(seed)
     parts = [*state.params, *(["memory"] if state.memory is not None else [])]
-    if options.run is None:
-        for name in (*options.take, *options.fresh):
-            raise UserError(f"init names part {name!r} but init.run is none")
-        return state
-    for part in parts:
-        if (part in options.take) == (part in options.fresh):
-            raise UserError(
-                f"init: part {part!r} must be in exactly one of init.take and init.fresh"
-            )
     for name in (*options.take, *options.fresh):
         if name not in parts:
             raise UserError(f"init: no part {name!r} in this model; it has {', '.join(parts)}")
+    if options.run is None and options.take:
+        raise UserError(f"init.take names part {options.take[0]!r} but init.run is none")
+    if options.run is None and options.from_huggingface is None:
+        if options.fresh:
+            raise UserError(
+                f"init.fresh names part {options.fresh[0]!r} but init.run and "
+                "init.from_huggingface are none"
+            )
+        return state
+    imported = ("llm",) if options.from_huggingface is not None else ()
+    for part in parts:
+        if (part in options.take) + (part in options.fresh) + (part in imported) != 1:
+            raise UserError(
+                f"init: part {part!r} must be in exactly one of init.take and init.fresh"
+                + (" (llm comes from init.from_huggingface)" if imported else "")
+            )
+    loaded = {}
+    if options.run is not None:
+        loaded = _parts_of_run(trainer, options)
+    memory = loaded.pop("memory", {"rows": state.memory})["rows"]
+    if imported:
+        if "llm" not in parts:
+            raise UserError("init.from_huggingface: this objective has no part 'llm'")
+        loaded["llm"] = _from_huggingface(trainer, options.from_huggingface, seed)
+    return state._replace(params={**state.params, **loaded}, memory=memory)
+
+
+def _parts_of_run(trainer: Trainer, options: InitConfig) -> dict[str, Any]:
     if not has_checkpoint(Path(options.run)):
         raise UserError(
             f"init.run={options.run}: not a run directory with a checkpoint; train that stage "
@@ -201,6 +221,27 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
             else trainer.abstract_state().params[part]
             for part in options.take
         }
-        loaded = source.load(abstract)
-    memory = loaded.pop("memory", {"rows": state.memory})["rows"]
-    return state._replace(params={**state.params, **loaded}, memory=memory)
+        return source.load(abstract)
+
+
+def _from_huggingface(trainer: Trainer, folder: str, seed: int) -> dict[str, Any]:
+    from prefixmem_jax.hf.families import read_config  # only here: transformers is slow to import
+    from prefixmem_jax.hf.load import load_decoder
+
+    described, vocabulary = read_config(folder)
+    model, data = trainer.config.model, trainer.config.data
+    ours = {"compute_dtype": model.compute_dtype, "remat": model.remat}
+    described = dataclasses.replace(described, **ours)
+    for item in dataclasses.fields(described):
+        theirs, here = getattr(described, item.name), getattr(model, item.name)
+        if theirs != here:
+            raise UserError(
+                f"init.from_huggingface={folder}: its {item.name} is {theirs}, model.{item.name} "
+                f"is {here}"
+            )
+    if vocabulary != data.text_tokens:
+        raise UserError(
+            f"init.from_huggingface={folder}: its vocabulary has {vocabulary} tokens, "
+            f"data.text_tokens is {data.text_tokens}"
+        )
+    return load_decoder(folder, model, trainer.abstract_state().params["llm"], seed)
