@@ -172,37 +172,40 @@ def describe(plan: Plan) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     lines = [f"{plan.devices} devices ({mesh}); each, in one step:", ""]
     for name, size in plan.hbm_bytes.items():
-        lines.append(f"  memory, {name:11s} {_gib(size)}")
+        lines.append(f"  memory, {name:11s} {_bytes(size)}")
     if plan.hbm_capacity is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(f"  {verdict} in {_gib(plan.hbm_capacity).strip()}")
-    lines += ["", f"  matrix products     {plan.flops / 1e12:8.2f} TFLOP"]
+        lines.append(f"  {verdict} in {_bytes(plan.hbm_capacity).strip()}")
+    lines += ["", f"  matrix products     {plan.flops / 1e9:8,.1f} GFLOP"]
     if plan.hbm_bytes["temporary"] is None:
         lines.append("  (the rest is known only of a program that fits)")
         return "\n".join(lines)
     lines += [
-        f"  table rows read     {_mib(plan.table_bytes_gathered)}",
+        f"  table rows read     {_bytes(plan.table_bytes_gathered)}",
         "",
         "  sent over the network:",
     ]
-    for part, sent in sorted(plan.collective_bytes.items(), key=lambda item: -item[1]):
-        if sent:
-            kinds = sorted({c["kind"] for c in plan.collectives if c["part"] == part})
-            lines.append(f"    {part:17s} {_mib(sent)}  ({', '.join(kinds)})")
-    if not any(plan.collective_bytes.values()):
+    grouped: dict[tuple[str, str], list[int]] = {}
+    for collective in plan.collectives:
+        one = grouped.setdefault((collective["part"], collective["kind"]), [0, 0])
+        one[0] += collective["bytes"]
+        one[1] += collective["count"]
+    for (part, kind), (sent, count) in sorted(grouped.items(), key=lambda item: -item[1][0]):
+        lines.append(f"    {part:10s} {kind:19s} {_bytes(sent)}  in {count}")
+    if not grouped:
         lines.append("    nothing")
     if plan.roofline_seconds is not None:
         lines += ["", "  least time at the chip's peak rates:"]
         slowest = max(plan.roofline_seconds, key=plan.roofline_seconds.get)
         for name, seconds in plan.roofline_seconds.items():
-            mark = "  <- bounds the step" if name == slowest else ""
-            lines.append(f"    {name:17s} {seconds * 1e3:8.2f} ms{mark}")
+            mark = "<- bounds the step" if name == slowest else ""
+            lines.append(f"    {name:30s} {seconds * 1e3:8.1f} ms {mark}".rstrip())
     return "\n".join(lines)
 
 
-def _gib(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 2**30:8.2f} GiB"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:8.1f} MiB"
+def _bytes(size: int | None) -> str:
+    """In the unit that suits the size."""
+    if size is None:
+        return "unknown"
+    power = min(max(size.bit_length() - 1, 0) // 10, 3)
+    return f"{size / 2 ** (10 * power):8.2f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
