@@ -262,6 +262,8 @@ def _plan(options: argparse.Namespace) -> None:
     from prefixmem_jax.files import write_json
     from prefixmem_jax.parallel.topology import use_cpu
 
+    if options.devices and options.slices > 1:
+        raise UserError("plan: --slices goes with --topology; CPU devices have none")
     config = load_config(options.config, options.overrides)
     use_cpu(options.devices or 1)
     from prefixmem_jax.training.plan import describe, plan

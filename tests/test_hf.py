@@ -25,7 +25,7 @@ from prefixmem_jax.config import Config, DataConfig, InitConfig, MeshConfig, Pre
 from prefixmem_jax.data.prepare import data_space
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.hf.families import decoder_config, read_config
-from prefixmem_jax.hf.load import load_decoder
+from prefixmem_jax.hf.load import SafetensorsFolder, load_decoder
 from prefixmem_jax.models.decoder import Cache, Decoder, causal_mask
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec
@@ -284,6 +284,18 @@ def test_a_folder_that_does_not_fit_the_config_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             initial_state(trainer, options, seed=0)
+
+
+def test_malformed_files_are_named(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{oops")
+    with pytest.raises(UserError, match=r"index\.json: expected JSON with a weight_map"):
+        SafetensorsFolder(tmp_path)
+    (tmp_path / "part.safetensors").write_text("garbage")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "part.safetensors"}})
+    )
+    with pytest.raises(UserError, match=r"part\.safetensors: not a safetensors file"):
+        SafetensorsFolder(tmp_path)
 
 
 def test_the_documented_config_trains(tmp_path):

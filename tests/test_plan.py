@@ -165,3 +165,5 @@ def test_the_command_writes_the_plan(tmp_path):
     assert {"parameters", "table", "optimizer", "temporary", "total"} == set(written["hbm_bytes"])
     done = prefixmem("plan", config, "--topology", "v9:4x4", expect=2)
     assert done.stderr.splitlines()[-1].startswith("prefixmem: --topology v9:4x4: expected one")
+    done = prefixmem("plan", config, "--devices", 2, "--slices", 2, expect=2)
+    assert "--slices goes with --topology" in done.stderr

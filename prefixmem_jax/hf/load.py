@@ -27,7 +27,12 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if (folder / INDEX).is_file():
-            files = json.loads((folder / INDEX).read_text())["weight_map"]
+            try:
+                files = json.loads((folder / INDEX).read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{folder / INDEX}: expected JSON with a weight_map ({error})"
+                ) from None
         elif (folder / SINGLE).is_file():
             files = dict.fromkeys(self._names(folder / SINGLE), SINGLE)
         else:
@@ -37,6 +42,7 @@ class SafetensorsFolder:
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing, which {INDEX} names")
+            self._names(folder / name)  # that it can be read
 
     @staticmethod
     def _names(path: Path) -> list[str]:
