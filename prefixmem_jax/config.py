@@ -24,6 +24,7 @@ from prefixmem_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
 AddressScheme = Literal["prefix", "suffix", "full_prefix"]
+Scope = Literal["everything", "new_tokens", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class DataConfig:
       split: see `data.splits.split_dataset`.
       holdout: share held out for validation, and again for test (splits time and users).
       text_tokens: size of the text vocabulary that stands before the SID tokens.
+      vocabulary_multiple: the vocabulary is filled up to a multiple of this with tokens that never
+        occur, so that tensor-parallel devices can divide it.
       max_items: items of history that a sequence may hold.
       sequence_length: tokens in one packed row.
       batch_size: rows in one global batch.
@@ -66,6 +69,7 @@ class DataConfig:
     split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
     holdout: float = 0.1
     text_tokens: int = 0
+    vocabulary_multiple: int = 1
     max_items: int = 20
     sequence_length: int = 128
     batch_size: int = 40
@@ -182,6 +186,8 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
+      scope: which parameters are trained. `new_tokens` freezes the LLM but for the embeddings (and
+        head) of its SID tokens; `encoder` freezes the whole LLM. The encoder is always trained.
       clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
       weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
       final_rate: the learning rate at the end as a share of its peak.
@@ -198,6 +204,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     accumulation_steps: int = 1
+    scope: Scope = "everything"
     memory: MemoryOptimizerConfig = field(default_factory=MemoryOptimizerConfig)
 
 
@@ -455,7 +462,7 @@ def _from_json(kind: Any, value: Any, file: str, key: str) -> Any:
 
 # Keys, by group, whose value must be more than 0.
 _POSITIVE = {
-    "data": ("max_items", "sequence_length", "batch_size"),
+    "data": ("vocabulary_multiple", "max_items", "sequence_length", "batch_size"),
     "model": ("layers", "d_model", "d_ff", "query_heads", "kv_heads", "head_dim"),
     "encoder": ("orders", "heads", "rows", "d_mem"),
     "optimizer": ("learning_rate", "clip_norm", "accumulation_steps"),
@@ -504,5 +511,7 @@ def _check_values(config: Config) -> None:
             f"encoder.d_mem={config.encoder.d_mem} does not divide by "
             f"encoder.heads={config.encoder.heads}"
         )
+    if config.optimizer.scope == "encoder" and config.encoder is None:
+        raise UserError("optimizer.scope=encoder trains the encoder alone, and encoder is none")
     if config.objective == "classification" and config.encoder is None:
         raise UserError("objective=classification trains the encoder, and encoder is none")

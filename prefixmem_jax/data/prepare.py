@@ -43,11 +43,15 @@ def data_space(config: DataConfig) -> SidSpace:
         sizes = config.synthetic.codebook_sizes
     else:
         sizes = load_dataset(config.path, config.sid_column).catalog.space.codebook_sizes
-    return _after_text(config, SidSpace(tuple(sizes)))
+    return _in_vocabulary(config, SidSpace(tuple(sizes)))
 
 
-def _after_text(config: DataConfig, space: SidSpace) -> SidSpace:
-    return dataclasses.replace(space, token_offset=config.text_tokens + SPECIAL_TOKENS)
+def _in_vocabulary(config: DataConfig, space: SidSpace) -> SidSpace:
+    return dataclasses.replace(
+        space,
+        token_offset=config.text_tokens + SPECIAL_TOKENS,
+        vocabulary_multiple=config.vocabulary_multiple,
+    )
 
 
 def prepare_data(config: DataConfig) -> PreparedData:
@@ -63,7 +67,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
     else:
         dataset = load_dataset(config.path, config.sid_column, config.codebook_sizes)
     catalog = dataset.catalog
-    catalog = catalog.in_space(_after_text(config, catalog.space))
+    catalog = catalog.in_space(_in_vocabulary(config, catalog.space))
     dataset = dataclasses.replace(dataset, catalog=catalog)
     return PreparedData(dataset, split_dataset(dataset, config.split, config.holdout), world)
 

@@ -21,10 +21,17 @@ class SidSpace:
 
     Level numbers are 1-based as in the paper; level 0 means "not a SID token". Codes are
     0-based. The token of (level, code) is `token_offset + sum(sizes of earlier levels) + code`.
+    After the SID tokens the vocabulary is filled up to a multiple of `vocabulary_multiple`.
     """
 
     codebook_sizes: tuple[int, ...]
     token_offset: int = SPECIAL_TOKENS
+    vocabulary_multiple: int = 1
+
+    @property
+    def text_tokens(self) -> int:
+        """Size of the text vocabulary that stands before padding and BOS."""
+        return self.token_offset - SPECIAL_TOKENS
 
     @property
     def bos_token(self) -> int:
@@ -37,8 +44,9 @@ class SidSpace:
 
     @property
     def vocabulary_size(self) -> int:
-        """Smallest vocabulary that holds every SID token and all before them."""
-        return self.token_offset + sum(self.codebook_sizes)
+        """Every token, with those that fill the vocabulary up."""
+        used = self.token_offset + sum(self.codebook_sizes)
+        return -(-used // self.vocabulary_multiple) * self.vocabulary_multiple
 
     def token_range(self, level: int) -> tuple[int, int]:
         """First and one-past-last token of a 1-based level."""

@@ -64,7 +64,7 @@ def check_mesh(config: Config, space: SidSpace, mesh: jax.sharding.Mesh) -> None
         ("model.kv_heads", config.model.kv_heads, tensor),
         ("model.d_ff", config.model.d_ff, tensor),
         ("model.d_model", config.model.d_model, fsdp * tensor),
-        ("vocabulary", space.vocabulary_size, tensor),
+        ("vocabulary (see data.vocabulary_multiple)", space.vocabulary_size, tensor),
         ("devices of one process", jax.local_device_count(), tensor),
     ):
         if size % parts:

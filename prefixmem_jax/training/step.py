@@ -13,13 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import Config
+from prefixmem_jax.config import Config, Scope
 from prefixmem_jax.memory.encoder import make_table
 from prefixmem_jax.memory.table import Fetched, Table, spread
 from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training.objectives import Model, build_model, next_token_sums
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
+from prefixmem_jax.training.scopes import merged_with, trained_part, trained_values
 
 
 class TrainState(NamedTuple):
@@ -28,7 +29,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 [], updates so far.
       params: dense parameters by part (`llm`, `encoder`, `head`), nested dicts of float32.
-      optimizer: optax state of `params`.
+      optimizer: optax state of the `params` that are trained (`training.scopes`).
       memory: the table's rows, or None without an encoder.
       memory_optimizer: optax state of `memory`, or None.
     """
@@ -62,6 +63,10 @@ class Trainer:
         encoder = self.config.encoder
         return None if encoder is None else make_table(encoder, self.space)
 
+    @property
+    def scope(self) -> Scope:
+        return self.config.optimizer.scope
+
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state; traceable, so that `abstract_state` can say its shapes."""
         model_key, memory_key = jax.random.split(key)
@@ -71,7 +76,7 @@ class Trainer:
         if self.table is not None:
             memory = self.table.init(memory_key)
             memory_state = self.table.init_optimizer(memory_optimizer(self.config))
-        optimizer = dense_optimizer(self.config).init(params)
+        optimizer = dense_optimizer(self.config).init(trained_part(params, self.scope))
         return TrainState(jnp.int32(0), params, optimizer, memory, memory_state)
 
     def abstract_state(self) -> TrainState:
@@ -132,10 +137,12 @@ class Trainer:
 
         with jax.named_scope("optimizer"):
             gradients = jax.tree.map(lambda g: g * scale, gradients)
+            old = trained_part(state.params, self.scope)
             updates, optimizer = dense_optimizer(self.config).update(
-                gradients, state.optimizer, state.params
+                gradients, state.optimizer, old
             )
-            params = optax.apply_updates(state.params, updates)
+            new = self._trained_values(optax.apply_updates(old, updates), old)
+            params = merged_with(state.params, new)
         memory, memory_state = state.memory, state.memory_optimizer
         metrics = {
             "loss": sums["loss"] / jnp.maximum(sums["count"], 1),
@@ -159,22 +166,24 @@ class Trainer:
     def _gradients(
         self, params: dict[str, Any], fetched: Fetched | None, batch: dict[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], tuple]:
-        """Sums over the batch, and gradients of its mean loss for parameters and fetched rows."""
+        """Sums over the batch; gradients of its mean loss for what is trained and fetched rows."""
 
-        def summed_loss(params: dict[str, Any], rows: jax.Array | None, part: tuple) -> tuple:
+        def summed_loss(trained: dict[str, Any], rows: jax.Array | None, part: tuple) -> tuple:
             batch, place = part
             memory_rows = None
             if rows is not None:
                 memory_rows = spread(fetched._replace(rows=rows, place=place))
-            sums = next_token_sums(self.model(params), batch, memory_rows)
+            model = self.model(merged_with(params, trained))
+            sums = next_token_sums(model, batch, memory_rows)
             return sums["loss"], sums
 
         def one_part(part: tuple) -> tuple:
             gradients, sums = jax.grad(summed_loss, argnums=(0, 1), has_aux=True)(
-                params, rows, part
+                trained, rows, part
             )
             return sums, gradients
 
+        trained = trained_part(params, self.scope)
         rows, place = (None, None) if fetched is None else (fetched.rows, fetched.place)
         parts = self.config.optimizer.accumulation_steps
         if parts == 1:
@@ -190,7 +199,11 @@ class Trainer:
                 rest,
             )
         count = jnp.maximum(sums["count"], 1)
-        return sums, jax.tree.map(lambda g: g / count, gradients)
+        dense, by_row = jax.tree.map(lambda g: g / count, gradients)
+        return sums, (self._trained_values(dense, jax.tree.map(jnp.zeros_like, dense)), by_row)
+
+    def _trained_values(self, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+        return trained_values(new, old, self.scope, self.space.text_tokens)
 
     def evaluation_step(
         self, params: dict[str, Any], memory: jax.Array | None, batch: dict[str, jax.Array]
