@@ -16,6 +16,8 @@ setup(
         "prefixmem_jax.configs.quickstart",
         "prefixmem_jax.configs.qwen3_1p7b",
     ],
+    # Written into exported folders, never imported here: they need torch.
+    package_data={"prefixmem_jax.hf": ["exported/*.py"]},
     # The configs stand at the top of the repository and are installed with the package.
     package_dir={"prefixmem_jax.configs": "configs"},
     install_requires=[

@@ -128,6 +128,46 @@ def _parser() -> argparse.ArgumentParser:
         "--top", type=int, default=10, metavar="N", help="items to show (default: %(default)s)"
     )
 
+    exporting = verb(
+        "export",
+        _export,
+        "Write a run's newest checkpoint as a Hugging Face folder that needs nothing of ours.",
+        "  prefixmem export quickstart/prefixmem --out exported\n"
+        "  prefixmem export runs/b2 --out exported --dtype bfloat16 --max-shard-size 2GB",
+    )
+    exporting.add_argument("run", metavar="RUN", help="a run directory")
+    exporting.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="an older export there is replaced"
+    )
+    exporting.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of all weights (default: each as it was trained)",
+    )
+    exporting.add_argument(
+        "--max-shard-size",
+        default="4GB",
+        metavar="SIZE",
+        help="largest safetensors file, such as 500MB or 2GiB (default: %(default)s)",
+    )
+    exporting.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of the text tokenizer (default: that of the model the run started from)",
+    )
+
+    importing = verb(
+        "import",
+        _import,
+        "Turn a Hugging Face folder into an Orbax checkpoint, once, for init.from_huggingface.",
+        "  prefixmem import Qwen3-1.7B --out qwen3_1p7b\n"
+        "  prefixmem train CONFIG init.from_huggingface=qwen3_1p7b",
+    )
+    importing.add_argument("folder", type=Path, metavar="DIR", help="a Hugging Face model folder")
+    importing.add_argument(
+        "--out", type=Path, required=True, metavar="CKPT", help="an older import there is replaced"
+    )
+
     planning = verb(
         "plan",
         _plan,
@@ -255,6 +295,22 @@ def _recommend(options: argparse.Namespace) -> None:
         print(
             f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} {found.title or ''}"
         )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from prefixmem_jax.convert import export_run
+
+    export_run(
+        Path(options.run), options.out, options.dtype, options.max_shard_size, options.tokenizer
+    )
+    print(f"exported {options.run}: {options.out}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from prefixmem_jax.convert import import_folder
+
+    import_folder(options.folder, options.out)
+    print(f"imported {options.folder}: {options.out}")
 
 
 def _plan(options: argparse.Namespace) -> None:

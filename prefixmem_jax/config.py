@@ -213,9 +213,11 @@ class InitConfig:
     """Where parameters come from when the run has no checkpoint of its own.
 
     Attributes:
-      from_huggingface: model folder that part `llm` comes from; the SID tokens, which it lacks, get
-        the mean of its vocabulary and some noise. `model` and `data.text_tokens` must be the
-        folder's (`hf.families.read_config` gives them).
+      from_huggingface: model folder, or what `prefixmem import` made of one. Parts come from there
+        that neither `take` nor `fresh` names: `llm`, and if `prefixmem export` wrote it with one,
+        `encoder` and `memory`. `hf.families.read_folder` gives the `model` and `data.text_tokens`
+        that it needs. SID tokens that it lacks start around the mean of its vocabulary.
+      codebooks: .npz of code centroids by level that those SID tokens start from; none means noise.
       run: run directory whose newest checkpoint to read; none means start from scratch.
       take: parts to read from it.
       fresh: parts to initialise anew. With `run` or `from_huggingface`, every part of the model
@@ -223,6 +225,7 @@ class InitConfig:
     """
 
     from_huggingface: str | None = None
+    codebooks: str | None = None
     run: str | None = None
     take: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()

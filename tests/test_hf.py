@@ -24,12 +24,18 @@ from transformers import (
 from prefixmem_jax.config import Config, DataConfig, InitConfig, MeshConfig, PrefixMemoryConfig
 from prefixmem_jax.data.prepare import data_space
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.hf.families import decoder_config, read_config
-from prefixmem_jax.hf.load import SafetensorsFolder, load_decoder
+from prefixmem_jax.hf.families import (
+    decoder_config,
+    differing_key,
+    huggingface_config,
+    read_folder,
+)
+from prefixmem_jax.hf.load import load_parts
+from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.models.decoder import Cache, Decoder, causal_mask
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec
-from prefixmem_jax.training.checkpoint import initial_state
+from prefixmem_jax.training.initial import initial_state
 from prefixmem_jax.training.step import Trainer
 
 VOCABULARY = 64
@@ -106,8 +112,8 @@ def save_oracle(folder, name, shard="1GB"):
 
 
 def load(folder, mesh_sizes=(1, 1, 1), **changes) -> Decoder:
-    config, vocabulary = read_config(folder)
-    config = dataclasses.replace(config, **changes)
+    described = read_folder(folder)
+    config, vocabulary = dataclasses.replace(described.decoder, **changes), described.vocabulary
     mesh = make_mesh(MeshConfig(*mesh_sizes), jax.devices()[: int(np.prod(mesh_sizes))])
     model = nnx.eval_shape(lambda: Decoder(config, vocabulary, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
@@ -117,7 +123,7 @@ def load(folder, mesh_sizes=(1, 1, 1), **changes) -> Decoder:
         ),
         nnx.to_pure_dict(params),
     )
-    found = load_decoder(folder, config, abstract)
+    found = load_parts(SafetensorsFolder(folder), config, None, {"llm": abstract})["llm"]
     placed = jax.tree.map(lambda array, wanted: array.sharding == wanted.sharding, found, abstract)
     assert all(jax.tree.leaves(placed))
     found = jax.device_put(jax.device_get(found), jax.devices()[0])
@@ -188,6 +194,24 @@ def test_every_tensor_is_accounted_for(tmp_path):
         load(tmp_path, query_heads=5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_decoder_says_its_huggingface_config(name):
+    kind, config = MODELS[name]
+    decoder = decoder_config(config, name)
+    back = huggingface_config(decoder, VOCABULARY, 256)
+    assert back.model_type == config.model_type
+    assert differing_key(decoder_config(back, name), decoder) is None
+    with torch.device("meta"):
+        shapes = [{k: v.shape for k, v in kind(c).state_dict().items()} for c in (config, back)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_decoder_of_no_family_is_refused():
+    decoder = dataclasses.replace(decoder_config(llama()[1], "here"), logit_softcap=3.0)
+    with pytest.raises(UserError, match=r"model\.logit_softcap=3\.0: no Hugging Face architecture"):
+        huggingface_config(decoder, VOCABULARY, 256)
+
+
 def test_what_is_not_supported_is_named(tmp_path):
     for config, words in (
         (qwen3(attention_bias=True)[1], "attention_bias=True is not supported"),
@@ -202,11 +226,12 @@ def test_what_is_not_supported_is_named(tmp_path):
         with pytest.raises(UserError, match=words.replace("(", r"\(")):
             decoder_config(config, "here")
     with pytest.raises(UserError, match=r"no config\.json"):
-        read_config(tmp_path)
+        read_folder(tmp_path)
 
 
 def trainer_for(folder, **model_changes) -> Trainer:
-    model, vocabulary = read_config(folder)
+    described = read_folder(folder)
+    model, vocabulary = described.decoder, described.text_tokens
     config = Config(
         "imported",
         data=DataConfig(
@@ -274,12 +299,12 @@ def test_a_folder_that_does_not_fit_the_config_is_refused(tmp_path):
         (
             trainer_for(tmp_path),
             InitConfig(from_huggingface=folder, fresh=("llm", "encoder", "memory")),
-            r"part 'llm' must be in exactly one",
+            "part 'llm' comes from there; this run has none, or names it too",
         ),
         (
             trainer_for(tmp_path),
             InitConfig(from_huggingface=folder),
-            "part 'encoder' must be in exactly one",
+            "has no part 'encoder'; name it in init.take or init.fresh",
         ),
     ):
         with pytest.raises(UserError, match=words):

@@ -196,6 +196,7 @@ def evaluate_run(run: Path, users: int | None, beam: int | None) -> tuple[dict[s
     recommender.config = dataclasses.replace(recommender.config, evaluation=options)
     metrics: dict[str, Any] = evaluate_model(recommender)
     metrics["beam"] = options.beam
+    metrics["step"] = int(recommender.state.step)
     metrics["retrieval_users"] = len(test_examples(recommender.config, recommender.data)[1])
     metrics["test_users"] = len(recommender.data.split.test)
     metrics["dataset_sha256"] = recommender.data.dataset.sha256

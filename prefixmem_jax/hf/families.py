@@ -1,14 +1,17 @@
-"""Which decoder a Hugging Face `config.json` describes: Qwen3, Llama 3 and Gemma 3 (text)."""
+"""Qwen3, Llama 3 and Gemma 3 (text): from their Hugging Face configs to a decoder, and back."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from prefixmem_jax.config import DecoderConfig, RopeScalingConfig
+from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig, RopeScalingConfig
 from prefixmem_jax.errors import UserError
 
 # What a config may say that would change the model and that the decoder cannot do.
@@ -21,8 +24,31 @@ _UNSUPPORTED = {
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def read_config(folder: str | Path) -> tuple[DecoderConfig, int]:
-    """The decoder and the vocabulary size that a Hugging Face folder describes.
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a Hugging Face model folder holds, but for the weights.
+
+    Attributes:
+      vocabulary: tokens that the weights have.
+      text_tokens: tokens before padding, BOS and SID tokens; where the folder has no SID tokens,
+        all of its weights or of its tokenizer, whichever has more.
+      codebook_sizes: of its SID tokens, or none.
+      encoder: what its memory was trained as, or none. `multipliers` are those of its hash.
+    """
+
+    config: transformers.PretrainedConfig
+    decoder: DecoderConfig
+    vocabulary: int
+    text_tokens: int
+    codebook_sizes: tuple[int, ...] | None = None
+    encoder: PrefixMemoryConfig | None = None
+    multipliers: Any = None
+
+
+def read_folder(folder: str | Path) -> ModelFolder:
+    """Reads the config (and counts the tokenizer's tokens) of a Hugging Face folder.
+
+    The folder is a model of one of the families, or what `prefixmem export` wrote.
 
     Raises:
       UserError: not a model folder, another family, or a feature that is not supported; names it.
@@ -31,10 +57,39 @@ def read_config(folder: str | Path) -> tuple[DecoderConfig, int]:
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+        content = json.loads(path.read_text())
+        memory = content.get("prefix_memory")
+        if memory is None:
+            config = transformers.AutoConfig.from_pretrained(folder)
+        else:
+            config = transformers.AutoConfig.for_model(**content["text_config"])
+    except (AttributeError, TypeError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    return decoder_config(config, str(path)), config.vocab_size
+    decoder = decoder_config(config, str(path))
+    sids = content.get("semantic_ids")
+    if sids is None:
+        tokens = max(config.vocab_size, _tokenizer_size(folder))
+        return ModelFolder(config, decoder, config.vocab_size, tokens)
+    encoder = multipliers = None
+    if memory is not None:
+        memory = {k: tuple(v) if k == "target_levels" else v for k, v in memory.items()}
+        multipliers = memory.pop("multipliers")
+        encoder = PrefixMemoryConfig(**memory)
+    return ModelFolder(
+        config,
+        decoder,
+        config.vocab_size,
+        sids["text_tokens"],
+        tuple(sids["codebook_sizes"]),
+        encoder,
+        multipliers,
+    )
+
+
+def _tokenizer_size(folder: str | Path) -> int:
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return 0
+    return len(transformers.AutoTokenizer.from_pretrained(folder))
 
 
 def decoder_config(config: transformers.PretrainedConfig, where: str) -> DecoderConfig:
@@ -71,6 +126,73 @@ def decoder_config(config: transformers.PretrainedConfig, where: str) -> Decoder
         "init_std": float(config.initializer_range),
     }
     return DecoderConfig(**{**common, **family(config, where)})
+
+
+def huggingface_config(
+    decoder: DecoderConfig, vocabulary: int, max_positions: int
+) -> transformers.PretrainedConfig:
+    """The inverse of `decoder_config`.
+
+    Raises:
+      UserError: none of the families' architectures computes this decoder.
+    """
+    if decoder.norm_plus_one:
+        kind, own = "gemma3_text", _to_gemma3(decoder)
+    elif decoder.qk_norm:
+        kind, own = "qwen3", _to_qwen3(decoder)
+    else:
+        kind, own = "llama", {"rope_parameters": _to_rope(decoder.rope_base, decoder.rope_scaling)}
+    activation = next(k for k, v in _ACTIVATIONS.items() if v == decoder.activation)
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=vocabulary,
+        max_position_embeddings=max_positions,
+        num_hidden_layers=decoder.layers,
+        hidden_size=decoder.d_model,
+        intermediate_size=decoder.d_ff,
+        num_attention_heads=decoder.query_heads,
+        num_key_value_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        tie_word_embeddings=decoder.tied_embeddings,
+        rms_norm_eps=decoder.norm_epsilon,
+        initializer_range=decoder.init_std,
+        **{"hidden_activation" if kind == "gemma3_text" else "hidden_act": activation},
+        # Tokens of a text vocabulary that is not ours.
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+        **own,
+    )
+    difference = differing_key(decoder_config(config, kind), decoder)
+    if difference:
+        raise UserError(
+            f"model.{difference}={getattr(decoder, difference)}: no Hugging Face architecture of "
+            f"{', '.join(_FAMILIES)} computes this decoder"
+        )
+    return config
+
+
+def differing_key(first: DecoderConfig, second: DecoderConfig) -> str | None:
+    """The first key by which two decoders compute something else, or none."""
+    first, second = _in_one_form(first), _in_one_form(second)
+    for item in dataclasses.fields(DecoderConfig):
+        if getattr(first, item.name) != getattr(second, item.name):
+            return item.name
+    return None
+
+
+def _in_one_form(decoder: DecoderConfig) -> DecoderConfig:
+    """The same decoder, where several values say the same or say only how it is computed."""
+    plain = DecoderConfig()
+    scale = decoder.query_scale
+    changes: dict[str, Any] = {
+        "query_scale": decoder.head_dim**-0.5 if scale is None else scale,
+        "compute_dtype": plain.compute_dtype,
+        "remat": plain.remat,
+        "init_std": plain.init_std,
+    }
+    if not decoder.sliding_layers:
+        for name in ("sliding_window", "sliding_rope_base"):
+            changes[name] = getattr(plain, name)
+    return dataclasses.replace(decoder, **changes)
 
 
 def _qwen3(config: Any, where: str) -> dict[str, Any]:
@@ -143,3 +265,48 @@ def _rope(parameters: dict[str, Any], where: str) -> tuple[float, RopeScalingCon
             int(parameters["original_max_position_embeddings"]),
         )
     raise UserError(f"{where}: rope_type {kind!r} is not supported")
+
+
+def _to_rope(base: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
+    """The inverse of `_rope`."""
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": base}
+    found: dict[str, Any] = {
+        "rope_type": scaling.kind,
+        "rope_theta": base,
+        "factor": scaling.factor,
+    }
+    if scaling.kind == "llama3":
+        found["low_freq_factor"] = scaling.low_frequency_factor
+        found["high_freq_factor"] = scaling.high_frequency_factor
+        found["original_max_position_embeddings"] = scaling.original_length
+    return found
+
+
+def _layer_types(decoder: DecoderConfig) -> list[str]:
+    sliding = decoder.sliding_layers
+    return [f"{'sliding' if n in sliding else 'full'}_attention" for n in range(decoder.layers)]
+
+
+def _to_qwen3(decoder: DecoderConfig) -> dict[str, Any]:
+    slides = bool(decoder.sliding_layers)
+    return {
+        "rope_parameters": _to_rope(decoder.rope_base, decoder.rope_scaling),
+        "layer_types": _layer_types(decoder),
+        "use_sliding_window": slides,
+        "sliding_window": decoder.sliding_window if slides else None,
+    }
+
+
+def _to_gemma3(decoder: DecoderConfig) -> dict[str, Any]:
+    scale = decoder.query_scale
+    return {
+        "rope_parameters": {
+            "full_attention": _to_rope(decoder.rope_base, decoder.rope_scaling),
+            "sliding_attention": _to_rope(decoder.sliding_rope_base, None),
+        },
+        "layer_types": _layer_types(decoder),
+        "sliding_window": decoder.sliding_window if decoder.sliding_layers else 4096,
+        "query_pre_attn_scalar": decoder.head_dim if scale is None else round(scale**-2),
+        "final_logit_softcapping": decoder.logit_softcap,
+    }

@@ -1,4 +1,8 @@
-"""One table of weights: their Hugging Face names, our paths, and how the two shapes correspond."""
+"""One table of weights: their Hugging Face names, our paths, and how the two shapes correspond.
+
+A model with a SID encoder is, in Hugging Face's format, the stock model under `llm.` beside a
+module `prefix_memory` (`exported/modeling_prefixmem.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixmem_jax.config import DecoderConfig
+from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
+from prefixmem_jax.memory.encoder import tables_of
 
 
 @dataclass(frozen=True)
@@ -16,16 +21,14 @@ class Weight:
 
     Attributes:
       name: in Hugging Face's files, `{layer}` for the layer's number.
-      path: in the decoder's parameters; layers are stacked along a leading axis there.
+      path: in the parameters by part; layers are stacked along a leading axis there.
       inputs: leading axes of ours that a linear map reads from. Hugging Face keeps such a map as
         [outputs, inputs], both flat; None means that the arrays are the same.
-      by_token: Hugging Face's leading axis is the vocabulary.
     """
 
     name: str
     path: tuple[str, ...]
     inputs: int | None = None
-    by_token: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -33,7 +36,7 @@ class Weight:
 
     def to_ours(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Hugging Face's array in our shape (of one layer)."""
-        return array if self.inputs is None else array.T.reshape(shape)
+        return array.reshape(shape) if self.inputs is None else array.T.reshape(shape)
 
     def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Hugging Face's shape of our array (of one layer)."""
@@ -48,15 +51,21 @@ class Weight:
         return array.reshape(math.prod(array.shape[: self.inputs]), -1).T
 
 
-def weights(config: DecoderConfig) -> list[Weight]:
-    """Every weight of a decoder."""
+def weights(decoder: DecoderConfig, encoder: PrefixMemoryConfig | None) -> list[Weight]:
+    """Every weight of a model, but for the memory's rows (`table_names`)."""
+    above = "" if encoder is None else "llm."
+
+    def of_model(name: str, *path: str, inputs: int | None = None) -> Weight:
+        return Weight(f"{above}{name}.weight", ("llm", *path), inputs)
 
     def of_layer(name: str, *path: str, inputs: int | None = None) -> Weight:
-        return Weight(f"model.layers.{{layer}}.{name}.weight", ("layers", *path), inputs)
+        return of_model(f"model.layers.{{layer}}.{name}", "layers", *path, inputs=inputs)
 
-    found = [
-        Weight("model.embed_tokens.weight", ("embedding",), by_token=True),
-        Weight("model.norm.weight", ("final_norm", "scale")),
+    found = [of_model("model.embed_tokens", "embedding")]
+    if not decoder.tied_embeddings:
+        found.append(of_model("lm_head", "head", inputs=1))
+    found += [
+        of_model("model.norm", "final_norm", "scale"),
         of_layer("self_attn.q_proj", "query", inputs=1),
         of_layer("self_attn.k_proj", "key", inputs=1),
         of_layer("self_attn.v_proj", "value", inputs=1),
@@ -66,15 +75,23 @@ def weights(config: DecoderConfig) -> list[Weight]:
         of_layer("mlp.down_proj", "down", inputs=1),
         of_layer("input_layernorm", "attention_norm", "scale"),
     ]
-    if not config.tied_embeddings:
-        found.append(Weight("lm_head.weight", ("head",), inputs=1, by_token=True))
-    if config.qk_norm:
+    if decoder.qk_norm:
         found.append(of_layer("self_attn.q_norm", "query_norm", "scale"))
         found.append(of_layer("self_attn.k_norm", "key_norm", "scale"))
-    if config.post_norms:
+    if decoder.post_norms:
         found.append(of_layer("post_attention_layernorm", "attention_post_norm", "scale"))
         found.append(of_layer("pre_feedforward_layernorm", "mlp_norm", "scale"))
         found.append(of_layer("post_feedforward_layernorm", "mlp_post_norm", "scale"))
     else:
         found.append(of_layer("post_attention_layernorm", "mlp_norm", "scale"))
+    if encoder is not None:
+        found.append(Weight("prefix_memory.projection.weight", ("encoder", "projection"), 2))
     return found
+
+
+def table_names(encoder: PrefixMemoryConfig) -> list[str]:
+    """Names of the tables E[n, h], [rows, d_mem / heads] each, in the order of `hashing.addresses`.
+
+    Table t's row i is row `i * tables + t` of our one array.
+    """
+    return [f"prefix_memory.tables.{table}.weight" for table in range(tables_of(encoder))]

@@ -20,6 +20,9 @@ from flax import nnx
 from prefixmem_jax.config import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.parallel.sharding import by_heads, constrain, einsum, gather_over_fsdp, take
 
+# The axis of tokens in each table of them.
+TOKEN_AXIS = {"embedding": 0, "head": 1}
+
 WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
 
 

@@ -9,23 +9,24 @@ of any run.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+import tensorstore as ts
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import InitConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory.encoder import make_hash
 from prefixmem_jax.memory.hashing import SCHEMES
 from prefixmem_jax.training.step import Trainer, TrainState
 
 FOLDER = "checkpoints"
+# Arrays are stored in pieces of this size, so that they can be read a piece at a time.
+CHUNK_BYTES = 64 << 20
 
 
 def to_parts(state: TrainState, hash_arrays: dict[str, Any] | None) -> dict[str, Any]:
@@ -66,11 +67,14 @@ class Checkpoints:
         if keep is None and not has_checkpoint(run):
             raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
         policy = None if keep is None else ocp.training.preservation_policies.LatestN(keep)
+        context = ocp.Context()
+        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         self._checkpointer = ocp.training.Checkpointer(
             folder.resolve(),
             preservation_policy=policy,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=keep is not None,
+            context=context,
         )
 
     def __enter__(self) -> Checkpoints:
@@ -94,16 +98,23 @@ class Checkpoints:
         Args:
           metadata: JSON, comes back from `metadata`.
         """
+        self.save_parts(step, to_parts(state, self._placed_hash()), metadata)
+
+    def save_parts(self, step: int, parts: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Starts an asynchronous save of any parts; see `memory_part` for the memory."""
+        self._checkpointer.save_checkpointables_async(step, parts, custom_metadata=metadata)
+
+    def memory_part(self, rows: jax.Array) -> dict[str, jax.Array]:
+        """Part `memory` of these rows."""
+        return {"rows": rows, **self._placed_hash()}
+
+    def _placed_hash(self) -> dict[str, jax.Array] | None:
         hash_arrays = self._hash_arrays()
-        if hash_arrays is not None:
-            replicated = NamedSharding(self.trainer.mesh, P())
-            hash_arrays = {
-                name: jax.make_array_from_process_local_data(replicated, array)
-                for name, array in hash_arrays.items()
-            }
-        self._checkpointer.save_checkpointables_async(
-            step, to_parts(state, hash_arrays), custom_metadata=metadata
-        )
+        replicated = NamedSharding(self.trainer.mesh, P())
+        return hash_arrays and {
+            name: jax.make_array_from_process_local_data(replicated, array)
+            for name, array in hash_arrays.items()
+        }
 
     def metadata(self) -> dict[str, Any]:
         """What the newest checkpoint was saved with."""
@@ -150,6 +161,24 @@ class Checkpoints:
             self._check_hash(loaded["memory"], where)
         return loaded
 
+    def open_rows(self) -> ts.TensorStore:
+        """The newest checkpoint's memory rows on disk; `open_rows()[a:b].read().result()`.
+
+        Raises:
+          UserError: the memory was trained under another hash.
+        """
+        where = f"{self.run / FOLDER}/{self.latest_step}"
+        hash_arrays = {
+            name: self._open_memory(name).read().result() for name in self._hash_arrays()
+        }
+        self._check_hash(hash_arrays, where)
+        return self._open_memory("rows")
+
+    def _open_memory(self, name: str) -> ts.TensorStore:
+        folder = self.run.resolve() / FOLDER / str(self.latest_step) / "memory"
+        kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        return ts.open({"driver": "zarr3", "kvstore": kvstore}).result()
+
     def _check_hash(self, memory: dict[str, Any], where: str) -> None:
         for name, expected in self._hash_arrays().items():
             found = np.asarray(memory[name])
@@ -172,76 +201,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _path(path: tuple) -> str:
     """`/a/b/0`, the same for attributes, dict keys and indices (Orbax keeps only names)."""
     return "".join("/" + jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainState:
-    """A run's first state: from another run, from a Hugging Face folder, or from scratch."""
-    state = trainer.init_sharded(seed)
-    parts = [*state.params, *(["memory"] if state.memory is not None else [])]
-    for name in (*options.take, *options.fresh):
-        if name not in parts:
-            raise UserError(f"init: no part {name!r} in this model; it has {', '.join(parts)}")
-    if options.run is None and options.take:
-        raise UserError(f"init.take names part {options.take[0]!r} but init.run is none")
-    if options.run is None and options.from_huggingface is None:
-        if options.fresh:
-            raise UserError(
-                f"init.fresh names part {options.fresh[0]!r} but init.run and "
-                "init.from_huggingface are none"
-            )
-        return state
-    imported = ("llm",) if options.from_huggingface is not None else ()
-    for part in parts:
-        if (part in options.take) + (part in options.fresh) + (part in imported) != 1:
-            raise UserError(
-                f"init: part {part!r} must be in exactly one of init.take and init.fresh"
-                + (" (llm comes from init.from_huggingface)" if imported else "")
-            )
-    loaded = {}
-    if options.run is not None:
-        loaded = _parts_of_run(trainer, options)
-    memory = loaded.pop("memory", {"rows": state.memory})["rows"]
-    if imported:
-        if "llm" not in parts:
-            raise UserError("init.from_huggingface: this objective has no part 'llm'")
-        loaded["llm"] = _from_huggingface(trainer, options.from_huggingface, seed)
-    return state._replace(params={**state.params, **loaded}, memory=memory)
-
-
-def _parts_of_run(trainer: Trainer, options: InitConfig) -> dict[str, Any]:
-    if not has_checkpoint(Path(options.run)):
-        raise UserError(
-            f"init.run={options.run}: not a run directory with a checkpoint; train that stage "
-            "first, or name another run"
-        )
-    with Checkpoints(Path(options.run), trainer) as source:
-        abstract = {
-            part: source.abstract_memory()
-            if part == "memory"
-            else trainer.abstract_state().params[part]
-            for part in options.take
-        }
-        return source.load(abstract)
-
-
-def _from_huggingface(trainer: Trainer, folder: str, seed: int) -> dict[str, Any]:
-    from prefixmem_jax.hf.families import read_config  # only here: transformers is slow to import
-    from prefixmem_jax.hf.load import load_decoder
-
-    described, vocabulary = read_config(folder)
-    model, data = trainer.config.model, trainer.config.data
-    ours = {"compute_dtype": model.compute_dtype, "remat": model.remat}
-    described = dataclasses.replace(described, **ours)
-    for item in dataclasses.fields(described):
-        theirs, here = getattr(described, item.name), getattr(model, item.name)
-        if theirs != here:
-            raise UserError(
-                f"init.from_huggingface={folder}: its {item.name} is {theirs}, model.{item.name} "
-                f"is {here}"
-            )
-    if vocabulary != data.text_tokens:
-        raise UserError(
-            f"init.from_huggingface={folder}: its vocabulary has {vocabulary} tokens, "
-            f"data.text_tokens is {data.text_tokens}"
-        )
-    return load_decoder(folder, model, trainer.abstract_state().params["llm"], seed)

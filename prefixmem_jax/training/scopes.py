@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from prefixmem_jax.config import Scope
-
-# The axis of tokens in each of the decoder's token tables.
-_TOKEN_AXIS = {"embedding": 0, "head": 1}
+from prefixmem_jax.models.decoder import TOKEN_AXIS
 
 
 def trained_part(params: dict[str, Any], scope: Scope) -> dict[str, Any]:
@@ -24,7 +22,7 @@ def trained_part(params: dict[str, Any], scope: Scope) -> dict[str, Any]:
     trained = {part: tree for part, tree in params.items() if part != "llm"}
     if scope == "new_tokens":
         llm = params["llm"]
-        trained["llm"] = {name: llm[name] for name in _TOKEN_AXIS if name in llm}
+        trained["llm"] = {name: llm[name] for name in TOKEN_AXIS if name in llm}
     return trained
 
 
@@ -43,7 +41,7 @@ def trained_values(
         return new
 
     def choose(name: str) -> jax.Array:
-        axis = _TOKEN_AXIS[name]
+        axis = TOKEN_AXIS[name]
         trained = jnp.arange(new["llm"][name].shape[axis]) >= text_tokens
         return jnp.where(jnp.expand_dims(trained, 1 - axis), new["llm"][name], old["llm"][name])
 

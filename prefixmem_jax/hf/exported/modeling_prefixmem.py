@@ -1,0 +1,187 @@
+"""An LLM with a PrefixMem encoder for Semantic IDs (arXiv 2606.00324), in PyTorch.
+
+At every position whose tokens so far are the codes c_1..c_l of one item, n-grams of that prefix
+are hashed to rows of the memory, and `m_l = W_out @ sum over n of concat over h of E[n, h][row]` is
+added to the token's input embedding. Everything else is the stock model.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import cached_file
+
+from .configuration_prefixmem import PrefixMemConfig
+from .sid_catalog import ITEMS, Catalog
+
+
+class PrefixMemory(nn.Module):
+    """Token ids to memory vectors."""
+
+    def __init__(self, config):
+        super().__init__()
+        memory, sids = config.prefix_memory, config.semantic_ids
+        self.orders, self.heads = memory["orders"], memory["heads"]
+        self.rows, self.address = memory["rows"], memory["address"]
+        self.target_levels = tuple(memory["target_levels"])
+        self.multipliers = memory["multipliers"]
+        self.token_offset = sids["text_tokens"] + 2
+        self.codebook_sizes = tuple(sids["codebook_sizes"])
+        tables = self.heads * (1 if self.address == "full_prefix" else self.orders)
+        width = memory["d_mem"] // self.heads
+        self.tables = nn.ModuleList(nn.Embedding(self.rows, width) for _ in range(tables))
+        self.projection = nn.Linear(memory["d_mem"], config.text_config.hidden_size, bias=False)
+
+    @property
+    def window(self):
+        """How many tokens before a position its vector depends on."""
+        return max(self.target_levels) - 2
+
+    def _prefixes(self, ids):
+        """Level l of the prefix at each position [B, S] (0: none), and its codes [B, S, levels]."""
+        levels, start = len(self.codebook_sizes), self.token_offset
+        level, code = torch.zeros_like(ids), torch.zeros_like(ids)
+        for number, size in enumerate(self.codebook_sizes, start=1):
+            here = (ids >= start) & (ids < start + size)
+            level, code = torch.where(here, number, level), torch.where(here, ids - start, code)
+            start += size
+
+        def earlier(x, distance):
+            return nn.functional.pad(x, (distance, 0))[:, : x.shape[1]]
+
+        whole = level > 0
+        for i in range(1, levels):
+            whole &= (earlier(level, i) == level - i) | (i >= level)
+        level = torch.where(whole, level, 0)
+        codes = torch.zeros(*ids.shape, levels, dtype=torch.int64, device=ids.device)
+        for length in range(1, levels + 1):
+            for j in range(length):  # c_{j+1} lies (length - 1 - j) positions back
+                there = earlier(code, length - 1 - j)
+                codes[..., j] = torch.where(level == length, there, codes[..., j])
+        return level, codes
+
+    def _grams(self, level, codes):
+        """Yields the hash [B, S, heads] of each n-gram and where it exists [B, S]."""
+        multipliers = torch.tensor(self.multipliers, dtype=torch.int64, device=codes.device)
+        terms = (codes[..., None] * multipliers) & 0xFFFFFFFF  # uint32 with wrap-around
+        running = [torch.zeros_like(terms[:, :, 0])]
+        for i in range(terms.shape[2]):
+            running.append(running[-1] ^ terms[:, :, i])
+        running = torch.stack(running, dim=2)  # the XOR over the first n codes
+
+        def first(n):
+            index = n.clamp(0, terms.shape[2])[..., None, None].expand(*n.shape, 1, self.heads)
+            return running.gather(2, index)[:, :, 0]
+
+        if self.address == "full_prefix":
+            yield first(level.clamp(max=self.orders)), level > 0
+            return
+        for n in range(1, self.orders + 1):
+            if self.address == "suffix":
+                yield first(level) ^ first(level - n), level >= n
+            else:
+                yield running[:, :, min(n, terms.shape[2])], level >= n
+
+    def forward(self, ids):
+        """Vectors [B, S, hidden] of token ids [B, S]; zero where there is no active prefix."""
+        level, codes = self._prefixes(ids)
+        targets = torch.tensor(self.target_levels, device=ids.device)
+        level = torch.where(torch.isin(level + 1, targets), level, 0)
+        total = 0
+        for number, (hashed, exists) in enumerate(self._grams(level, codes)):
+            found = [
+                self.tables[number * self.heads + head](hashed[..., head] % self.rows)
+                for head in range(self.heads)
+            ]
+            total = total + torch.cat(found, dim=-1) * exists[..., None]
+        return self.projection(total)
+
+
+class PrefixMemPreTrainedModel(PreTrainedModel):
+    config_class = PrefixMemConfig
+    base_model_prefix = "llm"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+
+class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
+    def __init__(self, config):
+        super().__init__(config)
+        self.llm = AutoModelForCausalLM.from_config(config.text_config)
+        self.prefix_memory = PrefixMemory(config)
+        self._catalog = None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.llm.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.llm.set_output_embeddings(value)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        prefix_ids=None,
+        **kwargs,
+    ):
+        """As the stock model's, with the memory added to the embeddings of `input_ids`.
+
+        Args:
+          inputs_embeds: used as they are; nothing is added.
+          prefix_ids: tokens [B, T] that end with `input_ids`. With a cache that holds earlier
+            tokens they are needed, since a prefix may have started there; `generate` gives them.
+        """
+        if inputs_embeds is None:
+            if prefix_ids is None:
+                if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                    raise ValueError("with past_key_values, pass prefix_ids: all tokens so far")
+                prefix_ids = input_ids
+            length = input_ids.shape[1]
+            memory = self.prefix_memory(prefix_ids[:, -(length + self.prefix_memory.window) :])
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = inputs_embeds + memory[:, -length:].to(inputs_embeds.dtype)
+        return self.llm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs["prefix_ids"] = input_ids
+        return inputs
+
+    def recommend(self, history, top=10, beams=None):
+        """The best next items after a history of item ids; see `Catalog.recommend`."""
+        if self._catalog is None:
+            self._catalog = Catalog.from_pretrained(self.config._name_or_path, self.config)
+        return self._catalog.recommend(self, history, top, beams)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As ever, with the catalogue."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = self.config._name_or_path
+        items = cached_file(folder, ITEMS, _raise_exceptions_for_missing_entries=False)
+        target = Path(save_directory) / ITEMS
+        if items is not None and not target.exists():
+            shutil.copyfile(items, target)

@@ -1,0 +1,163 @@
+"""Items and their Semantic IDs: which may be generated, and what they name.
+
+A Semantic ID (SID) is a tuple of codes, one by level. `items.jsonl` beside this file lists the
+catalogue; several items may share a SID.
+"""
+
+import json
+from collections import namedtuple
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.utils import cached_file
+
+ITEMS = "items.jsonl"
+# `generate` fills beams that found nothing (more beams than SIDs) with scores of -1e9 or less.
+EXHAUSTED = -1e8
+
+Recommendation = namedtuple("Recommendation", "item title sid score")
+
+
+class SidSpace:
+    """Which token stands for which code of which level."""
+
+    def __init__(self, codebook_sizes, text_tokens):
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.levels = len(self.codebook_sizes)
+        self.bos_token = text_tokens + 1
+        self.starts = [text_tokens + 2]  # first token of every level, and one past the last
+        for size in self.codebook_sizes:
+            self.starts.append(self.starts[-1] + size)
+
+    def encode(self, sid):
+        """Tokens of a SID."""
+        return [start + code for start, code in zip(self.starts, sid, strict=False)]
+
+    def decode(self, tokens):
+        """The SID of its tokens."""
+        return tuple(token - start for token, start in zip(tokens, self.starts, strict=False))
+
+
+class Catalog:
+    """Items 0..N-1 with SIDs and titles, and a trie over the SIDs."""
+
+    def __init__(self, space, sids, titles):
+        self.space = space
+        self.sids = [tuple(sid) for sid in sids]
+        self.titles = titles
+        self.items = {}
+        for item, sid in enumerate(self.sids):
+            self.items.setdefault(sid, []).append(item)
+        # Level by level, the sorted keys `node * codes + code`; a key's place is the child's node.
+        distinct = torch.tensor(sorted(self.items), dtype=torch.int64)
+        node = torch.zeros(len(distinct), dtype=torch.int64)
+        self.keys = []
+        for level, size in enumerate(space.codebook_sizes):
+            keys, node = torch.unique(node * size + distinct[:, level], return_inverse=True)
+            self.keys.append(keys)
+
+    @classmethod
+    def from_pretrained(cls, folder, config):
+        """Reads the items of an exported folder (or hub repository); `config` is the model's."""
+        sids, titles = [], []
+        with open(cached_file(folder, ITEMS), encoding="utf-8") as file:
+            for line in file:
+                entry = json.loads(line)
+                sids.append(entry["sid"])
+                titles.append(entry["title"])
+        space = SidSpace(config.semantic_ids["codebook_sizes"], config.semantic_ids["text_tokens"])
+        return cls(space, sids, titles)
+
+    def allowed(self, codes):
+        """Which codes may follow: bool [prefixes, codes of the next level].
+
+        Args:
+          codes: int64 [prefixes, length], length < levels; of SIDs that start so in the catalogue
+            (others may be followed by nothing).
+        """
+        node = torch.zeros(len(codes), dtype=torch.int64)
+        known = torch.ones(len(codes), dtype=torch.bool)
+        for level in range(codes.shape[1]):
+            wanted = node * self.space.codebook_sizes[level] + codes[:, level]
+            place = torch.searchsorted(self.keys[level], wanted)
+            place = place.clamp(max=len(self.keys[level]) - 1)
+            known &= self.keys[level][place] == wanted
+            node = place
+        size, keys = self.space.codebook_sizes[codes.shape[1]], self.keys[codes.shape[1]]
+        first = torch.searchsorted(keys, node * size)
+        count = torch.where(known, torch.searchsorted(keys, (node + 1) * size) - first, 0)
+        row = torch.repeat_interleave(torch.arange(len(codes)), count)
+        within = torch.arange(len(row)) - (torch.cumsum(count, 0) - count)[row]
+        mask = torch.zeros(len(codes), size, dtype=torch.bool)
+        mask[row, keys[first[row] + within] % size] = True
+        return mask
+
+    def recommend(self, model, history, top=10, beams=None):
+        """The best next items after a history of item ids, oldest first.
+
+        Args:
+          model: a causal LM that speaks this catalogue's SIDs.
+          beams: width of the beam search, at least `top` (default).
+
+        Returns:
+          A list of (item, title, sid, score), best first; items that share a SID follow each other.
+          The score is the sum over levels of the code's log-probability.
+        """
+        space = self.space
+        unknown = [item for item in history if not 0 <= item < len(self.sids)]
+        if unknown:
+            raise ValueError(f"item {unknown[0]} is not in the catalogue of {len(self.sids)} items")
+        tokens = [space.bos_token]
+        for item in history:
+            tokens += space.encode(self.sids[item])
+        beams = max(beams or top, top, 2)
+        with torch.no_grad():
+            found = model.generate(
+                torch.tensor([tokens], device=model.device),
+                attention_mask=torch.ones(1, len(tokens), dtype=torch.int64, device=model.device),
+                num_beams=beams,
+                num_return_sequences=beams,
+                max_new_tokens=space.levels,
+                do_sample=False,
+                length_penalty=0.0,
+                logits_processor=LogitsProcessorList([SidLogitsProcessor(space, self)]),
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+        results = []
+        sequences = found.sequences[:, len(tokens) :].tolist()
+        for sequence, score in zip(sequences, found.sequences_scores.tolist(), strict=True):
+            sid = space.decode(sequence)
+            if score < EXHAUSTED or sid not in self.items:
+                continue
+            for item in self.items[sid]:
+                results.append(Recommendation(item, self.titles[item], sid, score))
+        return results[:top]
+
+
+class SidLogitsProcessor(LogitsProcessor):
+    """Lets `generate` write SIDs only: those of a catalogue, or with None any.
+
+    Scores become log-probabilities of the code among its level's codes. Use a fresh one for every
+    `generate`: what comes first is the prompt, SIDs follow it one after the other.
+    """
+
+    def __init__(self, space, catalog=None):
+        self.space = space
+        self.catalog = catalog
+        self.prompt = None
+
+    def __call__(self, input_ids, scores):
+        if self.prompt is None:
+            self.prompt = input_ids.shape[1]
+        level = (input_ids.shape[1] - self.prompt) % self.space.levels
+        start, stop = self.space.starts[level : level + 2]
+        found = torch.log_softmax(scores[:, start:stop].float(), dim=-1).to(scores.dtype)
+        if self.catalog is not None:
+            before = input_ids[:, input_ids.shape[1] - level :].cpu()
+            codes = before - torch.tensor(self.space.starts[:level], dtype=torch.int64)
+            mask = self.catalog.allowed(codes)
+            found = found.masked_fill(~mask.to(found.device), -float("inf"))
+        result = torch.full_like(scores, -float("inf"))
+        result[:, start:stop] = found
+        return result

@@ -1,0 +1,74 @@
+"""Tokenizers that speak Semantic IDs.
+
+The token of level l (1-based) and code c is written `<|sid_l_c|>`, padding and BOS `<|sid_pad|>`
+and `<|sid_bos|>`. Where the text tokenizer has fewer tokens than the model, `<|unused_i|>` fill the
+gap.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+import transformers
+
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.semantic_ids.space import SidSpace
+
+PAD, BOS = "<|sid_pad|>", "<|sid_bos|>"
+
+
+def token_names(space: SidSpace) -> list[str]:
+    """Names of padding, BOS and every SID token, in the order of their ids."""
+    codes = enumerate(space.codebook_sizes, start=1)
+    return [PAD, BOS, *(f"<|sid_{level}_{code}|>" for level, size in codes for code in range(size))]
+
+
+def sid_tokenizer(
+    space: SidSpace, text: str | Path | None, config: transformers.PretrainedConfig | None
+) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer in a folder, extended with the space's tokens.
+
+    Args:
+      text: folder of the text tokenizer; None where the model has no text tokens.
+      config: of the stock model there.
+
+    Raises:
+      UserError: no tokenizer there, or one with more tokens than the model's text vocabulary.
+    """
+    if text is None:
+        return _without_text(space)
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(text, config=config)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{text}: no tokenizer there ({str(error).splitlines()[0]})") from None
+    names, have = token_names(space), len(found)
+    if BOS not in found.get_vocab():
+        if have > space.text_tokens:
+            raise UserError(
+                f"{text}: its tokenizer has {have} tokens, the model was trained with "
+                f"data.text_tokens={space.text_tokens}"
+            )
+        unused = [f"<|unused_{token}|>" for token in range(have, space.text_tokens)]
+        found.add_tokens([_added(name) for name in (*unused, *names)])
+    expected = list(range(space.text_tokens, space.text_tokens + len(names)))
+    if found.convert_tokens_to_ids(names) != expected:
+        raise UserError(f"{text}: its tokenizer has SID tokens already, and other ones")
+    if found.pad_token is None:
+        found.pad_token = PAD
+    found.padding_side = "left"
+    return found
+
+
+def _without_text(space: SidSpace) -> transformers.PreTrainedTokenizerBase:
+    names = token_names(space)
+    model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=PAD)
+    inner = tokenizers.Tokenizer(model)
+    inner.add_tokens([_added(name) for name in names])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, padding_side="left"
+    )
+
+
+def _added(name: str) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(name, normalized=False)
