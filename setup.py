@@ -13,6 +13,7 @@ setup(
     packages=[
         *find_packages(include=["prefixmem_jax", "prefixmem_jax.*"]),
         "prefixmem_jax.configs",
+        "prefixmem_jax.configs.models",
         "prefixmem_jax.configs.quickstart",
         "prefixmem_jax.configs.qwen3_1p7b",
     ],

@@ -194,43 +194,67 @@ def _parser() -> argparse.ArgumentParser:
 
     benching = verb(
         "bench",
-        _bench,
-        "Measure on this machine what the memory costs: alone (memory), or in a step (step).",
+        None,
+        "Measure on this machine what the parts of this package cost.",
         "  prefixmem bench memory --json memory.json --plot memory.png\n"
-        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU",
+        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU\n"
+        "  prefixmem bench load --size 2GB",
     )
-    benching.add_argument("what", choices=("memory", "step"), help="what to measure")
-    benching.add_argument(
+    _add_benchmarks(benching.add_subparsers(required=True, metavar="WHAT"))
+    return parser
+
+
+def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
+    def benchmark(name: str, run, summary: str) -> argparse.ArgumentParser:
+        added = benchmarks.add_parser(name, help=summary, description=summary)
+        added.set_defaults(verb=_bench, benchmark=run)
+        added.add_argument("--json", type=_new_file, metavar="FILE", help="write the numbers there")
+        added.add_argument(
+            "--plot", type=_new_file, metavar="FILE", help="write a picture there (.png)"
+        )
+        return added
+
+    memory = benchmark(
+        "memory", _bench_memory, "The memory table alone: rows, optimizers, exchange."
+    )
+    memory.add_argument(
         "--rows",
         type=_positive,
         nargs="+",
+        default=[2**14, 2**17, 2**20],
         metavar="T",
-        help="rows per table (default: memory 16384 131072 1048576, step 500000)",
+        help="rows per table (default: 16384 131072 1048576)",
     )
-    benching.add_argument(
+    memory.add_argument(
         "--compared-rows",
         type=_positive,
         default=500_000,
         metavar="T",
-        help="memory: rows per table where dense AdamW is compared (default: %(default)s)",
+        help="rows per table where dense AdamW is compared (default: %(default)s)",
     )
-    benching.add_argument(
+    step = benchmark("step", _bench_step, "A whole train step without and with the encoder.")
+    step.add_argument(
+        "--rows", type=_positive, default=500_000, metavar="T", help="rows per table (%(default)s)"
+    )
+    step.add_argument(
         "--decoder",
         choices=("quickstart", "qwen3-0.6b"),
         default="quickstart",
-        help="step: whose shape (default: %(default)s)",
+        help="whose shape (default: %(default)s)",
     )
-    benching.add_argument(
-        "--d-mem", type=_positive, default=64, metavar="N", help="memory width (default: 64)"
+    for added in (memory, step):
+        added.add_argument(
+            "--d-mem", type=_positive, default=64, metavar="N", help="memory width (default: 64)"
+        )
+        added.add_argument(
+            "--repeats", type=_positive, default=30, metavar="N", help="timed calls (default: 30)"
+        )
+    load = benchmark(
+        "load", _bench_load, "Peak of host memory when a run starts from a Hugging Face checkpoint."
     )
-    benching.add_argument(
-        "--repeats", type=_positive, default=30, metavar="N", help="timed calls (default: 30)"
+    load.add_argument(
+        "--size", default="2GB", metavar="SIZE", help="of the checkpoint (default: %(default)s)"
     )
-    benching.add_argument("--json", type=_new_file, metavar="FILE", help="write the numbers there")
-    benching.add_argument(
-        "--plot", type=_new_file, metavar="FILE", help="write a picture there (.png)"
-    )
-    return parser
 
 
 def _new_file(text: str) -> Path:
@@ -332,31 +356,38 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from prefixmem_jax.benchmarks import memory, step
     from prefixmem_jax.benchmarks.timing import bar_plot
     from prefixmem_jax.files import write_json
     from prefixmem_jax.parallel.topology import simulate_cpu_devices
 
     simulate_cpu_devices(8)
-    if options.what == "memory":
-        rows = options.rows or [2**14, 2**17, 2**20]
-        module, found = (
-            memory,
-            memory.bench_memory(rows, options.compared_rows, options.d_mem, options.repeats),
-        )
-    else:
-        rows = options.rows or [500_000]
-        if len(rows) > 1:
-            raise UserError(f"bench step: --rows takes one number, got {len(rows)}")
-        module, found = (
-            step,
-            step.bench_step(options.decoder, rows[0], options.d_mem, options.repeats),
-        )
+    module, found = options.benchmark(options)
     print(module.describe(found))
     if options.json:
         write_json(options.json, found)
     if options.plot:
         bar_plot(options.plot, module.panels(found))
+
+
+def _bench_memory(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import memory
+
+    return memory, memory.bench_memory(
+        options.rows, options.compared_rows, options.d_mem, options.repeats
+    )
+
+
+def _bench_step(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import step
+
+    return step, step.bench_step(options.decoder, options.rows, options.d_mem, options.repeats)
+
+
+def _bench_load(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import load
+    from prefixmem_jax.files import parse_size
+
+    return load, load.bench_load(parse_size(options.size, "--size"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 from prefixmem_jax.config import Config, load_config, to_json
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.files import replacing_folder
-from prefixmem_jax.hf.export import ModelToExport, copy_all_but_weights, write_folder
+from prefixmem_jax.files import parse_size, replacing_folder
+from prefixmem_jax.hf.export import Parameters, copy_all_but_weights, write_folder
 from prefixmem_jax.hf.families import read_folder
 from prefixmem_jax.hf.load import load_parts, load_rows
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
@@ -22,8 +21,6 @@ from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
 from prefixmem_jax.training.checkpoint import Checkpoints
 from prefixmem_jax.training.step import Trainer
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def export_run(
@@ -55,7 +52,7 @@ def export_run(
     config = load_config(run / "config.json")
     if config.objective != "next_token":
         raise UserError(f"{run}: a {config.objective} run has no decoder; name a next_token run")
-    shard_bytes = parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     data = data or prepare_data(config.data)
     text_model = tokenizer or _text_model(config)
     if config.data.text_tokens and text_model is None:
@@ -74,19 +71,20 @@ def export_run(
             def read_lines(first: int, last: int) -> np.ndarray:
                 return stored[first:last].read().result()
 
-        model = ModelToExport(
-            config.model,
-            config.encoder,
-            data.catalog,
-            params,
-            abstract.memory,
-            read_lines,
-            text_model,
-            config.data.sequence_length,
-        )
+        lines = None if abstract.memory is None else abstract.memory.shape
+        parameters = Parameters(config.model, config.encoder, params, lines, read_lines)
         card = model_card(run, config, checkpoints.latest_step, data)
         with replacing_folder(out, ours="config.json") as beside:
-            write_folder(beside, model, dtype, shard_bytes, card)
+            write_folder(
+                beside,
+                parameters,
+                data.catalog,
+                text_model,
+                config.data.sequence_length,
+                card,
+                dtype,
+                shard_bytes,
+            )
 
 
 def _text_model(config: Config) -> str | None:
@@ -101,14 +99,6 @@ def _text_model(config: Config) -> str | None:
             return None
         config = load_config(earlier)
     return None
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `4GB`, `500 MB`, `2GiB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS or not float(match[1]):
-        raise UserError(f"--max-shard-size {text}: expected a size such as 4GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def model_card(run: Path, config: Config, step: int, data: PreparedData) -> str:

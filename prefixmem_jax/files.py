@@ -1,9 +1,10 @@
-"""Writing files so that nothing half-written is ever left under the final name."""
+"""Files: sizes as users write them; nothing half-written is ever left under the final name."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from prefixmem_jax.errors import UserError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of `4GB`, `500 MB`, `2GiB`; UserError naming the flag where it is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or not float(match[1]):
+        raise UserError(f"{flag} {text}: expected a size such as 4GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @contextmanager

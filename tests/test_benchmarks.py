@@ -41,9 +41,19 @@ def test_bench_step_writes_the_overhead(tmp_path):
     assert found["encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
 
 
+def test_loading_takes_the_parameters_and_little_more(tmp_path):
+    """1.3 of the largest file beside the arrays, a bound that holds at any size."""
+    prefixmem("bench", "load", "--size", "800MB", "--json", tmp_path / "l.json")
+    found = json.loads((tmp_path / "l.json").read_text())
+    assert found["checkpoint"] == pytest.approx(8e8, rel=0.1)
+    assert found["largest_shard"] < 0.4 * found["checkpoint"]
+    assert found["peak"] >= found["arrays"] > found["checkpoint"]
+    assert found["over_shard"] < 1.3
+
+
 def test_mistakes_are_one_line_before_anything_runs(tmp_path):
-    done = prefixmem("bench", "step", "--rows", 5, 6, expect=2)
-    assert done.stderr == "prefixmem: bench step: --rows takes one number, got 2\n"
+    done = prefixmem("bench", "load", "--size", "much", expect=2)
+    assert done.stderr == "prefixmem: --size much: expected a size such as 4GB or 500MB\n"
     done = prefixmem("bench", "memory", "--json", tmp_path / "no" / "m.json", expect=2)
     assert "--json: no such folder" in done.stderr.splitlines()[-1]
 

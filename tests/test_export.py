@@ -32,10 +32,11 @@ from prefixmem_jax.config import (
     SyntheticConfig,
     to_json,
 )
-from prefixmem_jax.convert import export_run, import_folder, parse_size
+from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.evaluator import Recommender
+from prefixmem_jax.files import parse_size
 from prefixmem_jax.hf.families import read_folder
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.parallel.mesh import make_mesh
@@ -406,6 +407,6 @@ def test_text_tokens_need_a_tokenizer(tmp_path):
 
 
 def test_sizes():
-    assert [parse_size(text) for text in ("4GB", "1.5 MB", "2GiB", "10")] == [
+    assert [parse_size(text, "--size") for text in ("4GB", "1.5 MB", "2GiB", "10")] == [
         4 * 10**9, 1_500_000, 2**31, 10,
     ]  # fmt: skip

@@ -21,17 +21,13 @@ import transformers
 from tqdm import tqdm
 
 from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
-from prefixmem_jax.hf.families import (
-    ModelFolder,
-    differing_key,
-    huggingface_config,
-    read_folder,
-)
+from prefixmem_jax.hf.families import differing_key, huggingface_config, read_folder
 from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsWriter
 from prefixmem_jax.hf.tokenizer import sid_tokenizer
 from prefixmem_jax.memory.encoder import make_hash, tables_of
 from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.semantic_ids.space import SidSpace
 
 CODE = ("configuration_prefixmem.py", "modeling_prefixmem.py", "sid_catalog.py")
 STOCK_CODE = ("sid_catalog.py",)
@@ -43,51 +39,60 @@ ReadLines = Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
-class ModelToExport:
-    """Everything that an exported folder is made of.
+class Parameters:
+    """A model's numbers, and what model they are of.
 
     Attributes:
-      params: parts `llm` and, with an encoder, `encoder`.
-      lines: shape and dtype of the memory's array; `read_lines` reads a range of its lines.
-      text_model: Hugging Face folder that the LLM and its tokenizer came from, if any.
-      max_positions: longest sequence it was trained on, where there is no `text_model` to say.
+      dense: parts `llm` and, with an encoder, `encoder`.
+      lines: shape of the memory's array; `read_lines` reads a range of its lines.
     """
 
     decoder: DecoderConfig
     encoder: PrefixMemoryConfig | None
-    catalog: Catalog
-    params: Mapping[str, Any]
-    lines: Any
-    read_lines: ReadLines | None
-    text_model: str | None
-    max_positions: int
+    dense: Mapping[str, Any]
+    lines: tuple[int, int] | None = None
+    read_lines: ReadLines | None = None
 
 
 def write_folder(
-    folder: Path, model: ModelToExport, dtype: str | None, max_shard_bytes: int, card: str
+    folder: Path,
+    parameters: Parameters,
+    catalog: Catalog,
+    text_model: str | None,
+    max_positions: int,
+    card: str,
+    dtype: str | None,
+    max_shard_bytes: int,
 ) -> None:
-    """Writes all files into an empty folder, weights a piece at a time.
+    """Writes all files into an empty folder.
 
     Args:
-      dtype: of the weights; None keeps each as it was trained.
+      text_model: Hugging Face folder that the LLM and its tokenizer came from, if any.
+      max_positions: longest sequence it was trained on, where there is no `text_model` to say.
       card: the model card, README.md.
+      dtype, max_shard_bytes: see `write_weights`.
     """
-    described = None if model.text_model is None else read_folder(model.text_model)
-    config = None if described is None else described.config
-    tokenizer = sid_tokenizer(model.catalog.space, model.text_model, config)
-    stock = _stock_config(model, described)
+    space, decoder = catalog.space, parameters.decoder
+    described = None if text_model is None else read_folder(text_model)
+    if described is not None and differing_key(described.decoder, decoder) is None:
+        stock = described.config
+        stock.vocab_size = space.vocabulary_size
+    else:
+        stock = huggingface_config(decoder, space.vocabulary_size, max_positions)
+    tokenizer = sid_tokenizer(space, text_model, None if described is None else described.config)
     tokenizer.save_pretrained(folder)
-    _write_configs(folder, model, stock, tokenizer, dtype or "float32")
-    for name in CODE if model.encoder is not None else STOCK_CODE:
+    stock.pad_token_id = tokenizer.pad_token_id
+    _write_configs(folder, parameters.encoder, space, stock, dtype or "float32")
+    for name in CODE if parameters.encoder is not None else STOCK_CODE:
         source = resources.files("prefixmem_jax.hf") / "exported" / name
         (folder / name).write_text(source.read_text())
     with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
-        listed = zip(model.catalog.sids.tolist(), model.catalog.titles, strict=True)
+        listed = zip(catalog.sids.tolist(), catalog.titles, strict=True)
         for item, (sid, title) in enumerate(listed):
             entry = {"item": item, "sid": sid, "title": title}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     (folder / "README.md").write_text(card, encoding="utf-8")
-    _write_weights(folder, model, dtype, max_shard_bytes)
+    write_weights(folder, parameters, dtype, max_shard_bytes)
 
 
 def copy_all_but_weights(source: Path, target: Path) -> None:
@@ -98,36 +103,23 @@ def copy_all_but_weights(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _stock_config(
-    model: ModelToExport, described: ModelFolder | None
-) -> transformers.PretrainedConfig:
-    """The config of the LLM alone, with the vocabulary that it has now."""
-    vocabulary = model.catalog.space.vocabulary_size
-    if described is not None and differing_key(described.decoder, model.decoder) is None:
-        described.config.vocab_size = vocabulary
-        return described.config
-    return huggingface_config(model.decoder, vocabulary, model.max_positions)
-
-
 def _write_configs(
     folder: Path,
-    model: ModelToExport,
+    encoder: PrefixMemoryConfig | None,
+    space: SidSpace,
     stock: transformers.PretrainedConfig,
-    tokenizer: transformers.PreTrainedTokenizerBase,
     dtype: str,
 ) -> None:
-    space = model.catalog.space
     stock.dtype = dtype
-    stock.pad_token_id = tokenizer.pad_token_id
     content = stock.to_dict()
     content.pop("_name_or_path", None)
     content["architectures"] = [_ARCHITECTURES[stock.model_type]]
     sids = {"codebook_sizes": list(space.codebook_sizes), "text_tokens": space.text_tokens}
-    if model.encoder is None:
+    if encoder is None:
         content["semantic_ids"] = sids
     else:
-        memory = dict(vars(model.encoder))
-        memory["multipliers"] = make_hash(model.encoder, space)["multipliers"].tolist()
+        memory = dict(vars(encoder))
+        memory["multipliers"] = make_hash(encoder, space)["multipliers"].tolist()
         content = {
             "architectures": ["PrefixMemForCausalLM"],
             "auto_map": {
@@ -166,33 +158,35 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_weights(
-    folder: Path, model: ModelToExport, dtype: str | None, max_shard_bytes: int
+def write_weights(
+    folder: Path, parameters: Parameters, dtype: str | None, max_shard_bytes: int
 ) -> None:
-    table = weights(model.decoder, model.encoder)
+    """Writes safetensors, a tensor or a piece of the memory at a time.
+
+    Args:
+      dtype: of all tensors; None keeps each as it was trained.
+      max_shard_bytes: of one file; a larger tensor has a file of its own.
+    """
+    encoder = parameters.encoder
     tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for weight, name, array, layer in _dense(table, model):
+    for weight, name, array, layer in _dense(parameters):
         kept = DTYPES[dtype] if dtype else np.dtype(array.dtype)
-        shape = array.shape if layer is None else array.shape[1:]
-        tensors[name] = (weight.hf_shape(shape), kept)
-    if model.encoder is not None:
-        width = model.encoder.d_mem // model.encoder.heads
-        kept = DTYPES[dtype or model.encoder.dtype]
-        tensors |= dict.fromkeys(table_names(model.encoder), ((model.encoder.rows, width), kept))
+        tensors[name] = (weight.hf_shape(array.shape if layer is None else array.shape[1:]), kept)
+    if encoder is not None:
+        shape = (encoder.rows, encoder.d_mem // encoder.heads)
+        tensors |= dict.fromkeys(table_names(encoder), (shape, DTYPES[dtype or encoder.dtype]))
     writer = SafetensorsWriter(folder, tensors, max_shard_bytes)
-    for weight, name, array, layer in _dense(table, model):
+    for weight, name, array, layer in _dense(parameters):
         one = array if layer is None else array[layer]
         writer.tensor(name)[...] = weight.to_hf(np.asarray(one))
-    if model.encoder is not None:
-        _write_tables(writer, model)
+    if encoder is not None:
+        _write_tables(writer, parameters)
 
 
-def _dense(
-    table: list[Weight], model: ModelToExport
-) -> Iterable[tuple[Weight, str, Any, int | None]]:
+def _dense(parameters: Parameters) -> Iterable[tuple[Weight, str, Any, int | None]]:
     """Every dense weight: its name, our array, and the layer of it (None: all of it)."""
-    for weight in table:
-        array: Any = model.params
+    for weight in weights(parameters.decoder, parameters.encoder):
+        array: Any = parameters.dense
         for key in weight.path:
             array = array[key]
         if weight.per_layer:
@@ -202,17 +196,17 @@ def _dense(
             yield weight, weight.name, array, None
 
 
-def _write_tables(writer: SafetensorsWriter, model: ModelToExport) -> None:
+def _write_tables(writer: SafetensorsWriter, parameters: Parameters) -> None:
     """Deals the rows of our one array out to the tables, some lines at a time."""
-    encoder, tables = model.encoder, tables_of(model.encoder)
+    encoder, tables = parameters.encoder, tables_of(parameters.encoder)
     width = encoder.d_mem // encoder.heads
-    pack = model.lines.shape[1] // width
+    pack = parameters.lines[1] // width
     # A multiple of both a line and a row of every table.
     step = max(1, PIECE_BYTES // (tables * width * 4)) * tables
     lines = -(-encoder.rows * tables // pack)
     for first in tqdm(range(0, lines, step), desc="memory", unit="part", leave=False):
         last = min(first + step, lines)
-        flat = model.read_lines(first, last).reshape(-1, width)
+        flat = parameters.read_lines(first, last).reshape(-1, width)
         start = first * pack // tables
         count = min(-(-len(flat) // tables), encoder.rows - start)
         for table, name in enumerate(table_names(encoder)):

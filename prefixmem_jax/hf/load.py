@@ -137,5 +137,5 @@ def _load(source: SafetensorsFolder, weight: Weight, target: jax.ShapeDtypeStruc
 
 def _placed(array: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(
-        array.shape, sharding, lambda index: np.asarray(array[index]).astype(dtype)
+        array.shape, sharding, lambda index: array[index].astype(dtype, copy=False)
     )

@@ -22,8 +22,8 @@ from prefixmem_jax.training.step import Trainer, TrainState
 
 def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainState:
     """Every part from exactly one place: `init.run`, `init.from_huggingface`, or fresh."""
-    state = trainer.init_sharded(seed)
-    parts = [*state.params, *(["memory"] if state.memory is not None else [])]
+    abstract = trainer.abstract_state()
+    parts = [*abstract.params, *(["memory"] if abstract.memory is not None else [])]
     for name in (*options.take, *options.fresh):
         if name not in parts:
             raise UserError(f"init: no part {name!r} in this model; it has {', '.join(parts)}")
@@ -37,7 +37,7 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
                 f"init.fresh names part {options.fresh[0]!r} but init.run and "
                 "init.from_huggingface are none"
             )
-        return state
+        return trainer.init_sharded(seed)
     for part in parts:
         named = (part in options.take) + (part in options.fresh)
         if named > 1 or (named == 0 and options.from_huggingface is None):
@@ -47,9 +47,11 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
         loaded |= _parts_of_run(trainer, options)
     if options.from_huggingface is not None:
         others = [part for part in parts if part not in (*options.take, *options.fresh)]
-        loaded |= _parts_of_folder(trainer, options, others, seed)
+        loaded |= parts_of_folder(trainer, options, others, seed)
+    state = trainer.init_sharded(seed, without=loaded)
     memory = loaded.pop("memory", {"rows": state.memory})["rows"]
-    return state._replace(params={**state.params, **loaded}, memory=memory)
+    params = {part: loaded.get(part, state.params.get(part)) for part in abstract.params}
+    return state._replace(params=params, memory=memory)
 
 
 def _parts_of_run(trainer: Trainer, options: InitConfig) -> dict[str, Any]:
@@ -67,10 +69,13 @@ def _abstract(trainer: Trainer, source: Checkpoints, parts: tuple[str, ...]) -> 
     return {part: source.abstract_memory() if part == "memory" else params[part] for part in parts}
 
 
-def _parts_of_folder(
+def parts_of_folder(
     trainer: Trainer, options: InitConfig, parts: list[str], seed: int
 ) -> dict[str, Any]:
-    """Parts of a Hugging Face folder, or of what `prefixmem import` made of one."""
+    """Parts of a Hugging Face folder, or of what `prefixmem import` made of one.
+
+    SID tokens that `llm` lacks there are added to it; `memory` comes as {"rows": array}.
+    """
     from prefixmem_jax.hf.families import read_folder  # only here: transformers is slow to import
     from prefixmem_jax.hf.load import load_parts, load_rows
     from prefixmem_jax.hf.safetensors_files import SafetensorsFolder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,11 +101,22 @@ class Trainer:
             jax.tree.map(by_row, shapes.memory_optimizer),
         )
 
-    def init_sharded(self, seed: int) -> TrainState:
-        """A fresh state on the mesh; the same numbers on any mesh."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+    def init_sharded(self, seed: int, without: Collection[str] = ()) -> TrainState:
+        """A fresh state on the mesh; the same numbers on any mesh.
+
+        Args:
+          without: parts that come from elsewhere; they are left out, and take no memory here.
+        """
+
+        def keep(state: TrainState) -> TrainState:
+            params = {part: tree for part, tree in state.params.items() if part not in without}
+            memory = None if "memory" in without else state.memory
+            return state._replace(params=params, memory=memory)
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, keep(self.abstract_state()))
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.init, out_shardings=shardings)(jax.random.key(seed))
+            init = jax.jit(lambda key: keep(self.init(key)), out_shardings=shardings)
+            return init(jax.random.key(seed))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         data = self.config.data

@@ -1,0 +1,22 @@
+"""Qwen3-4B: its shape, in the setting of qwen3_1p7b.py."""
+
+import dataclasses
+
+from qwen3_1p7b import get_config as paper_default
+
+from prefixmem_jax.config import Config
+
+
+def get_config() -> Config:
+    config = paper_default()
+    return dataclasses.replace(
+        config,
+        name="qwen3_4b",
+        model=dataclasses.replace(
+            config.model,
+            layers=36,
+            d_model=2560,
+            d_ff=9728,
+            query_heads=32,
+        ),
+    )

@@ -1,0 +1,108 @@
+"""How much host memory it takes to start a run from a sharded Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from prefixmem_jax.benchmarks.timing import machine
+from prefixmem_jax.config import Config, DataConfig, DecoderConfig, InitConfig
+from prefixmem_jax.data.prepare import data_space
+from prefixmem_jax.files import write_json
+from prefixmem_jax.hf.export import Parameters, write_weights
+from prefixmem_jax.hf.families import huggingface_config, read_folder
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.training.initial import parts_of_folder
+from prefixmem_jax.training.step import Trainer
+
+SHARDS, WIDTH, VOCABULARY = 3, 1024, 32_768
+
+
+def bench_load(size: int) -> dict[str, Any]:
+    """Loads a random Qwen3-shaped checkpoint of about `size` bytes, in a process of its own.
+
+    Returns:
+      machine; checkpoint, largest_shard, arrays: bytes of the files, of the largest of them, and
+      of the parameters made of them, SID tokens added.
+      peak: most bytes resident at any time, beyond what was before.
+      over_shard: (peak - arrays) / largest_shard.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = _write_checkpoint(Path(folder), size)
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:  # what this process has had in memory must not count
+            arrays, peak = pool.apply(_load, (folder,))
+    largest = max(files)
+    return {
+        "machine": machine(),
+        "checkpoint": sum(files),
+        "largest_shard": largest,
+        "arrays": arrays,
+        "peak": peak,
+        "over_shard": (peak - arrays) / largest,
+    }
+
+
+def _write_checkpoint(folder: Path, size: int) -> list[int]:
+    """Sizes of the files."""
+    layer_bytes = 4 * (3 * WIDTH * 3 * WIDTH + 2 * WIDTH * 16 * 128 + 2 * WIDTH * 8 * 128)
+    layers = max(1, round((size - 4 * VOCABULARY * WIDTH) / layer_bytes))
+    decoder = DecoderConfig(layers, WIDTH, 3 * WIDTH, 16, 8, 128, tied_embeddings=True)
+    config = huggingface_config(decoder, VOCABULARY, 1024)
+    write_json(folder / "config.json", config.to_dict())
+    trainer = Trainer.create(
+        Config("saved", model=decoder),
+        SidSpace((), vocabulary_multiple=VOCABULARY),
+        make_mesh(devices=jax.devices()[:1]),
+    )
+    dense = trainer.init_sharded(0).params
+    write_weights(folder, Parameters(decoder, None, dense), None, size // SHARDS)
+    return [path.stat().st_size for path in folder.glob("*.safetensors")]
+
+
+def _load(folder: str) -> tuple[int, int]:
+    """Bytes of a run's `llm` parameters, and the peak of resident memory on the way to them."""
+    described = read_folder(folder)
+    data = DataConfig(codebook_sizes=(2048,) * 4, text_tokens=described.text_tokens)
+    config = Config("load", data=data, model=described.decoder)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = Trainer.create(config, data_space(data), mesh)
+    jax.block_until_ready(jax.numpy.zeros(8))
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    loaded = parts_of_folder(trainer, InitConfig(from_huggingface=folder), ["llm"], seed=0)
+    jax.block_until_ready(loaded)
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    return arrays, _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(x for x in status.splitlines() if x.startswith(key)).split()[1])
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The measurements as text."""
+    gigabytes = {key: f"{found[key] / 1e9:.2f} GB" for key in _BYTES}
+    return "\n".join(
+        [
+            f"{gigabytes['checkpoint']} in {SHARDS} or more files, the largest "
+            f"{gigabytes['largest_shard']}",
+            f"  parameters with SID tokens added {gigabytes['arrays']}",
+            f"  peak of host memory {gigabytes['peak']}: the parameters and "
+            f"{found['over_shard']:.2f} x the largest file",
+        ]
+    )
+
+
+def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """What the plot shows."""
+    return [("host memory, GB", {key: found[key] / 1e9 for key in _BYTES})]
+
+
+_BYTES = ("checkpoint", "largest_shard", "arrays", "peak")
