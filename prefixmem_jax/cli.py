@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     quick = verb(
         "quickstart",
         _quickstart,
-        "Train a small decoder without and with PrefixMem, and compare them.",
+        "Train a small decoder without and with PrefixMem, compare them, and export the latter to "
+        "Hugging Face format.",
         "  prefixmem quickstart                       # synthetic data, known optimum\n"
         "  prefixmem quickstart --data DIR --out X    # your items.parquet and histories.parquet\n"
         "  prefixmem quickstart --out X steps=100     # override a key of all three runs",
@@ -275,7 +276,8 @@ def _quickstart(options: argparse.Namespace) -> None:
     from prefixmem_jax.quickstart import quickstart
 
     quickstart(options.out, options.data, options.overrides, say=print)
-    print(f"\n{options.out / 'report.html'}  {options.out / 'results.json'}")
+    names = ("report.html", "results.json", "export")
+    print("\n" + "  ".join(str(options.out / name) for name in names))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 
 from prefixmem_jax.config import Config, load_config, override
+from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.evaluator import Recommender, evaluate_model, test_examples
+from prefixmem_jax.evaluation.evaluator import Recommender, test_examples, write_metrics
 from prefixmem_jax.evaluation.floors import (
     evaluate_scorer,
     optimum,
@@ -78,7 +79,8 @@ def quickstart(
     Runs that `out` holds already go on from their checkpoints.
 
     Args:
-      out: gets `baseline/`, `classification/`, `prefixmem/`, results.json, report.html, PNGs.
+      out: gets `baseline/`, `classification/`, `prefixmem/`, results.json, report.html, PNGs, and
+        `export/`, PrefixMem's run as a Hugging Face folder.
       data: dataset folder, None for the synthetic dataset.
       overrides: dotted overrides for all three runs.
       say: called with each line of progress.
@@ -107,7 +109,7 @@ def quickstart(
     results: Results = {}
     for name in ("baseline", "prefixmem"):
         recommender = Recommender.load(out / name, prepared)
-        results[name] = evaluate_model(recommender)
+        results[name] = write_metrics(out / name, recommender)
         results[name] |= costs(out, name, recommender, configs)
     scorers = {"floor_popularity": popularity_floor, "floor_successor": successor_floor}
     if prepared.world is not None:
@@ -119,6 +121,7 @@ def quickstart(
     write_json(out / "results.json", results)
     write_report(out, results, learning_curves(out), facts)
     say(text_table(results, levels))
+    export_run(out / "prefixmem", out / "export", data=prepared)
     return results
 
 
@@ -146,8 +149,6 @@ def costs(
         "seconds": last["seconds"],
         "parameters": sum(leaf.size for leaf in trained),
         "seed": config.seed,
-        "beam": config.evaluation.beam,
-        "retrieval_users": len(test_examples(config, recommender.data)[1]),
     }
     if config.init.run is not None:
         stage_one = read_metrics(out / "classification")[-1]

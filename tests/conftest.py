@@ -54,6 +54,20 @@ def prefixmem(*arguments: object, expect: int = 0) -> subprocess.CompletedProces
     return done
 
 
+def python_without_us(script: str) -> str:
+    """What a script prints in a fresh process that can import neither this package nor JAX."""
+    blocked = "import sys; sys.modules['prefixmem_jax'] = sys.modules['jax'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + script],
+        capture_output=True,
+        text=True,
+        env=command_environment(),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def one_device():
     mesh = make_mesh(devices=jax.devices()[:1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import command_environment, prefixmem
+from conftest import ROOT, command_environment, prefixmem, python_without_us
 from safetensors import safe_open
 from test_hf import close, save_oracle
 from transformers import (
@@ -227,6 +228,18 @@ def test_a_cache_without_the_tokens_before_is_refused(exported):
             model(first, past_key_values=cache)
 
 
+def test_the_documented_generation(exported):
+    """docs/huggingface.md, as written but for the folder."""
+    recommender, out, _ = exported
+    script = (ROOT / "docs" / "huggingface.md").read_text().split("```python\n")[2].split("```")[0]
+    printed = python_without_us(script.replace("EXPORTED", str(out)))
+    found = re.findall(r"<\|sid_(\d)_(\d+)\|>", printed)
+    assert [int(level) for level, _ in found] == [1, 2, 3, 4] * 6
+    sids = np.array([int(code) for _, code in found]).reshape(2, 3, 4)
+    codes, _ = recommender.search([np.array([3, 14]), np.array([15])], 10, constrained=True)
+    np.testing.assert_array_equal(sids, codes[:, :3])
+
+
 def test_tokenizer_speaks_sids(exported):
     recommender, out, _ = exported
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
@@ -322,20 +335,23 @@ def test_without_encoder_it_is_the_stock_architecture(tmp_path):
     close(found, our_logits(recommender, tokens), 1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
     script = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
-    printed = run_python(script)
+    printed = python_without_us(script)
     ours = recommender.recommend([0, 1, 2], 5)
     assert [int(line.split()[0]) for line in printed.splitlines()] == [r.item for r in ours]
 
 
-def run_python(script: str) -> str:
-    """What a script prints in a fresh process that cannot import this package."""
-    blocked = "import sys; sys.modules['prefixmem_jax'] = sys.modules['jax'] = None\n"
+def test_exporting_needs_no_torch(tmp_path):
+    make_run(tmp_path / "run", small_config(DecoderConfig(layers=1), 0))
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from prefixmem_jax.cli import main\n"
+        f"sys.exit(main(['export', '{tmp_path / 'run'}', '--out', '{tmp_path / 'out'}']))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", blocked + script],
-        capture_output=True, text=True, env=command_environment(), timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", script], capture_output=True, text=True, env=command_environment()
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert open_in_torch(tmp_path / "out").recommend([0], top=1)
 
 
 def test_bfloat16_and_bfloat16_rows(tmp_path):

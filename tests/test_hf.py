@@ -229,18 +229,23 @@ def test_what_is_not_supported_is_named(tmp_path):
         read_folder(tmp_path)
 
 
-def trainer_for(folder, **model_changes) -> Trainer:
+def trainer_for(folder, mesh_sizes=(1, 1, 1), **model_changes) -> Trainer:
     described = read_folder(folder)
     model, vocabulary = described.decoder, described.text_tokens
     config = Config(
         "imported",
         data=DataConfig(
-            codebook_sizes=(6, 8, 8), text_tokens=vocabulary, sequence_length=32, batch_size=4
+            codebook_sizes=(6, 8, 8),
+            text_tokens=vocabulary,
+            sequence_length=32,
+            batch_size=4,
+            vocabulary_multiple=2,
         ),
         model=dataclasses.replace(model, **model_changes),
         encoder=PrefixMemoryConfig(target_levels=(2, 3), orders=2, heads=2, rows=300, d_mem=16),
     )
-    return Trainer.create(config, data_space(config.data), make_mesh(devices=jax.devices()[:1]))
+    mesh = make_mesh(MeshConfig(*mesh_sizes), jax.devices()[: int(np.prod(mesh_sizes))])
+    return Trainer.create(config, data_space(config.data), mesh)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])  # a head of its own, and a tied one
@@ -268,6 +273,67 @@ def test_a_run_starts_from_a_folder_with_sid_tokens_added(name, tmp_path):
     close(np.asarray(logits)[..., :VOCABULARY], expected, 1e-4)
     state, metrics = trainer.compile_train_step()(state, sid_batch(trainer))
     assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh_sizes"),
+    [("qwen3, even", (2, 2, 2)), ("llama, llama3 rope, tied", (2, 4, 1))],
+)
+def test_an_imported_checkpoint_is_the_folder_on_any_mesh(name, mesh_sizes, tmp_path):
+    """And the SID tokens that are added are the same ones."""
+    save_oracle(tmp_path / "hf", name)
+    prefixmem("import", tmp_path / "hf", "--out", tmp_path / "ckpt")
+    states = []
+    for folder, sizes in (("hf", (1, 1, 1)), ("ckpt", (1, 1, 1)), ("ckpt", mesh_sizes)):
+        options = InitConfig(from_huggingface=str(tmp_path / folder), fresh=("encoder", "memory"))
+        trainer = trainer_for(tmp_path / "hf", sizes)
+        state = initial_state(trainer, options, seed=3)
+        wanted = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract_state())
+        assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, state, wanted)))
+        states.append(jax.device_get(state.params["llm"]))
+    for other in states[1:]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(states[0]):
+            found = other
+            for key in path:
+                found = found[key.key]
+            np.testing.assert_allclose(found, leaf, rtol=0, atol=1e-7)
+
+
+def test_sid_tokens_start_from_code_centroids(tmp_path):
+    """Codes whose centroids are near start near, and all around the vocabulary's mean."""
+    save_oracle(tmp_path / "hf", "llama")
+    trainer = trainer_for(tmp_path / "hf")
+    rng = np.random.default_rng(0)
+    codebooks = {f"level_{n}": rng.normal(size=(k, 32)) / n for n, k in ((1, 6), (2, 8), (3, 8))}
+    codebooks["level_2"][5] = codebooks["level_2"][4] + 0.01
+    np.savez(tmp_path / "codebooks.npz", **codebooks)
+    options = InitConfig(
+        from_huggingface=str(tmp_path / "hf"),
+        fresh=("encoder", "memory"),
+        codebooks=str(tmp_path / "codebooks.npz"),
+    )
+    llm = jax.device_get(initial_state(trainer, options, seed=0).params["llm"])
+    for table in (llm["embedding"], llm["head"].T):
+        known = table[:VOCABULARY]
+        start, stop = trainer.space.token_range(2)
+        level = (table[start:stop] - known.mean(axis=0)) / known.std(axis=0)
+        assert 0.05 < level.std() < 0.2
+        distances = np.linalg.norm(level[:, None] - level[None], axis=-1)
+        true = codebooks["level_2"]
+        expected = np.linalg.norm(true[:, None] - true[None], axis=-1)
+        upper = np.triu_indices(8, 1)
+        assert np.corrcoef(distances[upper], expected[upper])[0, 1] > 0.7
+        assert distances[4, 5] < 0.05 * np.median(distances[upper])
+    for content, words in (
+        ({"level_1": codebooks["level_1"]}, "no array level_2; it has level_1"),
+        ({**codebooks, "level_3": np.zeros((4, 32))}, r"level_3 has shape \(4, 32\), expected"),
+    ):
+        np.savez(tmp_path / "codebooks.npz", **content)
+        with pytest.raises(UserError, match=words):
+            initial_state(trainer, options, seed=0)
+    (tmp_path / "codebooks.npz").write_text("no zip")
+    with pytest.raises(UserError, match=r"not an \.npz file"):
+        initial_state(trainer, options, seed=0)
 
 
 def sid_batch(trainer):

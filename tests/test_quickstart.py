@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import prefixmem, real_data
+from conftest import ROOT, prefixmem, python_without_us, real_data
 
 from prefixmem_jax.config import SyntheticConfig
 from prefixmem_jax.data.formats import save_dataset
@@ -60,6 +60,22 @@ def test_report_is_one_self_contained_page_with_plots_beside_it(finished):
     assert not re.search(r'(src|href)="(?!data:)', page)
     for name in ("learning_curves.png", "accuracy_by_level.png", "retrieval.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_it_ends_with_a_folder_that_recommends_as_the_readme_says(finished):
+    """The README's lines as written but for the path, where this package cannot be imported."""
+    out, _ = finished
+    script = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert script.count("\n") <= 6
+    printed = python_without_us(script.replace("quickstart/export", str(out / "export")))
+    shown = prefixmem(
+        "recommend", out / "prefixmem", "--history", "12,55,803", "--top", "5"
+    ).stdout.splitlines()[1:]
+    assert len(shown) == 5
+    for theirs, ours in zip(printed.splitlines(), shown, strict=True):
+        item, score, title = theirs.split(" ", 2)
+        assert ours.split()[3] == item and ours.endswith(title)
+        assert abs(float(score) - float(ours.split()[1])) < 1e-3
 
 
 def test_the_same_seed_gives_the_same_results(finished, tmp_path):

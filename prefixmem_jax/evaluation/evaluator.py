@@ -194,12 +194,17 @@ def evaluate_run(run: Path, users: int | None, beam: int | None) -> tuple[dict[s
         recommender.config.evaluation, **{k: v for k, v in changes.items() if v is not None}
     )
     recommender.config = dataclasses.replace(recommender.config, evaluation=options)
+    return write_metrics(run, recommender), recommender.data.catalog.space.levels
+
+
+def write_metrics(run: Path, recommender: Recommender) -> dict[str, Any]:
+    """Evaluates, and writes the metrics, and what they are of, to the run's metrics.json."""
     metrics: dict[str, Any] = evaluate_model(recommender)
-    metrics["beam"] = options.beam
+    metrics["beam"] = recommender.config.evaluation.beam
     metrics["step"] = int(recommender.state.step)
     metrics["retrieval_users"] = len(test_examples(recommender.config, recommender.data)[1])
     metrics["test_users"] = len(recommender.data.split.test)
     metrics["dataset_sha256"] = recommender.data.dataset.sha256
     metrics["config"] = dataclasses.asdict(recommender.config)
     write_json(run / "metrics.json", metrics)
-    return metrics, recommender.data.catalog.space.levels
+    return metrics

@@ -39,7 +39,8 @@ def sid_tokenizer(
     if text is None:
         return _without_text(space)
     try:
-        found = transformers.AutoTokenizer.from_pretrained(text, config=config)
+        # Decoders are prompted from the left; set afterwards, it would not be saved.
+        found = transformers.AutoTokenizer.from_pretrained(text, config=config, padding_side="left")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{text}: no tokenizer there ({str(error).splitlines()[0]})") from None
     names, have = token_names(space), len(found)
@@ -56,7 +57,6 @@ def sid_tokenizer(
         raise UserError(f"{text}: its tokenizer has SID tokens already, and other ones")
     if found.pad_token is None:
         found.pad_token = PAD
-    found.padding_side = "left"
     return found
 
 
