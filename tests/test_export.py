@@ -98,7 +98,9 @@ def our_logits(recommender: Recommender, tokens: np.ndarray) -> np.ndarray:
 
 
 def histories(recommender: Recommender) -> list[np.ndarray]:
-    return [example.history[-8:] for example in recommender.data.split.test[:4]]
+    """Of three users, and of one without any items."""
+    found = [example.history[-8:] for example in recommender.data.split.test[:3]]
+    return [*found, np.array([], np.int64)]
 
 
 def padded_prompts(recommender: Recommender, given: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,6 +198,31 @@ def test_generation_is_ours_with_and_without_cache(exported):
                 if beams > 1:
                     theirs = found.sequences_scores.numpy().reshape(4, beams)
                     np.testing.assert_allclose(theirs, scores, atol=1e-4)
+
+
+def test_free_generation_from_text_and_sids_is_ours_token_by_token(exported):
+    """Greedy, without constraint; each token checked against our logits of the whole sequence."""
+    recommender, out, _ = exported
+    model, space = open_in_torch(out), recommender.data.catalog.space
+    rng = np.random.default_rng(1)
+    text = rng.integers(0, max(space.text_tokens, 2), (3, 6))
+    sids = recommender.data.catalog.tokens[rng.integers(0, 150, (3, 2))].reshape(3, -1)
+    for prompt in (text, np.concatenate([text, sids], 1), np.concatenate([sids, text, sids], 1)):
+        found = []
+        for cache in (True, False):
+            tokens = torch.tensor(prompt).long()
+            with torch.no_grad():
+                sequences = model.generate(
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=9,
+                    use_cache=cache,
+                    do_sample=False,
+                )
+            found.append(sequences.numpy())
+        np.testing.assert_array_equal(found[0], found[1])
+        logits = our_logits(recommender, found[0])[:, prompt.shape[1] - 1 : -1]
+        np.testing.assert_array_equal(logits.argmax(-1), found[0][:, prompt.shape[1] :])
 
 
 def test_recommend_from_a_saved_again_folder(exported, tmp_path):
