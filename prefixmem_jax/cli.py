@@ -99,11 +99,37 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = verb(
         "evaluate",
         _evaluate,
-        "Evaluate a run's newest checkpoint on its test users; writes RUN/metrics.json.",
+        "Judge runs' newest checkpoints side by side; writes each RUN/metrics.json and scores.npz, "
+        "tables and plots.",
         "  prefixmem evaluate quickstart/prefixmem\n"
-        "  prefixmem evaluate runs/b2 --users 1000 --beam 50",
+        "  prefixmem evaluate quickstart/baseline quickstart/prefixmem --beam 100 --floors\n"
+        "  prefixmem evaluate runs/b2 --data DIR --split validation --users 1000",
     )
-    evaluation.add_argument("run", metavar="RUN", help="a run directory")
+    evaluation.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="run directories; the first is compared with",
+    )
+    evaluation.add_argument(
+        "--data", metavar="DIR", help="dataset folder (default: each run's own)"
+    )
+    evaluation.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="users to judge on (default: %(default)s)",
+    )
+    evaluation.add_argument(
+        "--floors", action="store_true", help="judge popularity, successor and item-kNN too"
+    )
+    evaluation.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for results.json and plots (default: the run; comparison/ for several runs)",
+    )
     evaluation.add_argument(
         "--users",
         type=int,
@@ -124,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument("run", metavar="RUN", help="a run directory")
     recommend.add_argument(
         "--history", required=True, metavar="ID,ID,...", help="item ids, oldest first"
+    )
+    recommend.add_argument(
+        "--exclude-seen", action="store_true", help="leave out the history's items"
     )
     recommend.add_argument(
         "--top", type=int, default=10, metavar="N", help="items to show (default: %(default)s)"
@@ -250,6 +279,40 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         added.add_argument(
             "--repeats", type=_positive, default=30, metavar="N", help="timed calls (default: 30)"
         )
+    decode = benchmark(
+        "decode", _bench_decode, "Beam search, constrained to catalogues of several sizes and not."
+    )
+    decode.add_argument(
+        "--decoder",
+        choices=("4-layer", "quickstart", "qwen3-0.6b"),
+        default="4-layer",
+        help="whose shape (default: %(default)s, d_model 256)",
+    )
+    for flag, default, what in (
+        ("--catalogues", [10_000, 1_000_000, 10_000_000], "random SIDs to constrain to"),
+        ("--beams", [10, 70, 500], "widths of the beam"),
+    ):
+        decode.add_argument(
+            flag,
+            type=_positive,
+            nargs="+",
+            default=default,
+            metavar="N",
+            help=f"{what} (default: {' '.join(map(str, default))})",
+        )
+    for flag, default, what in (
+        ("--users", 2, "in one batch"),
+        ("--levels", 5, "of the SIDs"),
+        ("--codes", 2048, "by level"),
+        ("--repeats", 15, "timed calls"),
+    ):
+        decode.add_argument(
+            flag,
+            type=_positive,
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
     load = benchmark(
         "load", _bench_load, "Peak of host memory when a run starts from a Hugging Face checkpoint."
     )
@@ -298,25 +361,38 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from prefixmem_jax.evaluation.evaluator import evaluate_run
-    from prefixmem_jax.evaluation.report import text_table
+    from prefixmem_jax.evaluation.comparison import evaluate_runs
+    from prefixmem_jax.evaluation.report import comparison_table, text_table
 
-    metrics, levels = evaluate_run(Path(options.run), options.users, options.beam)
-    name = Path(options.run).name
-    print(
-        f"retrieval on {metrics['retrieval_users']:,} of {metrics['test_users']:,} test users, "
-        f"beam {metrics['beam']}; teacher-forced accuracy on all"
+    results, paired, levels = evaluate_runs(
+        options.runs,
+        options.data,
+        options.split,
+        options.users,
+        options.beam,
+        options.floors,
+        options.out,
     )
-    print(text_table({name: metrics}, levels))
-    print(f"{Path(options.run) / 'metrics.json'}")
+    first = next(iter(results.values()))
+    users = first[f"{options.split}_users"]
+    print(
+        f"retrieval on {first['retrieval_users']:,} of {users:,} {options.split} users, "
+        f"beam {first['beam']}; teacher-forced accuracy on all; {first['collisions']}"
+    )
+    print(text_table(results, levels))
+    if paired:
+        print(f"\nagainst {next(iter(results))}, paired bootstrap over users, 95% interval:")
+        print(comparison_table(paired, levels))
+    print("  ".join(str(run / "metrics.json") for run in options.runs))
 
 
 def _recommend(options: argparse.Namespace) -> None:
-    from prefixmem_jax.evaluation.evaluator import Recommender
+    from prefixmem_jax.evaluation.recommender import Recommender
 
     recommender = Recommender.load(options.run)
     print("rank  log-prob  item")
-    for rank, found in enumerate(recommender.recommend(options.history, options.top), start=1):
+    items = recommender.recommend(options.history, options.top, options.exclude_seen)
+    for rank, found in enumerate(items, start=1):
         sid = "-".join(map(str, found.sid))
         print(
             f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} {found.title or ''}"
@@ -383,6 +459,20 @@ def _bench_step(options: argparse.Namespace):
     from prefixmem_jax.benchmarks import step
 
     return step, step.bench_step(options.decoder, options.rows, options.d_mem, options.repeats)
+
+
+def _bench_decode(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import decode
+
+    return decode, decode.bench_decode(
+        options.decoder,
+        options.catalogues,
+        options.beams,
+        options.users,
+        options.levels,
+        options.codes,
+        options.repeats,
+    )
 
 
 def _bench_load(options: argparse.Namespace):

@@ -14,13 +14,9 @@ from prefixmem_jax.config import Config, load_config, override
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.evaluator import Recommender, test_examples, write_metrics
-from prefixmem_jax.evaluation.floors import (
-    evaluate_scorer,
-    optimum,
-    popularity_floor,
-    successor_floor,
-)
+from prefixmem_jax.evaluation.comparison import judge_floors
+from prefixmem_jax.evaluation.evaluator import chosen_examples, write_metrics
+from prefixmem_jax.evaluation.recommender import Recommender
 from prefixmem_jax.evaluation.report import Results, text_table, write_report
 from prefixmem_jax.files import write_json
 from prefixmem_jax.training.loop import train
@@ -97,7 +93,7 @@ def quickstart(
     for name in RUNS:
         train(configs[name], out / name, prepared)
 
-    everyone, sample = test_examples(configs["baseline"], prepared)
+    everyone, sample = chosen_examples(configs["baseline"], prepared)
     facts = (
         f"{describe_data(prepared)}\n"
         f"Teacher-forced accuracy on {len(everyone):,} test users, retrieval on "
@@ -111,11 +107,8 @@ def quickstart(
         recommender = Recommender.load(out / name, prepared)
         results[name] = write_metrics(out / name, recommender)
         results[name] |= costs(out, name, recommender, configs)
-    scorers = {"floor_popularity": popularity_floor, "floor_successor": successor_floor}
-    if prepared.world is not None:
-        scorers["optimum"] = optimum
-    for name, scorer in scorers.items():
-        results[name] = evaluate_scorer(scorer(prepared), prepared.catalog, everyone, sample, name)
+    for name, judged in judge_floors(prepared, configs["baseline"]).items():
+        results[name] = judged.metrics
     for values in results.values():
         values["dataset_sha256"] = prepared.dataset.sha256
     write_json(out / "results.json", results)

@@ -36,7 +36,7 @@ from prefixmem_jax.config import (
 from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.evaluator import Recommender
+from prefixmem_jax.evaluation.recommender import Recommender
 from prefixmem_jax.files import parse_size
 from prefixmem_jax.hf.families import read_folder
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
@@ -83,11 +83,12 @@ def make_run(folder, config: Config) -> Recommender:
     (folder / "config.json").write_text(to_json(config))
     with Checkpoints(folder, trainer, keep=1) as checkpoints:
         checkpoints.save(0, state, {})
-    return Recommender.load(folder, data)
+    return Recommender.load(folder, data, jax.devices()[:1])
 
 
 def our_logits(recommender: Recommender, tokens: np.ndarray) -> np.ndarray:
-    state, trainer = recommender.state, recommender.trainer
+    trainer = recommender.trainer
+    state = jax.device_put(jax.device_get(recommender.state), jax.devices()[0])
     model = trainer.model(state.params)
     tokens, ones = jnp.asarray(tokens), jnp.ones_like(jnp.asarray(tokens))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from prefixmem_jax.config import DataConfig, SyntheticConfig
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.evaluation import floors
-from prefixmem_jax.evaluation.metrics import beam_metrics, expected_item_metrics, groups_of
+from prefixmem_jax.evaluation.metrics import (
+    beam_scores,
+    catalogue_metrics,
+    diversity_scores,
+    expected_scores,
+    groups_of,
+    teacher_forced_scores,
+)
+from prefixmem_jax.evaluation.statistics import compare, intervals, means
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 
@@ -19,13 +27,16 @@ from prefixmem_jax.semantic_ids.space import SidSpace
 @settings(max_examples=60, deadline=None)
 @given(before=st.integers(0, 8), size=st.integers(1, 5), cutoff=st.sampled_from([5, 10]))
 def test_expected_item_metrics_average_over_every_order_of_the_group(before, size, cutoff):
-    recalls, gains = [], []
+    recalls, gains, reciprocal = [], [], []
     for order in itertools.permutations(range(size)):
         rank = before + order.index(0) + 1  # member 0 is the target
         recalls.append(rank <= cutoff)
         gains.append(1 / np.log2(rank + 1) if rank <= cutoff else 0)
-    recall, ndcg = expected_item_metrics(np.array([before]), np.array([size]), cutoff)
-    assert np.isclose(recall[0], np.mean(recalls)) and np.isclose(ndcg[0], np.mean(gains))
+        reciprocal.append(1 / rank if rank <= cutoff else 0)
+    found = expected_scores(np.array([before]), np.array([size]), cutoff)
+    assert np.isclose(found["recall"][0], np.mean(recalls))
+    assert np.isclose(found["ndcg"][0], np.mean(gains))
+    assert np.isclose(found["mrr"][0], np.mean(reciprocal))
 
 
 def test_beam_metrics_by_hand():
@@ -42,7 +53,10 @@ def test_beam_metrics_by_hand():
     )
     groups = groups_of(codes, catalog)
     assert groups[0, 0] == -1 and groups[1, 3] == -2
-    found = beam_metrics(groups, np.array([2, 1, 4]), catalog, "unconstrained")
+    scores = beam_scores(groups, np.array([2, 1, 4]), catalog, "unconstrained")
+    assert scores["sid_recall@5/unconstrained"].tolist() == [1, 1, 0]
+    found = means(scores)
+    assert found["sid_mrr@5/unconstrained"] == pytest.approx((1 / 3 + 1) / 3)
     assert found["sid_recall@5/unconstrained"] == pytest.approx(2 / 3)
     assert found["sid_ndcg@5/unconstrained"] == pytest.approx((1 / np.log2(4) + 1) / 3)
     assert found["item_recall@5/unconstrained"] == pytest.approx(2 / 3)
@@ -64,7 +78,7 @@ def test_floors_equal_the_published_ones(name, popularity, successor):
 
     def evaluate(scorer):
         test = data.split.test
-        found = floors.evaluate_scorer(scorer(data), data.catalog, test[:100], test)
+        found = floors.judge_scorer(scorer(data), data, test, np.arange(len(test)), 10).metrics
         names = ("item_recall@5", "item_ndcg@5", "item_recall@10", "item_ndcg@10")
         return [round(found[f"{name}/constrained"], 4) for name in names]
 
@@ -82,7 +96,7 @@ def test_scorer_ranks_and_predictions_by_brute_force():
     )
     catalog, examples = data.catalog, data.split.test[:40]
     for scorer in (floors.popularity_floor(data), floors.optimum(data)):
-        found = floors.evaluate_scorer(scorer, catalog, examples, examples)
+        found = floors.judge_scorer(scorer, data, examples, np.arange(40), 10).metrics
         hits, ranks, sid_ranks = np.zeros(3), [], []
         for example in examples:
             scores = scorer(example.history)
@@ -107,10 +121,76 @@ def test_no_floor_beats_the_optimum():
     data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=500, users=2000)))
     test = data.split.test
     best, popular, successor = (
-        floors.evaluate_scorer(make(data), data.catalog, test, test)
+        floors.judge_scorer(make(data), data, test, np.arange(len(test)), 10).metrics
         for make in (floors.optimum, floors.popularity_floor, floors.successor_floor)
     )
     slack = 2 * np.sqrt(0.25 / len(test))
     for name in ("tf_accuracy/level_1", "tf_accuracy/level_3", "item_recall@10/constrained"):
         assert best[name] > popular[name] - slack and best[name] > successor[name] - slack
     assert best["item_recall@10/constrained"] > 1.2 * popular["item_recall@10/constrained"]
+
+
+def test_item_knn_by_brute_force():
+    data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=60, users=80)))
+    score = floors.item_knn_floor(data)
+    history = data.split.test[3].history
+    found = score(history)
+    users = [set(items.tolist()) for items in data.split.train]
+    count = np.array([sum(item in user for user in users) for item in range(60)])
+    matches = []
+    for decay, shrinkage in floors.KNN_GRID:
+        expected = np.zeros(60)
+        for since, item in enumerate(history[::-1]):
+            for other in range(60):
+                both = sum(item in user and other in user for user in users)
+                if both and other != item:
+                    cosine = both / (np.sqrt(count[item] * count[other]) + shrinkage)
+                    expected[other] += decay**since * cosine
+        matches.append(np.allclose(found, expected, atol=1e-8))
+    assert sum(matches) == 1
+
+
+def test_teacher_forced_scores_by_hand():
+    ranks = np.array([[1, 1, 1], [11, 1, 1], [2, 10, 3], [1, 1, 2], [3, 1, 1], [1, 2, 9]])
+    popularity = np.array([5, 0, 7, 1, 9, 3])
+    found = means(teacher_forced_scores(ranks, popularity))
+    assert found["tf_accuracy/level_1"] == pytest.approx(3 / 6)
+    assert found["tf_accuracy/level_3"] == pytest.approx(3 / 6)
+    assert found["reachable"] == pytest.approx(5 / 6)
+    assert found["tf_accuracy/level_3/unreachable"] == 1.0
+    assert found["tf_accuracy/level_3/reachable"] == pytest.approx(2 / 5)
+    assert found["tf_accuracy/level_3/rare"] == pytest.approx(1 / 2)  # users 1, 3
+    assert found["tf_accuracy/level_3/medium"] == pytest.approx(1 / 2)  # 5, 0
+    assert found["tf_accuracy/level_3/popular"] == pytest.approx(1 / 2)  # 2, 4
+
+
+def test_diversity_and_catalogue_metrics_by_hand():
+    codes = np.array([[[0, 1], [0, 0], [2, 0]], [[1, 0], [-1, -1], [-1, -1]]])
+    assert diversity_scores(codes)["unique_level_1"].tolist() == [2, 1]
+    sids = np.array([[0, 0], [0, 1], [1, 0], [2, 0]])
+    catalog = Catalog(sids, [None] * 4, SidSpace((3, 2)))
+    groups, counts = groups_of(codes, catalog), np.array([1, 4, 4, 9])
+    found = catalogue_metrics(groups, counts, catalog, cutoff=3)
+    assert found["sid_coverage@3"] == 1.0
+    assert catalogue_metrics(groups, counts, catalog) == {}  # the ranking is shorter than 10
+    assert found["popularity@3"] == pytest.approx((0.5 + 0.125 + 0.875 + 0.5) / 4)
+
+
+def test_intervals_cover_and_comparisons_find_what_is_there():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(40):
+        scores = {"hit": (rng.random(400) < 0.3).astype(float)}
+        low, high = intervals(scores, seed=trial)["hit"]
+        covered += low <= 0.3 <= high
+        assert 0.06 < high - low < 0.12  # 2 x 1.96 x sqrt(.3 x .7 / 400) is .09
+    assert 33 <= covered <= 40
+    base = {"hit": (rng.random(2000) < 0.3).astype(float), "part": np.full(2000, np.nan)}
+    base["part"][:50] = 1.0
+    better = {"hit": base["hit"].copy(), "part": base["part"]}
+    better["hit"][:60] = 1.0
+    found = compare(base, better)
+    assert found["hit"]["p"] < 0.01 and 0 < found["hit"]["low"] < found["hit"]["difference"]
+    assert found["part"]["difference"] == 0 and found["part"]["p"] == 1
+    noise = {"hit": rng.permutation(base["hit"])}
+    assert compare(base, noise)["hit"]["p"] > 0.05

@@ -33,7 +33,8 @@ def test_results_hold_every_metric_of_every_system(finished):
     out, done = finished
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {
-        "baseline", "prefixmem", "floor_popularity", "floor_successor", "optimum",
+        "baseline", "prefixmem", "floor_popularity", "floor_successor", "floor_item_knn",
+        "optimum",
     }  # fmt: skip
     for system, values in results.items():
         for name in names(4):

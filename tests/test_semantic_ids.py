@@ -1,9 +1,11 @@
 """The space of codes, the catalogue and the trie, against plain loops."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie
@@ -80,19 +82,18 @@ def test_groups_hold_exactly_the_items_of_each_sid(seed, items):
         by_sid.setdefault(tuple(sid), []).append(item)
     assert len(catalog.group_sids) == len(by_sid) == len(catalog.group_sizes)
     for sid, members in by_sid.items():
-        group = catalog.group(np.array(sid))
+        group = int(catalog.groups(np.array([sid]))[0])
         assert catalog.items_of_group(group).tolist() == members
         assert catalog.group_sizes[group] == len(members)
         assert {int(catalog.group_of_item[item]) for item in members} == {group}
     missing = next((s for s in np.ndindex(3, 5, 2, 4) if s not in by_sid), None)
-    assert missing is None or catalog.group(np.array(missing)) == -1
+    assert missing is None or catalog.groups(np.array([missing]))[0] == -1
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), items=st.integers(1, 60))
 def test_trie_spells_exactly_the_catalogue_in_group_order(seed, items):
     catalog = random_catalog(np.random.default_rng(seed), items)
-    trie = Trie(catalog)
     spelled = []
 
     def walk(node: int, prefix: tuple) -> None:
@@ -100,7 +101,7 @@ def test_trie_spells_exactly_the_catalogue_in_group_order(seed, items):
             spelled.append((node, prefix))
             return
         codes, children, valid = (
-            np.asarray(x) for x in trie.children(len(prefix) + 1, np.array([node]))
+            np.asarray(x) for x in catalog.trie.levels[len(prefix)].children(np.array([node]))
         )
         for code, child in zip(codes[0][valid[0]], children[0][valid[0]], strict=True):
             walk(int(child), (*prefix, int(code)))
@@ -108,3 +109,53 @@ def test_trie_spells_exactly_the_catalogue_in_group_order(seed, items):
     walk(0, ())
     expected = [(group, tuple(sid)) for group, sid in enumerate(catalog.group_sids.tolist())]
     assert spelled == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), before=st.integers(1, 40), more=st.integers(1, 20))
+def test_adding_and_removing_items_is_building_anew(seed, before, more):
+    rng = np.random.default_rng(seed)
+    sizes = [(3, 5, 2, 4), (70_000, 2), (2**31 - 1, 2**31 - 1, 3)][seed % 3]
+    old, new = (
+        np.stack([rng.integers(0, min(size, 4), n) for size in sizes], axis=1)
+        for n in (before, more)
+    )
+    trie, both = (
+        Trie(old, sizes),
+        Trie(np.concatenate([old, new])[rng.permutation(before + more)], sizes),
+    )
+    assert trie.added(new).checksum == both.checksum != trie.checksum
+    assert both.removed(new).checksum == trie.checksum
+    for one, other in zip(trie.added(new).levels, both.levels, strict=True):
+        np.testing.assert_array_equal(one.first_child, other.first_child)
+        np.testing.assert_array_equal(one.code, other.code)
+    counted = {tuple(sid): 0 for sid in old.tolist()}
+    for sid in old.tolist():
+        counted[tuple(sid)] += 1
+    assert dict(zip(map(tuple, trie.sids.tolist()), trie.counts.tolist(), strict=True)) == counted
+    assert trie.find(trie.sids).tolist() == list(range(len(trie)))
+    prefixes = {tuple(sid[:n]) for sid in old.tolist() for n in range(1, len(sizes) + 1)}
+    depths = trie.depths(new)
+    for sid, depth in zip(new.tolist(), depths, strict=True):
+        assert depth == max(
+            [n for n in range(1, len(sizes) + 1) if tuple(sid[:n]) in prefixes], default=0
+        )
+
+
+def test_removing_what_is_not_there_is_refused():
+    trie = Trie(np.array([[0, 1], [0, 1], [2, 0]]), (3, 2))
+    assert trie.removed(np.array([[0, 1]])).counts.tolist() == [1, 1]
+    with pytest.raises(UserError, match="SID 2-0 does not have as many items"):
+        trie.removed(np.array([[2, 0], [2, 0]]))
+    with pytest.raises(UserError, match="SID 1-1 does not have as many items"):
+        trie.removed(np.array([[1, 1]]))
+    with pytest.raises(UserError, match="every item would be removed"):
+        trie.removed(np.array([[0, 1], [0, 1], [2, 0]]))
+    with pytest.raises(UserError, match="a code outside its codebook"):
+        Trie(np.array([[3, 0]]), (3, 2))
+
+
+def test_a_million_sids_are_small():
+    rng = np.random.default_rng(0)
+    trie = Trie(rng.integers(0, 2048, (1_000_000, 5)), (2048,) * 5)
+    assert len(trie) > 990_000 and trie.nbytes < 30e6

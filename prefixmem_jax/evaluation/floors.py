@@ -13,11 +13,18 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import sparse
 from tqdm import tqdm
 
-from prefixmem_jax.data.prepare import PreparedData
+from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.data.splits import Example
-from prefixmem_jax.evaluation.metrics import CUTOFFS, rank_metrics
+from prefixmem_jax.evaluation.evaluator import Judged, prefix_popularity, spread
+from prefixmem_jax.evaluation.metrics import (
+    Scores,
+    cutoffs,
+    popularity_thirds,
+    rank_scores,
+)
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -52,6 +59,53 @@ def successor_floor(data: PreparedData) -> Scorer:
     return score
 
 
+KNN_GRID = tuple(itertools.product((0.5, 0.7, 0.9), (0.0, 5.0, 20.0)))
+TUNING_USERS = 2000
+
+
+def item_knn_floor(data: PreparedData) -> Scorer:
+    """Scores items by cosine similarity to the history's, recent ones counting more.
+
+    sim(i, j) = users with both / (sqrt(users with i * users with j) + shrinkage); an item scores
+    the sum over the history of decay ** (items since) * sim; items without any come after, by
+    popularity. Decay and shrinkage are those of `KNN_GRID` with the best Recall@10 on validation.
+    """
+    items, counts = len(data.catalog), data.item_counts
+    rows = np.repeat(np.arange(len(data.split.train)), [len(s) for s in data.split.train])
+    seen = sparse.csr_array(
+        (np.ones(len(rows)), (rows, np.concatenate(data.split.train))),
+        shape=(len(data.split.train), items),
+    )
+    seen.data[:] = 1.0  # an item counts once a user
+    together = (seen.T @ seen).tocsr()
+    together.setdiag(0)
+    together.eliminate_zeros()
+    users = np.asarray(seen.sum(axis=0)).reshape(-1)
+    popularity = 1e-9 * counts / (counts.sum() + 1.0)
+    row_of = np.repeat(np.arange(items), np.diff(together.indptr))
+    norm = np.sqrt(users[row_of] * users[together.indices])
+
+    def scorer(decay: float, shrinkage: float) -> Scorer:
+        similar = together.copy()
+        similar.data = together.data / (norm + shrinkage)
+
+        def score(history: np.ndarray) -> np.ndarray:
+            weights = decay ** np.arange(len(history) - 1, -1, -1)
+            return similar[np.asarray(history)].T @ weights + popularity
+
+        return score
+
+    tuning = fixed_sample(data.split.validation, TUNING_USERS)
+
+    def recall(options: tuple[float, float]) -> float:
+        score = scorer(*options)
+        ranked = [score(e.history) for e in tuning]
+        better = [np.sum(s > s[e.target]) for s, e in zip(ranked, tuning, strict=True)]
+        return float(np.mean(np.array(better) < 10))
+
+    return scorer(*max(KNN_GRID, key=recall))
+
+
 def optimum(data: PreparedData) -> Scorer:
     """Scores items by their exact probability under the process that made synthetic data."""
     return data.world.next_item_distribution
@@ -82,26 +136,44 @@ class _PrefixSums:
         return out
 
 
-def evaluate_scorer(
+def judge_scorer(
     score: Scorer,
-    catalog: Catalog,
+    data: PreparedData,
     examples: Sequence[Example],
-    retrieval_examples: Sequence[Example],
+    sample: np.ndarray,
+    depth: int,
     progress: str = "",
-) -> dict[str, float]:
-    """The metrics of `evaluator.evaluate_model` for a system that scores items."""
+) -> Judged:
+    """The scores of `evaluator.judge` that a system which ranks items has.
+
+    Args:
+      sample: which of the examples retrieval is judged on.
+      depth: of the ranking; cut-offs go up to it.
+    """
+    catalog = data.catalog
     prefix_sums = _PrefixSums(catalog)
+    chosen = set(sample.tolist())
+    hits, ranks = [], []
     shown = tqdm(examples, desc=progress, unit="user", disable=not progress)
-    hits = sum(prefix_sums.hits(score(e.history), e.target) for e in shown) / len(examples)
-    metrics = {f"tf_accuracy/level_{level}": float(hit) for level, hit in enumerate(hits, start=1)}
-    metrics["sid_hit_rate"] = 1.0
-    ranks = np.array([_ranks(score(e.history), e.target, catalog) for e in retrieval_examples])
+    for user, example in enumerate(shown):
+        values = score(example.history)
+        hits.append(prefix_sums.hits(values, example.target))
+        if user in chosen:
+            ranks.append(_ranks(values, example.target, catalog))
+    levels = np.array(hits).T
+    scores: Scores = {f"tf_accuracy/level_{n}": hit for n, hit in enumerate(levels, start=1)}
+    third = popularity_thirds(prefix_popularity(data, examples))
+    for name, values in third.items():
+        scores[f"tf_accuracy/level_{len(levels)}/{name}"] = np.where(values, levels[-1], np.nan)
+    retrieved: Scores = {"sid_hit_rate": np.ones(len(ranks))}
+    found = np.array(ranks)
     for suffix in ("unconstrained", "constrained"):
         # Items are ranked one by one: the target shares its place with no other.
-        alone = np.ones(len(ranks), np.int64)
-        metrics |= rank_metrics(ranks[:, 0], ranks[:, 1] - 1, alone, len(catalog), suffix)
-        metrics |= {f"sid_valid@{cutoff}/{suffix}": 1.0 for cutoff in CUTOFFS}
-    return metrics
+        alone = np.ones(len(found), np.int64)
+        retrieved |= rank_scores(found[:, 0], found[:, 1] - 1, alone, depth, suffix)
+        for cutoff in cutoffs(depth):
+            retrieved[f"sid_valid@{cutoff}/{suffix}"] = np.ones(len(found))
+    return Judged(scores | spread(retrieved, sample, len(examples)), {})
 
 
 def _ranks(scores: np.ndarray, target: int, catalog: Catalog) -> tuple[int, int]:

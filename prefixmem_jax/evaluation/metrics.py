@@ -1,9 +1,12 @@
-"""Retrieval metrics over the full catalogue, with items that share a SID counted honestly.
+"""Retrieval metrics over the full catalogue, user by user, with shared SIDs counted honestly.
 
 Two matches are reported. A *SID match* asks for the target's SID. An *item match* asks for the
 target itself: a SID stands for its whole group of items, shown in random order, and the metric
 is the expected value over that order. SIDs that name no item take a place in SID metrics and
 none in item metrics; their share is reported.
+
+Every function returns scores by metric name, [users] each, NaN where a user does not count; a
+metric is their mean (`statistics.means`).
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ import numpy as np
 
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
-CUTOFFS = (5, 10)
+CUTOFFS = (5, 10, 20, 30, 50, 100)
+REACHABLE_RANK = 10
 NOT_FOUND = 1 << 40
+
+Scores = dict[str, np.ndarray]
 
 
 def groups_of(codes: np.ndarray, catalog: Catalog) -> np.ndarray:
@@ -27,14 +33,12 @@ def groups_of(codes: np.ndarray, catalog: Catalog) -> np.ndarray:
     """
     users, ranks, levels = codes.shape
     flat = codes.reshape(-1, levels)
-    groups = np.array([catalog.group(sid) if sid[0] >= 0 else -2 for sid in flat], np.int64)
+    groups = np.where(flat[:, 0] < 0, -2, catalog.groups(flat))
     return groups.reshape(users, ranks)
 
 
-def beam_metrics(
-    groups: np.ndarray, targets: np.ndarray, catalog: Catalog, suffix: str
-) -> dict[str, float]:
-    """Metrics of ranked SIDs: `rank_metrics`, and `sid_valid@K`, the share that name an item.
+def beam_scores(groups: np.ndarray, targets: np.ndarray, catalog: Catalog, suffix: str) -> Scores:
+    """Scores of ranked SIDs: `rank_scores`, and `sid_valid@K`, the share that name an item.
 
     Args:
       groups: [users, ranks] from `groups_of`, best first.
@@ -46,22 +50,27 @@ def beam_metrics(
     sizes = np.where(groups >= 0, catalog.group_sizes[np.maximum(groups, 0)], 0)
     items_before = np.where(np.cumsum(hit, axis=1) > 0, 0, sizes).sum(axis=1)
     items_before = np.where(sid_rank == NOT_FOUND, NOT_FOUND, items_before)
-    metrics = rank_metrics(
+    scores = rank_scores(
         sid_rank, items_before, catalog.group_sizes[target_groups], groups.shape[1], suffix
     )
-    for cutoff in (k for k in CUTOFFS if k <= groups.shape[1]):
-        metrics[f"sid_valid@{cutoff}/{suffix}"] = float((groups[:, :cutoff] >= 0).mean())
-    return metrics
+    for cutoff in cutoffs(groups.shape[1]):
+        scores[f"sid_valid@{cutoff}/{suffix}"] = (groups[:, :cutoff] >= 0).mean(axis=1)
+    return scores
 
 
-def rank_metrics(
+def cutoffs(depth: int) -> list[int]:
+    """The cut-offs K that a ranking of this depth can be judged at."""
+    return [cutoff for cutoff in CUTOFFS if cutoff <= depth]
+
+
+def rank_scores(
     sid_rank: np.ndarray,
     items_before: np.ndarray,
     group_size: np.ndarray,
     depth: int,
     suffix: str,
-) -> dict[str, float]:
-    """Recall and NDCG at each cutoff up to `depth`, by SID and by item, means over users.
+) -> Scores:
+    """Recall, NDCG and MRR at each cut-off up to `depth`, by SID and by item.
 
     Args:
       sid_rank: 1-based rank of the target's SID, [users]; NOT_FOUND where it is not ranked.
@@ -70,30 +79,111 @@ def rank_metrics(
       suffix: `unconstrained` or `constrained`, the end of each name.
 
     Returns:
-      `sid_recall@K/suffix`, `sid_ndcg@K/suffix`, `item_recall@K/suffix`, `item_ndcg@K/suffix`.
+      `sid_recall@K/suffix`, `sid_ndcg@K`, `sid_mrr@K`, and the same with `item_`.
     """
-    metrics = {}
-    for cutoff in (k for k in CUTOFFS if k <= depth):
-        in_time = sid_rank <= cutoff
-        gain = np.where(in_time, 1 / np.log2(sid_rank + 1.0), 0.0)
-        recall, ndcg = expected_item_metrics(items_before, group_size, cutoff)
-        metrics[f"sid_recall@{cutoff}/{suffix}"] = float(in_time.mean())
-        metrics[f"sid_ndcg@{cutoff}/{suffix}"] = float(gain.mean())
-        metrics[f"item_recall@{cutoff}/{suffix}"] = float(recall.mean())
-        metrics[f"item_ndcg@{cutoff}/{suffix}"] = float(ndcg.mean())
-    return metrics
+    scores = {}
+    alone = np.ones_like(sid_rank)
+    for cutoff in cutoffs(depth):
+        for kind, before, size in (
+            ("sid", sid_rank - 1, alone),
+            ("item", items_before, group_size),
+        ):
+            for name, score in expected_scores(before, size, cutoff).items():
+                scores[f"{kind}_{name}@{cutoff}/{suffix}"] = score
+    return scores
 
 
-def expected_item_metrics(
-    items_before: np.ndarray, group_size: np.ndarray, cutoff: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Expected Recall@K and NDCG@K where the target's place within its group is random.
+def expected_scores(before: np.ndarray, group_size: np.ndarray, cutoff: int) -> Scores:
+    """Expected Recall@K, NDCG@K and MRR@K where the target's place within its group is random.
 
     Args:
-      items_before: items shown before the target's group, [users].
+      before: what is shown before the target's group, [users].
       group_size: items in the target's group, [users].
     """
-    gains = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(1, cutoff + 1) + 1.0))])
-    start = np.minimum(items_before, cutoff)
-    stop = np.minimum(items_before + group_size, cutoff)
-    return (stop - start) / group_size, (gains[stop] - gains[start]) / group_size
+    ranks = np.arange(1, cutoff + 1)
+    start = np.minimum(before, cutoff)
+    stop = np.minimum(before + group_size, cutoff)
+
+    def expected(gain_by_rank: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0.0], np.cumsum(gain_by_rank)])
+        return (total[stop] - total[start]) / group_size
+
+    return {
+        "recall": expected(np.ones(cutoff)),
+        "ndcg": expected(1 / np.log2(ranks + 1.0)),
+        "mrr": expected(1.0 / ranks),
+    }
+
+
+def teacher_forced_scores(ranks: np.ndarray, prefix_popularity: np.ndarray) -> Scores:
+    """`tf_accuracy/level_l`; for the last level also by reachability and by prefix popularity.
+
+    A target is *reachable* where its code is among the 10 likeliest at every level but the last:
+    a beam of that width would have kept its prefix. Thirds of users by how often their target's
+    prefix (all levels but the last) occurs in training: rare, medium, popular.
+
+    Args:
+      ranks: [users, levels] of the target's codes, from 1.
+      prefix_popularity: [users].
+    """
+    levels = ranks.shape[1]
+    hits = (ranks == 1).astype(np.float64)
+    scores = {f"tf_accuracy/level_{level}": hits[:, level - 1] for level in range(1, levels + 1)}
+    last = hits[:, -1]
+    reachable = (ranks[:, :-1] <= REACHABLE_RANK).all(axis=1)
+    scores["reachable"] = reachable.astype(np.float64)
+    parts = {"reachable": reachable, "unreachable": ~reachable}
+    for name, chosen in (parts | popularity_thirds(prefix_popularity)).items():
+        scores[f"tf_accuracy/level_{levels}/{name}"] = np.where(chosen, last, np.nan)
+    return scores
+
+
+def popularity_thirds(prefix_popularity: np.ndarray) -> dict[str, np.ndarray]:
+    """Whether each user's target prefix is rare, medium or popular; equal ones stay together."""
+    thirds = np.quantile(prefix_popularity, [1 / 3, 2 / 3])
+    third = np.searchsorted(thirds, prefix_popularity, side="left")
+    return {name: third == n for n, name in enumerate(("rare", "medium", "popular"))}
+
+
+def diversity_scores(codes: np.ndarray) -> Scores:
+    """`unique_level_1`: distinct first codes in each user's beam [users, beam, levels]."""
+    first = np.sort(codes[..., 0], axis=1)
+    new = np.concatenate([first[:, :1] >= 0, (np.diff(first) != 0) & (first[:, 1:] >= 0)], axis=1)
+    return {"unique_level_1": new.sum(axis=1).astype(np.float64)}
+
+
+def catalogue_metrics(
+    groups: np.ndarray, item_counts: np.ndarray, catalog: Catalog, cutoff: int = 10
+) -> dict[str, float]:
+    """How much of the catalogue is recommended at all, and how popular that is.
+
+    Args:
+      groups: [users, ranks] from `groups_of`.
+      item_counts: occurrences in training by item.
+
+    Returns:
+      Nothing where the ranking is shorter than K; else
+      sid_coverage@K: share of the catalogue's SIDs in some user's first K.
+      popularity@K: mean percentile (0 rarest, 1 most frequent) of recommended SIDs by their number
+        of occurrences in training; .5 would be no bias.
+    """
+    if groups.shape[1] < cutoff:
+        return {}
+    shown = groups[:, :cutoff]
+    shown = shown[shown >= 0]
+    counts = np.bincount(catalog.group_of_item, item_counts, len(catalog.group_sids))
+    order = np.sort(counts)
+    below = np.searchsorted(order, counts, side="left")
+    upto = np.searchsorted(order, counts, side="right")
+    percentile = (below + upto) / (2 * len(counts))
+    return {
+        f"sid_coverage@{cutoff}": len(np.unique(shown)) / len(counts),
+        f"popularity@{cutoff}": float(percentile[shown].mean()) if len(shown) else 0.0,
+    }
+
+
+def bleu(texts: list[str], references: list[str]) -> float:
+    """Corpus BLEU (sacrebleu's default) of generated texts, 0 to 100."""
+    import sacrebleu
+
+    return float(sacrebleu.corpus_bleu(texts, [references]).score)

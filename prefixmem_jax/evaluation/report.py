@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 
+from prefixmem_jax.evaluation.metrics import CUTOFFS
 from prefixmem_jax.files import write_text
 
 matplotlib.use("Agg")
@@ -21,21 +22,31 @@ _COLORS = {
     "prefixmem": "#d62728",
     "floor_popularity": "#c7c7c7",
     "floor_successor": "#9ecae1",
+    "floor_item_knn": "#6baed6",
     "optimum": "#2ca02c",
 }
 
 
+def _color(system: str, number: int) -> str:
+    return _COLORS.get(system, f"C{number % 10}")
+
+
 def metric_rows(levels: int) -> list[str]:
     """The metrics that tables show, in order."""
+    deepest = f"tf_accuracy/level_{levels}"
     return [
         *(f"tf_accuracy/level_{level}" for level in range(1, levels + 1)),
+        *(f"{deepest}/{part}" for part in ("reachable", "unreachable")),
+        *(f"{deepest}/{part}" for part in ("rare", "medium", "popular")),
         "sid_hit_rate",
+        "unique_level_1",
+        "sid_coverage@10",
+        "popularity@10",
         "sid_recall@10/unconstrained",
         "sid_recall@10/constrained",
-        "item_recall@5/constrained",
-        "item_recall@10/constrained",
-        "item_ndcg@5/constrained",
-        "item_ndcg@10/constrained",
+        *(f"item_recall@{cutoff}/constrained" for cutoff in CUTOFFS),
+        *(f"item_ndcg@{cutoff}/constrained" for cutoff in (5, 10)),
+        "item_mrr@10/constrained",
     ]
 
 
@@ -114,7 +125,7 @@ def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> N
     for index, (system, values) in enumerate(results.items()):
         places = [i + (index - (len(results) - 1) / 2) * width for i in range(len(metrics))]
         heights = [values.get(metric, 0.0) for metric in metrics]
-        bars = axis.bar(places, heights, width, label=system, color=_COLORS[system])
+        bars = axis.bar(places, heights, width, label=system, color=_color(system, index))
         axis.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
     labels = [metric.removeprefix("tf_accuracy/").replace("/", "\n") for metric in metrics]
     axis.set_xticks(range(len(metrics)), labels)
@@ -126,13 +137,65 @@ def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> N
     plt.close(figure)
 
 
+def plot_recall(path: Path, results: Results) -> None:
+    """Item recall against K, constrained, with bootstrap intervals where there are some."""
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for number, (system, values) in enumerate(results.items()):
+        names = {k: f"item_recall@{k}/constrained" for k in CUTOFFS}
+        shown = [k for k, name in names.items() if name in values]
+        color = _color(system, number)
+        axis.plot(shown, [values[names[k]] for k in shown], marker="o", color=color, label=system)
+        if "intervals" in values:
+            low, high = zip(*(values["intervals"][names[k]] for k in shown), strict=True)
+            axis.fill_between(shown, low, high, color=color, alpha=0.15)
+    axis.set(xlabel="K", ylabel="item recall@K, constrained")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_comparison(folder: Path, results: Results, levels: int) -> None:
+    """The plots of `prefixmem evaluate`: recall against K, accuracy by level and by part."""
+    plot_recall(folder / "recall.png", results)
+    by_level = [f"tf_accuracy/level_{level}" for level in range(1, levels + 1)]
+    plot_bars(
+        folder / "accuracy_by_level.png", results, by_level, "Teacher-forced accuracy by level"
+    )
+    parts = ("reachable", "unreachable", "rare", "medium", "popular")
+    plot_bars(
+        folder / "accuracy_by_part.png",
+        results,
+        [f"{by_level[-1]}/{part}" for part in parts],
+        f"Level {levels}: reachable or not, and by popularity of the target's prefix",
+    )
+
+
+def comparison_table(paired: dict[str, Any], levels: int) -> str:
+    """Differences to the first run with 95% intervals and p, one line per system and metric."""
+    rows = [
+        f"tf_accuracy/level_{levels}",
+        "item_recall@10/constrained",
+        "item_recall@100/constrained",
+    ]
+    lines = []
+    for system, metrics in paired.items():
+        for name in (row for row in rows if row in metrics):
+            one = metrics[name]
+            lines.append(
+                f"{system}  {name}  {one['difference']:+.4f}  "
+                f"[{one['low']:+.4f}, {one['high']:+.4f}]  p {one['p']:.3f}"
+            )
+    return "\n".join(lines)
+
+
 def write_report(folder: Path, results: Results, curves: dict[str, list[dict]], facts: str) -> Path:
     """Writes the plots and `report.html`, which needs no other file.
 
     Args:
       facts: text that says what was compared, shown above the table.
     """
-    levels = sum(name.startswith("tf_accuracy/") for name in results["baseline"])
+    levels = sum(name.startswith("prefix_hit_rate/") for name in results["baseline"])
     plot_learning_curves(folder / "learning_curves.png", curves, levels)
     plot_bars(
         folder / "accuracy_by_level.png",

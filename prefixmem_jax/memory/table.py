@@ -166,10 +166,18 @@ class Table:
         return rows.reshape(*addresses.shape, self.width)
 
     def read(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
-        """As `lookup`; on a mesh, by exchange. Without gradients to the table."""
-        if jax.sharding.get_abstract_mesh().empty:
+        """As `lookup`; on a mesh, by exchange. Without gradients to the table.
+
+        Inside `shard_map` over every axis, `memory` is this device's part of the rows, and every
+        device asks for its own addresses.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or (mesh.manual_axes and mesh.size == 1):
             return self.lookup(memory, addresses)
-        return spread(self.fetch(memory, addresses))
+        if not mesh.manual_axes:
+            return spread(self.fetch(memory, addresses))
+        fetched = self._fetch_local(memory, addresses)
+        return fetched.rows.at[fetched.place].get(mode="fill", fill_value=0)
 
     @jax.named_scope("table")
     def fetch(self, memory: jax.Array, addresses: jax.Array) -> Fetched:

@@ -33,6 +33,24 @@ class Cache(NamedTuple):
     values: jax.Array
 
 
+class Branches(NamedTuple):
+    """Queries that share a prompt and go on in different directions, as beams do.
+
+    Each query attends to the prompt (the cache) and to tokens of its own branch, among those that
+    came after it: its ancestors and itself.
+
+    Attributes:
+      cache: keys and values of earlier tokens after the prompt, [L, B, G, K, H] each; G may be 0.
+      ancestors_BSA: int32, places of query s's branch among those G tokens and, from G on, the
+        queries themselves.
+      positions_BSA: positions of these tokens.
+    """
+
+    cache: Cache
+    ancestors_BSA: jax.Array
+    positions_BSA: jax.Array
+
+
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
@@ -81,11 +99,64 @@ class Positions(NamedTuple):
       query_BS: positions of the queries.
       mask_BST: True where query s may attend to key t.
       frequency_H: rotary frequencies.
+      branch_mask_BSA: True where query s may attend to its branch's token a; None without branches.
     """
 
     query_BS: jax.Array
     mask_BST: jax.Array
     frequency_H: jax.Array
+    branch_mask_BSA: jax.Array | None = None
+
+
+class Past(NamedTuple):
+    """What one layer has kept: keys and values [B, T, K, H], where to write, and branches."""
+
+    keys: jax.Array | None
+    values: jax.Array | None
+    write_at: jax.Array | int
+    branches: Branches | None
+
+
+def attend_to_branches(
+    query_BSNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    past: Past,
+    positions: Positions,
+    scale: float | None,
+) -> jax.Array:
+    """One softmax over the shared prompt and each query's own branch: [B, S, N, H].
+
+    The prompt's keys are read once for all queries, the branch's by index; nothing is reordered.
+    """
+    batch, length, heads, size = query_BSNH.shape
+    kv_heads = key_BSKH.shape[2]
+    scale = size**-0.5 if scale is None else scale
+    query = query_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    own_key, own_value = (
+        jax.vmap(lambda tokens, places: tokens[places])(
+            jnp.concatenate([old, new], axis=1), past.branches.ancestors_BSA
+        )
+        for old, new in zip(past.branches.cache, (key_BSKH, value_BSKH), strict=True)
+    )  # [B, S, A, K, H]
+    wide = {"preferred_element_type": jnp.float32}
+    shared = jnp.einsum("BSKGH,BTKH->BKGST", query, past.keys, **wide) * scale
+    own = (query[:, :, None] * own_key[:, :, :, :, None]).astype(jnp.float32).sum(-1) * scale
+    own = jnp.moveaxis(own, (1, 2), (3, 4))  # [B, K, G, S, A]
+    lowest = jnp.finfo(jnp.float32).min
+    logits = jnp.concatenate(
+        [
+            jnp.where(positions.mask_BST[:, None, None], shared, lowest),
+            jnp.where(positions.branch_mask_BSA[:, None, None], own, lowest),
+        ],
+        axis=-1,
+    )
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    prompt = past.keys.shape[1]
+    attended = jnp.einsum("BKGST,BTKH->BSKGH", weights[..., :prompt], past.values)
+    own_weights = jnp.moveaxis(weights[..., prompt:], (3, 4), (1, 2))  # [B, S, A, K, G]
+    attended += (own_weights[..., None] * own_value[:, :, :, :, None]).sum(axis=2)
+    return attended.reshape(batch, length, heads, size)
 
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
@@ -115,11 +186,10 @@ class Layer(nnx.Module):
         self,
         x_BSD: jax.Array,
         positions: Positions,
-        past: tuple[jax.Array, jax.Array] | None,
-        write_at: int,
+        past: Past,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Returns the layer's output and the keys and values [B, T, K, H] it attended to."""
-        attended, kept = self._attend(self.attention_norm(x_BSD), positions, past, write_at)
+        """Returns the layer's output and the keys and values [B, T, K, H] to keep."""
+        attended, kept = self._attend(self.attention_norm(x_BSD), positions, past)
         if self.config.post_norms:
             attended = self.attention_post_norm(attended)
         x_BSD = x_BSD + attended
@@ -133,8 +203,7 @@ class Layer(nnx.Module):
         self,
         x_BSD: jax.Array,
         positions: Positions,
-        past: tuple[jax.Array, jax.Array] | None,
-        write_at: int,
+        past: Past,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         config, dtype, heads = self.config, x_BSD.dtype, ("batch", None, "heads", None)
         query, key, value = (
@@ -150,18 +219,24 @@ class Layer(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, positions.query_BS, positions.frequency_H)
         key = rotate(key, positions.query_BS, positions.frequency_H)
-        if past is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(past[0], key, write_at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(past[1], value, write_at, axis=1)
+        kept = (key, value)
+        if past.branches is not None:
+            attended = attend_to_branches(query, key, value, past, positions, config.query_scale)
+        else:
+            if past.keys is not None:
+                kept = key, value = tuple(
+                    jax.lax.dynamic_update_slice_in_dim(old, new, past.write_at, axis=1)
+                    for old, new in ((past.keys, key), (past.values, value))
+                )
 
-        def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array):
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=mask[:, None], scale=config.query_scale
-            )
+            def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array):
+                return jax.nn.dot_product_attention(
+                    query, key, value, mask=mask[:, None], scale=config.query_scale
+                )
 
-        attended = by_heads(attention, query, key, value, positions.mask_BST)
+            attended = by_heads(attention, query, key, value, positions.mask_BST)
         output = gather_over_fsdp(self.output[...], dtype, "heads", None, None)
-        return einsum("BSNH,NHD->BSD", attended, output, out=WHOLE), (key, value)
+        return einsum("BSNH,NHD->BSD", attended, output, out=WHOLE), kept
 
     @jax.named_scope("mlp")
     def _feed_forward(self, x_BSD: jax.Array) -> jax.Array:
@@ -207,8 +282,9 @@ class Decoder(nnx.Module):
         positions_BS: jax.Array,
         mask_BST: jax.Array,
         cache: Cache | None = None,
-        write_at: int = 0,
+        write_at: jax.Array | int = 0,
         key_positions_BT: jax.Array | None = None,
+        branches: Branches | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs the layers on embedded inputs.
 
@@ -217,9 +293,11 @@ class Decoder(nnx.Module):
           cache: keys and values with room for T positions; this call writes its S positions at
             `write_at`. Without one, T = S.
           key_positions_BT: positions of the cache's keys; needed with a cache by layers that slide.
+          branches: the queries go on from the cache, which is only read, in branches.
 
         Returns:
-          Hidden states after the final norm [B, S, D], and the keys and values [L, B, T, K, H].
+          Hidden states after the final norm [B, S, D], and the keys and values [L, B, T, K, H];
+          with branches, those of these S positions.
         """
 
         config = self.config
@@ -227,27 +305,30 @@ class Decoder(nnx.Module):
             positions_BS,
             mask_BST,
             jnp.asarray(rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling)),
+            None if branches is None else jnp.ones(branches.ancestors_BSA.shape, bool),
         )
         slides_L = jnp.isin(jnp.arange(config.layers), jnp.array(config.sliding_layers, int))
         if config.sliding_layers:
             keys = positions_BS if key_positions_BT is None else key_positions_BT
-            near = positions_BS[:, :, None] - keys[:, None, :] < config.sliding_window
+            back = positions_BS[:, :, None]
             local = Positions(
                 positions_BS,
-                mask_BST & near,
+                mask_BST & (back - keys[:, None, :] < config.sliding_window),
                 jnp.asarray(rope_frequencies(config.head_dim, config.sliding_rope_base)),
+                None if branches is None else back - branches.positions_BSA < config.sliding_window,
             )
 
         def body(x: jax.Array, one: tuple) -> tuple:
-            layer, past, slides = one
+            layer, (kept, branch_cache), slides = one
             positions = everywhere
             if config.sliding_layers:
                 positions = jax.tree.map(partial(jnp.where, slides), local, everywhere)
-            return layer(x, positions, past, write_at)
+            own = None if branches is None else branches._replace(cache=branch_cache)
+            return layer(x, positions, Past(*(kept or (None, None)), write_at, own))
 
         if config.remat:
             body = jax.checkpoint(body)
-        past = None if cache is None else tuple(cache)
+        past = (cache, None if branches is None else branches.cache)
         x_BSD, kept = jax.lax.scan(body, x_BSD, (self.layers, past, slides_L))
         return self.final_norm(x_BSD), Cache(*kept)
 

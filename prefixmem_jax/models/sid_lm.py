@@ -31,6 +31,14 @@ class SidLM(nnx.Module):
             # W_out near zero: attaching the encoder hardly changes the model it is added to.
             self.encoder = PrefixMemory(encoder, space, model.d_model, 0.01, rngs=rngs)
 
+    def read_memory(
+        self, memory: jax.Array | None, tokens_BS: jax.Array, segment_ids_BS: jax.Array
+    ) -> jax.Array | None:
+        """The memory's rows at every position, without gradients; None without encoder."""
+        if self.encoder is None:
+            return None
+        return self.encoder.table.read(memory, self.encoder.addresses(tokens_BS, segment_ids_BS))
+
     def embed(self, tokens_BS: jax.Array, memory_rows: jax.Array | None) -> jax.Array:
         """The decoder's input: token embeddings, plus the memory at SID positions."""
         x_BSD = self.llm.embed(tokens_BS)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.trie import Trie
 
 
 class Catalog:
@@ -20,21 +21,17 @@ class Catalog:
       sids: int32 [items, levels], codes without offset.
       titles: one string or None per item.
       space: the codebook sizes that the codes lie in.
+      trie: of the SIDs; its leaves are the groups.
     """
 
     def __init__(self, sids: np.ndarray, titles: Sequence[str | None], space: SidSpace):
         self.sids = np.ascontiguousarray(sids, dtype=np.int32)
         self.titles = titles
         self.space = space
-        order = np.lexsort(self.sids.T[::-1])
-        ordered = self.sids[order]
-        first = np.ones(len(ordered), bool)
-        first[1:] = np.any(ordered[1:] != ordered[:-1], axis=1)
-        self._items_by_group = order
-        self._group_starts = np.append(np.flatnonzero(first), len(order))
-        self.group_sids = ordered[first]
-        self.group_of_item = np.empty(len(order), np.int64)
-        self.group_of_item[order] = np.cumsum(first) - 1
+        self.trie = Trie(self.sids, space.codebook_sizes)
+        self.group_of_item = self.trie.find(self.sids)
+        self._items_by_group = np.argsort(self.group_of_item, kind="stable")
+        self._group_starts = np.concatenate([[0], np.cumsum(self.trie.counts)])
 
     def __len__(self) -> int:
         return len(self.sids)
@@ -44,22 +41,23 @@ class Catalog:
         return Catalog(self.sids, self.titles, space)
 
     @property
+    def group_sids(self) -> np.ndarray:
+        """Distinct SIDs in lexicographic order, int32 [groups, levels]."""
+        return self.trie.sids
+
+    @property
     def group_sizes(self) -> np.ndarray:
         """Number of items per distinct SID, int64 [groups]."""
-        return np.diff(self._group_starts)
+        return self.trie.counts
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """SID tokens of every item, int32 [items, levels]."""
         return self.space.encode(self.sids)
 
-    @cached_property
-    def _group_of_sid(self) -> dict[bytes, int]:
-        return {sid.tobytes(): group for group, sid in enumerate(self.group_sids)}
-
-    def group(self, sid: np.ndarray) -> int:
-        """Number of the group that a SID [levels] names, or -1 where no item has it."""
-        return self._group_of_sid.get(np.ascontiguousarray(sid, np.int32).tobytes(), -1)
+    def groups(self, sids: np.ndarray) -> np.ndarray:
+        """Numbers of the groups that SIDs [n, levels] name, -1 where no item has one."""
+        return self.trie.find(sids)
 
     def items_of_group(self, group: int) -> np.ndarray:
         """Items that share the group's SID, in ascending order."""

@@ -1,56 +1,190 @@
-"""The catalogue's SIDs as a prefix trie in flat arrays, for constrained decoding."""
+"""The catalogue's SIDs as a prefix trie in flat arrays, for constrained decoding.
+
+Two numbers a node: a code and where its children start. Nodes of one level are numbered in the
+lexicographic order of their prefixes, so that a node's children are neighbours, and the leaves
+are the catalogue's groups in their order. A million SIDs of 5 levels take about 20 MB.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.errors import UserError
 
 
-class TrieLevel(NamedTuple):
-    """Children of all nodes at one depth.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrieLevel:
+    """Children of all nodes at one depth; the arrays can be arguments of a jitted function.
 
     Attributes:
       first_child: int32 [nodes + 1]; node i's children are first_child[i]..first_child[i+1]-1,
         which are also their node numbers at the next depth.
-      code: int32 [children], the code that leads to each child, ascending within a node.
+      code: [children], the code that leads to each child, ascending within a node; uint16 where the
+        codebook fits, else int32.
       widest: the most children that a node has.
     """
 
-    first_child: np.ndarray
-    code: np.ndarray
-    widest: int
+    first_child: jax.Array | np.ndarray
+    code: jax.Array | np.ndarray
+    widest: int = field(metadata={"static": True})
 
-
-class Trie:
-    """All distinct SIDs of a catalogue; the leaves are its groups, in the same order."""
-
-    def __init__(self, catalog: Catalog):
-        sids = catalog.group_sids
-        self.levels: list[TrieLevel] = []
-        parent_of_row = np.zeros(len(sids), np.int64)
-        for level in range(sids.shape[1]):
-            new = np.ones(len(sids), bool)
-            new[1:] = np.any(sids[1:, : level + 1] != sids[:-1, : level + 1], axis=1)
-            counts = np.bincount(parent_of_row[new])
-            first_child = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-            self.levels.append(TrieLevel(first_child, sids[new, level], int(counts.max())))
-            parent_of_row = np.cumsum(new) - 1
-
-    def children(self, level: int, nodes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Children at a 1-based level of nodes [...] one level above.
+    def children(self, nodes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Children of nodes [...].
 
         Returns:
           codes, child node numbers and validity, [..., widest]; where not valid the other two
           mean nothing.
         """
-        first_child, code, widest = self.levels[level - 1]
-        first_child, code = jnp.asarray(first_child), jnp.asarray(code)
-        child = first_child[nodes][..., None] + jnp.arange(widest, dtype=jnp.int32)
-        valid = child < first_child[nodes + 1][..., None]
+        first = jnp.asarray(self.first_child)[nodes]
+        stop = jnp.asarray(self.first_child)[nodes + 1]
+        child = first[..., None] + jnp.arange(self.widest, dtype=jnp.int32)
+        valid = child < stop[..., None]
         child = jnp.where(valid, child, 0)
-        return code[child], child, valid
+        return jnp.asarray(self.code)[child].astype(jnp.int32), child, valid
+
+
+class Trie:
+    """All distinct SIDs, and how many items share each.
+
+    Attributes:
+      sids: int32 [SIDs, levels], distinct, in lexicographic order.
+      counts: int64 [SIDs], items by SID.
+      levels: one `TrieLevel` for every level of the SIDs.
+    """
+
+    def __init__(self, sids: np.ndarray, codebook_sizes: Sequence[int]):
+        """Builds the trie of these SIDs [items, levels], in any order; equal ones are one leaf."""
+        sids = np.asarray(sids)
+        self.codebook_sizes = tuple(codebook_sizes)
+        if sids.ndim != 2 or sids.shape[1] != len(self.codebook_sizes) or not len(sids):
+            raise UserError(
+                f"a trie of {len(self.codebook_sizes)} levels needs SIDs [1 or more, "
+                f"{len(self.codebook_sizes)}], got {list(sids.shape)}"
+            )
+        if sids.min() < 0 or (sids.max(axis=0) >= self.codebook_sizes).any():
+            raise UserError(f"a SID has a code outside its codebook of {self.codebook_sizes}")
+        order = _lexicographic(sids, self.codebook_sizes)
+        ordered = sids[order]
+        first = np.append(np.flatnonzero(_new(ordered)), len(ordered))
+        self._set(ordered[first[:-1]].astype(np.int32), np.diff(first))
+
+    def _set(self, sids: np.ndarray, counts: np.ndarray) -> None:
+        self.sids, self.counts = sids, counts
+        self.levels: list[TrieLevel] = []
+        node_of_row = np.zeros(len(sids), np.int64)
+        new = np.zeros(len(sids), bool)
+        new[0] = True
+        for level, size in enumerate(self.codebook_sizes):
+            new[1:] |= sids[1:, level] != sids[:-1, level]
+            children = np.bincount(node_of_row[new])
+            first_child = np.concatenate([[0], np.cumsum(children)]).astype(np.int32)
+            code = sids[new, level].astype(np.uint16 if size <= 1 << 16 else np.int32)
+            self.levels.append(TrieLevel(first_child, code, int(children.max())))
+            node_of_row = np.cumsum(new) - 1
+
+    def __len__(self) -> int:
+        return len(self.sids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that decoding reads."""
+        return sum(level.first_child.nbytes + level.code.nbytes for level in self.levels)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of codebook sizes, SIDs and counts: equal for equal catalogues."""
+        digest = hashlib.sha256(np.asarray(self.codebook_sizes, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(self.sids).tobytes())
+        digest.update(self.counts.astype(np.int64).tobytes())
+        return digest.hexdigest()
+
+    def find(self, sids: np.ndarray) -> np.ndarray:
+        """Leaves of SIDs [n, levels], int64 [n]; -1 where a SID is not in the trie."""
+        node, depth = self._walk(sids)
+        return np.where(depth == len(self.levels), node, -1)
+
+    def depths(self, sids: np.ndarray) -> np.ndarray:
+        """How many leading codes of SIDs [n, levels] some SID of the trie starts with, [n]."""
+        return self._walk(sids)[1]
+
+    def _walk(self, sids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sids = np.asarray(sids)
+        depth = np.zeros(len(sids), np.int64)
+        node = np.zeros(len(sids), np.int64)
+        known = np.ones(len(sids), bool)
+        for level, wanted in zip(self.levels, sids.T, strict=True):
+            low, high = level.first_child[node].astype(np.int64), level.first_child[node + 1]
+            stop = high.astype(np.int64)
+            while (low < high).any():  # the children's codes ascend
+                middle = (low + high) // 2
+                open_ = low < high
+                less = open_ & (level.code[np.where(open_, middle, 0)] < wanted)
+                low, high = np.where(less, middle + 1, low), np.where(open_ & ~less, middle, high)
+            found = low < stop
+            low = np.where(found, low, 0)
+            known &= found & (level.code[low] == wanted)
+            depth += known
+            node = np.where(known, low, 0)
+        return node, depth
+
+    def added(self, sids: np.ndarray) -> Trie:
+        """A trie with more items [n, levels]; those whose SID is there already join its group."""
+        more = Trie(sids, self.codebook_sizes)
+        place = self.find(more.sids)
+        counts = self.counts.copy()
+        counts[place[place >= 0]] += more.counts[place >= 0]
+        both = np.concatenate([self.sids, more.sids[place < 0]])
+        order = _lexicographic(both, self.codebook_sizes)
+        return self._with(both[order], np.concatenate([counts, more.counts[place < 0]])[order])
+
+    def removed(self, sids: np.ndarray) -> Trie:
+        """A trie without one item for each of these SIDs [n, levels].
+
+        Raises:
+          UserError: more items are to go than a SID has, or none would be left.
+        """
+        less = Trie(sids, self.codebook_sizes)
+        place = self.find(less.sids)
+        counts = self.counts.copy()
+        counts[place[place >= 0]] -= less.counts[place >= 0]
+        if (place < 0).any() or counts.min() < 0:
+            bad = (place < 0) | (counts[place] < 0)
+            sid = "-".join(map(str, less.sids[np.argmax(bad)]))
+            raise UserError(f"SID {sid} does not have as many items as are to be removed")
+        if not counts.any():
+            raise UserError("every item would be removed; a trie needs one")
+        return self._with(self.sids[counts > 0], counts[counts > 0])
+
+    def _with(self, sids: np.ndarray, counts: np.ndarray) -> Trie:
+        trie = object.__new__(Trie)
+        trie.codebook_sizes = self.codebook_sizes
+        trie._set(sids, counts)
+        return trie
+
+
+def _new(ordered: np.ndarray) -> np.ndarray:
+    """Whether each row differs from the one before."""
+    new = np.ones(len(ordered), bool)
+    new[1:] = np.any(ordered[1:] != ordered[:-1], axis=1)
+    return new
+
+
+def _lexicographic(sids: np.ndarray, codebook_sizes: Sequence[int]) -> np.ndarray:
+    """The stable order of rows: by as few sorts as their codes, packed into 63 bits, allow."""
+    keys: list[np.ndarray] = []
+    room = 1
+    for size, column in zip(codebook_sizes, sids.T, strict=True):
+        if not keys or room * size >= 1 << 63:
+            keys.append(column.astype(np.int64))
+            room = size
+        else:
+            keys[-1] = keys[-1] * size + column
+            room *= size
+    return np.lexsort(keys[::-1])

@@ -41,7 +41,9 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
     for part in parts:
         named = (part in options.take) + (part in options.fresh)
         if named > 1 or (named == 0 and options.from_huggingface is None):
-            raise UserError(f"init: part {part!r} must be in exactly one of init.take, init.fresh")
+            raise UserError(
+                f"init: part {part!r} must be in exactly one of init.take and init.fresh"
+            )
     loaded: dict[str, Any] = {}
     if options.run is not None:
         loaded |= _parts_of_run(trainer, options)

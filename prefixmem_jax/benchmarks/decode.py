@@ -1,0 +1,173 @@
+"""Beam search over SIDs: what width, the catalogue's size and the constraint cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prefixmem_jax.benchmarks.timing import machine, median_seconds
+from prefixmem_jax.config import DecoderConfig
+from prefixmem_jax.decoding.beam_search import Candidates, beam_search, keep_best
+from prefixmem_jax.decoding.sid_model import CachedSidLM
+from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.trie import Trie, TrieLevel
+
+HISTORY = 20  # items in each prompt
+QWEN3_06B = DecoderConfig(
+    28, 1024, 3072, 16, 8, 128, tied_embeddings=True, rope_base=1e6, compute_dtype="bfloat16"
+)
+DECODERS = {
+    "4-layer": DecoderConfig(
+        layers=4, d_model=256, d_ff=1024, query_heads=8, kv_heads=4, head_dim=32
+    ),
+    "quickstart": DecoderConfig(),
+    "qwen3-0.6b": QWEN3_06B,
+}
+
+
+def bench_decode(
+    decoder: str,
+    catalogues: Sequence[int],
+    beams: Sequence[int],
+    users: int,
+    levels: int,
+    codes: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Times whole decodes of random prompts on one device, and the constraint by itself.
+
+    Args:
+      catalogues: numbers of random SIDs of `levels` x `codes` to constrain to.
+
+    Returns:
+      machine, decoder, users (in one batch), levels, codes.
+      by_beam: for every width, `unconstrained_seconds` of a batch; `constrained_seconds` and
+        `constraint_seconds` (the same search with the log-probabilities given: children, scores,
+        top-k) by catalogue size; `constraint_share` of the whole; `users_per_second` constrained.
+      tries: by catalogue size, SIDs, bytes and the most children at each level.
+    """
+    space = SidSpace((codes,) * levels)
+    model = SidLM(DECODERS[decoder], None, space, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    rng = np.random.default_rng(0)
+    tries = {
+        size: Trie(rng.integers(0, codes, (size, levels)), (codes,) * levels) for size in catalogues
+    }
+    on_device = {size: jax.device_put(trie.levels) for size, trie in tries.items()}
+    prompts = _prompts(space, users, rng)
+    by_beam = {}
+    for width in beams:
+        whole = jax.jit(partial(_decode, graphdef, width))
+        alone = jax.jit(partial(_constraint, width, levels))
+        logits = jax.random.normal(jax.random.key(0), (users, width, codes))
+        calls: dict[Any, Any] = {"unconstrained": partial(whole, params, prompts, None)}
+        for size, trie in on_device.items():
+            calls["constrained", size] = partial(whole, params, prompts, trie)
+            calls["constraint", size] = partial(alone, logits, trie)
+        seconds = median_seconds(calls, repeats, f"beam {width}")
+        by_beam[str(width)] = _by_kind(seconds, users)
+    return {
+        "machine": machine(),
+        "decoder": decoder,
+        "users": users,
+        "levels": levels,
+        "codes": codes,
+        "by_beam": by_beam,
+        "tries": {
+            str(size): {
+                "sids": len(trie),
+                "bytes": trie.nbytes,
+                "widest": [level.widest for level in trie.levels],
+            }
+            for size, trie in tries.items()
+        },
+    }
+
+
+def _by_kind(seconds: dict[Any, float], users: int) -> dict[str, Any]:
+    sizes = [key[1] for key in seconds if key[0] == "constrained"]
+    whole = {str(size): seconds["constrained", size] for size in sizes}
+    alone = {str(size): seconds["constraint", size] for size in sizes}
+    return {
+        "unconstrained_seconds": seconds["unconstrained"],
+        "constrained_seconds": whole,
+        "constraint_seconds": alone,
+        "constraint_share": {size: alone[size] / whole[size] for size in whole},
+        "users_per_second": {size: users / value for size, value in whole.items()},
+    }
+
+
+def _prompts(space: SidSpace, users: int, rng: np.random.Generator) -> dict[str, jax.Array]:
+    sids = [rng.integers(0, size, (users, HISTORY)) for size in space.codebook_sizes]
+    tokens = space.encode(np.stack(sids, axis=-1)).reshape(users, -1)
+    tokens = np.concatenate([np.full((users, 1), space.bos_token), tokens], axis=1)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
+
+
+def _decode(
+    graphdef: nnx.GraphDef,
+    width: int,
+    params: Any,
+    prompts: dict[str, jax.Array],
+    trie: list[TrieLevel] | None,
+) -> Any:
+    return beam_search(CachedSidLM(nnx.merge(graphdef, params), None), prompts, width, trie)
+
+
+def _constraint(width: int, levels: int, logits: jax.Array, trie: list[TrieLevel]) -> jax.Array:
+    """What `beam_search` does between a model's log-probabilities of one level and the next."""
+    users = len(logits)
+    scores, nodes = jnp.zeros((users, 1)), jnp.zeros((users, 1), jnp.int32)
+    for level in range(levels):
+        code, child, valid = trie[level].children(nodes)
+        gained = jnp.take_along_axis(logits[:, : scores.shape[1]], code, axis=-1)
+        scores = jnp.where(valid, scores[..., None] + gained, -jnp.inf)
+        scores, _, _, nodes = keep_best(Candidates(scores, code, child), width)
+    return scores, nodes
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The measurements as text."""
+    lines = [
+        f"{found['machine']['device']}, {found['decoder']} decoder, {found['users']} users a batch,"
+        f" SIDs of {found['levels']} x {found['codes']}, histories of {HISTORY} items",
+        "  beam        SIDs   decode ms   users/s   constraint ms   share",
+    ]
+    for width, one in found["by_beam"].items():
+        free = one["unconstrained_seconds"]
+        rate = found["users"] / free
+        lines.append(f"  {width:>4s}        none  {1e3 * free:10.1f}  {rate:8.1f}")
+        for size, whole in one["constrained_seconds"].items():
+            lines.append(
+                f"  {width:>4s}  {int(size):>10,d}  {1e3 * whole:10.1f}  "
+                f"{one['users_per_second'][size]:8.1f}  "
+                f"{1e3 * one['constraint_seconds'][size]:14.2f}  "
+                f"{100 * one['constraint_share'][size]:5.1f}%"
+            )
+    for size, trie in found["tries"].items():
+        per_million = trie["bytes"] / trie["sids"]
+        lines.append(f"  trie of {int(size):,} SIDs: {per_million:.1f} MB per million")
+    return "\n".join(lines)
+
+
+def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """What the plot shows."""
+    return [
+        (
+            f"decode, beam {width}",
+            {
+                "no constraint": one["unconstrained_seconds"],
+                **{f"{int(s):,} SIDs": v for s, v in one["constrained_seconds"].items()},
+            },
+        )
+        for width, one in found["by_beam"].items()
+    ]
