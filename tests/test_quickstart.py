@@ -154,7 +154,9 @@ def test_own_data_with_five_levels_and_shared_sids(tmp_path):
     save_dataset(tmp_path / "data", dataset)
     prefixmem("quickstart", "--data", tmp_path / "data", "--out", tmp_path / "x", *SMALL)
     results = json.loads((tmp_path / "x" / "results.json").read_text())
-    assert set(results) == {"baseline", "prefixmem", "floor_popularity", "floor_successor"}
+    assert set(results) == {
+        "baseline", "prefixmem", "floor_popularity", "floor_successor", "floor_item_knn",
+    }  # fmt: skip
     encoder = results["prefixmem"]["config"]["encoder"]
     assert encoder["target_levels"] == [3, 4, 5] and encoder["orders"] == 4
     assert all(name in results["prefixmem"] for name in names(5))
