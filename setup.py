@@ -33,6 +33,8 @@ setup(
         "pyarrow",
         "safetensors",
         "matplotlib",
+        "sacrebleu",
+        "scipy",
         "tqdm",
         "tensorboardX",
     ],

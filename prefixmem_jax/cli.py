@@ -344,7 +344,7 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from prefixmem_jax.config import load_config
+    from prefixmem_jax.config_files import load_config
 
     config = load_config(options.config, options.overrides)
     if options.distributed:
@@ -416,7 +416,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from prefixmem_jax.config import load_config
+    from prefixmem_jax.config_files import load_config
     from prefixmem_jax.files import write_json
     from prefixmem_jax.parallel.topology import use_cpu
 

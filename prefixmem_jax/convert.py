@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from prefixmem_jax.config import Config, load_config, to_json
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import parse_size, replacing_folder

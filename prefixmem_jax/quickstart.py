@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from prefixmem_jax.config import Config, load_config, override
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import load_config, override
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError

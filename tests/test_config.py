@@ -7,7 +7,8 @@ import jax
 import pytest
 from conftest import ROOT
 
-from prefixmem_jax.config import Config, PrefixMemoryConfig, load_config, override, to_json
+from prefixmem_jax.config import Config, PrefixMemoryConfig
+from prefixmem_jax.config_files import load_config, override, to_json
 from prefixmem_jax.data.prepare import data_space, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.mesh import make_mesh

@@ -31,8 +31,8 @@ from prefixmem_jax.config import (
     OptimizerConfig,
     PrefixMemoryConfig,
     SyntheticConfig,
-    to_json,
 )
+from prefixmem_jax.config_files import to_json
 from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError

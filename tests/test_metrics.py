@@ -13,6 +13,7 @@ from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.evaluation import floors
 from prefixmem_jax.evaluation.metrics import (
     beam_scores,
+    bleu,
     catalogue_metrics,
     diversity_scores,
     expected_scores,
@@ -194,3 +195,10 @@ def test_intervals_cover_and_comparisons_find_what_is_there():
     assert found["part"]["difference"] == 0 and found["part"]["p"] == 1
     noise = {"hit": rng.permutation(base["hit"])}
     assert compare(base, noise)["hit"]["p"] > 0.05
+
+
+def test_bleu_is_sacrebleus():
+    texts = ["red leather shoes for running fast", "blue wool scarf"]
+    assert bleu(texts, texts) == pytest.approx(100)
+    worse = bleu(["red leather shoes for walking fast", "blue wool scarf"], texts)
+    assert 40 < worse < 100 > bleu(["nothing at all like it", "no"], texts)

@@ -7,7 +7,7 @@ from conftest import ROOT
 from flax import nnx
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefixmem_jax.config import load_config
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.hf.families import decoder_config, differing_key
 from prefixmem_jax.hf.mapping import weights
 from prefixmem_jax.models.decoder import Decoder

@@ -14,9 +14,8 @@ from prefixmem_jax.config import (
     OptimizerConfig,
     PrefixMemoryConfig,
     SyntheticConfig,
-    load_config,
-    to_json,
 )
+from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.sequences import pack_training_rows
 from prefixmem_jax.errors import UserError

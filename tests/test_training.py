@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, command_environment, prefixmem
 
-from prefixmem_jax.config import SyntheticConfig, load_config
+from prefixmem_jax.config import SyntheticConfig
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.data.formats import save_dataset
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.synthetic import make_synthetic

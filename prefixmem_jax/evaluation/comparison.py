@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixmem_jax.config import Config, load_config
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.data.prepare import PreparedData, data_space, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.evaluator import (

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from prefixmem_jax.config import load_config
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.data.sequences import Rows, batches, example_rows, prompt_rows
 from prefixmem_jax.data.splits import Example

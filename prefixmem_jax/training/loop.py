@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from prefixmem_jax.config import Config, to_json
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import to_json
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample, prepare_data
 from prefixmem_jax.data.sequences import Rows, batches, example_rows, pack_training_rows
