@@ -145,11 +145,14 @@ def _parser() -> argparse.ArgumentParser:
         _recommend,
         "Recommend items after a history, best first, with titles and scores.",
         "  prefixmem recommend quickstart/prefixmem --history 12,55,803\n"
+        "  prefixmem recommend quickstart/prefixmem      # a history a line, until end of input\n"
         "  prefixmem recommend runs/b2 --history 12 --top 5",
     )
     recommend.add_argument("run", metavar="RUN", help="a run directory")
     recommend.add_argument(
-        "--history", required=True, metavar="ID,ID,...", help="item ids, oldest first"
+        "--history",
+        metavar="ID,ID,...",
+        help="item ids, oldest first (default: read one line after the other, answer each)",
     )
     recommend.add_argument(
         "--exclude-seen", action="store_true", help="leave out the history's items"
@@ -390,13 +393,27 @@ def _recommend(options: argparse.Namespace) -> None:
     from prefixmem_jax.evaluation.recommender import Recommender
 
     recommender = Recommender.load(options.run)
-    print("rank  log-prob  item")
-    items = recommender.recommend(options.history, options.top, options.exclude_seen)
-    for rank, found in enumerate(items, start=1):
-        sid = "-".join(map(str, found.sid))
-        print(
-            f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} {found.title or ''}"
-        )
+
+    def answer(history: str) -> None:
+        items = recommender.recommend(history, options.top, options.exclude_seen)
+        print("rank  log-prob  item")
+        for rank, found in enumerate(items, start=1):
+            sid = "-".join(map(str, found.sid))
+            print(
+                f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} "
+                f"{found.title or ''}",
+                flush=True,
+            )
+
+    if options.history is not None:
+        answer(options.history)
+        return
+    print("a history a line, item ids separated by commas:", file=sys.stderr)
+    for line in filter(str.strip, sys.stdin):
+        try:
+            answer(line)
+        except UserError as error:
+            print(f"prefixmem: {error}", file=sys.stderr)
 
 
 def _export(options: argparse.Namespace) -> None:

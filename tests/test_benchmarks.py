@@ -51,6 +51,22 @@ def test_loading_takes_the_parameters_and_little_more(tmp_path):
     assert found["over_shard"] < 1.3
 
 
+def test_bench_decode_measures_whole_decodes_and_the_constraint(tmp_path):
+    done = prefixmem(
+        "bench", "decode", "--decoder", "quickstart", "--catalogues", 300, 3000, "--beams", 4, 9,
+        "--levels", 3, "--codes", 32, "--repeats", 1, "--json", tmp_path / "d.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert set(found["by_beam"]) == {"4", "9"}
+    for one in found["by_beam"].values():
+        assert set(one["constrained_seconds"]) == {"300", "3000"}
+        for size, whole in one["constrained_seconds"].items():
+            assert 0 < one["constraint_seconds"][size] < whole
+            assert one["users_per_second"][size] == pytest.approx(2 / whole)
+    assert found["tries"]["300"]["sids"] <= 300 and found["tries"]["300"]["widest"][0] == 32
+    assert "MB per million" in done.stdout
+
+
 def test_mistakes_are_one_line_before_anything_runs(tmp_path):
     done = prefixmem("bench", "load", "--size", "much", expect=2)
     assert done.stderr == "prefixmem: --size much: expected a size such as 4GB or 500MB\n"
@@ -76,6 +92,7 @@ def test_benchmarks_import_no_data_pipeline_or_checkpoints():
     """So that they run where only JAX, Flax and optax are installed."""
     code = (
         "import sys, prefixmem_jax.benchmarks.memory, prefixmem_jax.benchmarks.step\n"
+        "import prefixmem_jax.benchmarks.decode\n"
         "print(sorted({'grain', 'orbax', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -2,9 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, prefixmem, python_without_us, real_data
+from conftest import ROOT, command_environment, prefixmem, python_without_us, real_data
 
 from prefixmem_jax.config import SyntheticConfig
 from prefixmem_jax.data.formats import save_dataset
@@ -106,6 +108,20 @@ def test_evaluate_agrees_with_quickstart(finished):
     metrics = json.loads((out / "baseline" / "metrics.json").read_text())
     assert metrics["beam"] == 5 and metrics["retrieval_users"] == 10
     assert "item_recall@5/constrained" in metrics and "item_recall@10/constrained" not in metrics
+
+
+def test_recommend_answers_line_after_line(finished):
+    done = subprocess.run(
+        [sys.executable, "-m", "prefixmem_jax.cli", "recommend", finished[0] / "prefixmem",
+         "--top", "2"],
+        input="3,14,15\nnonsense\n7\n", capture_output=True, text=True, env=command_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.count("rank  log-prob") == 2
+    assert "'nonsense' is not an item id" in done.stderr
+    first = prefixmem(
+        "recommend", finished[0] / "prefixmem", "--history", "3,14,15", "--top", "2"
+    ).stdout
+    assert done.stdout.startswith(first)
 
 
 def test_recommend_names_items_of_the_catalogue(finished):
