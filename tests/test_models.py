@@ -1,5 +1,7 @@
 """The full-size configs are the models they are named after: parameter for parameter, by family."""
 
+import json
+
 import jax
 import pytest
 import torch
@@ -8,7 +10,7 @@ from flax import nnx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixmem_jax.config_files import load_config
-from prefixmem_jax.hf.families import decoder_config, differing_key
+from prefixmem_jax.hf.families import decoder_config, differing_key, read_folder
 from prefixmem_jax.hf.mapping import weights
 from prefixmem_jax.models.decoder import Decoder
 
@@ -96,3 +98,28 @@ def test_shapes_equal_the_huggingface_models(name):
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert total == pytest.approx(PARAMETERS[name], rel=0.01)
     assert total == sum(parameter.numel() for parameter in oracle.parameters())
+
+
+# As the files on the hub say it, from before `rope_parameters`.
+OLDER = {
+    "llama3p2_1b": {
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    },
+    "gemma3_1b": {
+        "rope_theta": 1_000_000, "rope_local_base_freq": 10_000, "rope_scaling": None,
+        "sliding_window_pattern": 6,
+    },
+    "qwen3_4b": {"rope_theta": 1_000_000, "rope_scaling": None, "use_sliding_window": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_config_files_say_the_same(name, tmp_path):
+    content = {k: v for k, v in PUBLISHED[name].items() if k != "rope_parameters"} | OLDER[name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = load_config(ROOT / "configs" / "models" / f"{name}.py")
+    assert differing_key(read_folder(tmp_path).decoder, config.model) is None
