@@ -21,6 +21,7 @@ from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
 from prefixmem_jax.training.checkpoint import Checkpoints
+from prefixmem_jax.training.initial import text_model_of
 from prefixmem_jax.training.step import Trainer
 
 
@@ -55,7 +56,7 @@ def export_run(
         raise UserError(f"{run}: a {config.objective} run has no decoder; name a next_token run")
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     data = data or prepare_data(config.data)
-    text_model = tokenizer or _text_model(config)
+    text_model = tokenizer or text_model_of(config)
     if config.data.text_tokens and text_model is None:
         raise UserError(
             f"{run}: trained with {config.data.text_tokens} text tokens, from no Hugging Face "
@@ -86,20 +87,6 @@ def export_run(
                 dtype,
                 shard_bytes,
             )
-
-
-def _text_model(config: Config) -> str | None:
-    """The Hugging Face folder that a run's LLM came from, through the runs it was taken from."""
-    for _ in range(100):
-        if config.init.from_huggingface is not None:
-            return config.init.from_huggingface
-        if config.init.run is None or "llm" not in config.init.take:
-            return None
-        earlier = Path(config.init.run) / "config.json"
-        if not earlier.is_file():
-            return None
-        config = load_config(earlier)
-    return None
 
 
 def model_card(run: Path, config: Config, step: int, data: PreparedData) -> str:

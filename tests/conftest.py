@@ -32,6 +32,7 @@ def command_environment() -> dict[str, str]:
     # The same programs are compiled by many of these processes; once is enough.
     session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     environment["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/prefixmem-test-{session}"
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return environment
 
 

@@ -88,7 +88,7 @@ def brute_force(model, memory, catalog, history, candidates):
     return total
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     sizes=st.sampled_from([(3, 4), (4, 3, 5), (2, 3, 2, 3)]),
     items=st.integers(1, 30),

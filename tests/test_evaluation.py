@@ -34,6 +34,9 @@ def test_users_divided_among_devices_get_the_same(runs):
         ours, theirs = (r.search(histories, 5, **options) for r in (together, alone))
         np.testing.assert_array_equal(ours[0], theirs[0])
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
+    ours, theirs = (r.describe_items(range(9), 6) for r in (together, alone))
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.shape == (9, 6) and len(np.unique(ours)) > 1
     examples = alone.data.split.test[:22]
     np.testing.assert_array_equal(together.target_ranks(examples), alone.target_ranks(examples))
 

@@ -37,6 +37,7 @@ from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.recommender import Recommender
+from prefixmem_jax.evaluation.sid_to_text import title_bleu
 from prefixmem_jax.files import parse_size
 from prefixmem_jax.hf.families import read_folder
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
@@ -224,6 +225,33 @@ def test_free_generation_from_text_and_sids_is_ours_token_by_token(exported):
         np.testing.assert_array_equal(found[0], found[1])
         logits = our_logits(recommender, found[0])[:, prompt.shape[1] - 1 : -1]
         np.testing.assert_array_equal(logits.argmax(-1), found[0][:, prompt.shape[1] :])
+
+
+def test_bleu_of_titles(exported, monkeypatch):
+    """Of what is written after SIDs; 100 where those are the titles, in the model's own tokens."""
+    recommender, _, _ = exported
+    folder = recommender.config.init.from_huggingface
+    if folder is None:
+        assert title_bleu(recommender) is None
+        return
+    catalog = recommender.data.catalog
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+    titles = [" ".join(words[i % 5 : i % 5 + 4]) if i % 3 else None for i in range(len(catalog))]
+    monkeypatch.setattr(catalog, "titles", titles)
+    assert 0 <= title_bleu(recommender) < 60
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end, sid_token = tokenizer.eos_token_id, catalog.space.token_offset
+
+    def perfect(items, new_tokens, end_tokens):
+        assert list(end_tokens) == [end]
+        rows = np.full((len(items), new_tokens), -1)
+        for row, item in zip(rows, items, strict=True):
+            written = [*tokenizer(titles[item]).input_ids, sid_token, end]
+            row[: len(written)] = written
+        return rows
+
+    monkeypatch.setattr(recommender, "describe_items", perfect)
+    assert title_bleu(recommender) == pytest.approx(100)
 
 
 def test_recommend_from_a_saved_again_folder(exported, tmp_path):

@@ -34,7 +34,7 @@ def generate(
       int32 [rows, new_tokens]; -1 after an end token.
     """
     tokens, segment_ids = prompts["tokens"], prompts["segment_ids"]
-    rows, size = tokens.shape
+    size = tokens.shape[1]
     inside = segment_ids > 0
     length = jnp.sum(inside, axis=1)
     memory_rows = model.read_memory(memory, tokens, segment_ids)
@@ -80,6 +80,6 @@ def generate(
         )
         return (hidden, Cache(*cache), window, known, done), written
 
-    start = (hidden, cache, window, known, jnp.zeros(rows, bool))
+    start = (hidden, cache, window, known, length < 0)
     _, written = jax.lax.scan(one_token, start, jnp.arange(new_tokens))
     return written.T

@@ -26,6 +26,7 @@ from prefixmem_jax.evaluation.metrics import (
     teacher_forced_scores,
 )
 from prefixmem_jax.evaluation.recommender import Recommender
+from prefixmem_jax.evaluation.sid_to_text import title_bleu
 from prefixmem_jax.evaluation.statistics import intervals, means
 from prefixmem_jax.files import replacing, write_json
 
@@ -99,6 +100,9 @@ def judge(
     retrieved["sid_hit_rate"] = (depths == catalog.space.levels).astype(np.float64)
     scores |= spread(retrieved, sample, len(everyone))
     overall = catalogue_metrics(groups, data.item_counts, catalog)
+    written = title_bleu(recommender)
+    if written is not None:
+        overall["bleu"] = written
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     return Judged(scores, overall)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.data.sequences import Rows, batches, example_rows, prompt_rows
 from prefixmem_jax.data.splits import Example
 from prefixmem_jax.decoding.beam_search import Beams, beam_search
+from prefixmem_jax.decoding.generate import generate
 from prefixmem_jax.decoding.sid_model import CachedSidLM
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.mesh import AXES, make_mesh
@@ -213,6 +215,44 @@ class Recommender:
     def _batch_size(self, users: int) -> int:
         size = min(self.config.evaluation.batch_size, users)
         return size + -size % self.mesh.size
+
+    def describe_items(
+        self, items: Sequence[int], new_tokens: int, end_tokens: Sequence[int] = ()
+    ) -> np.ndarray:
+        """What the model writes after each item's SID, greedily: int32 [items, new_tokens].
+
+        -1 after one of `end_tokens`.
+        """
+        rows = prompt_rows(self.data.catalog, [np.array([item]) for item in items], 1)
+        size = self._batch_size(len(items))
+        write = jax.jit(partial(self._texts, new_tokens=new_tokens, end_tokens=tuple(end_tokens)))
+        found = [
+            jax.device_get(
+                write(self._params, self.state.memory, jax.device_put(batch, self._by_user))
+            )
+            for batch in batches(rows, size)
+        ]
+        return np.concatenate(found)[: len(items)]
+
+    def _texts(
+        self,
+        params: dict[str, Any],
+        memory: jax.Array | None,
+        prompts: Rows,
+        *,
+        new_tokens: int,
+        end_tokens: tuple[int, ...],
+    ) -> jax.Array:
+        def local(params, memory, prompts):
+            return generate(self.trainer.model(params), memory, prompts, new_tokens, end_tokens)
+
+        by_user = P(AXES)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(P(), row_spec(), by_user),
+            out_specs=by_user,
+        )(params, memory, prompts)
 
     def recommend(
         self, history: str | Sequence[int], top: int, exclude_seen: bool = False

@@ -42,6 +42,7 @@ def metric_rows(levels: int) -> list[str]:
         "unique_level_1",
         "sid_coverage@10",
         "popularity@10",
+        "bleu",
         "sid_recall@10/unconstrained",
         "sid_recall@10/constrained",
         *(f"item_recall@{cutoff}/constrained" for cutoff in CUTOFFS),
@@ -119,12 +120,14 @@ def plot_learning_curves(path: Path, curves: dict[str, list[dict]], levels: int)
 
 
 def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> None:
-    """One group of bars per metric, one bar per system."""
+    """One group of bars per metric, one bar per system that has it."""
     figure, axis = plt.subplots(figsize=(max(6.0, 2.1 * len(metrics)), 4), constrained_layout=True)
     width = 0.8 / len(results)
     for index, (system, values) in enumerate(results.items()):
-        places = [i + (index - (len(results) - 1) / 2) * width for i in range(len(metrics))]
-        heights = [values.get(metric, 0.0) for metric in metrics]
+        shift = (index - (len(results) - 1) / 2) * width
+        shown = [i for i, metric in enumerate(metrics) if metric in values]
+        heights = [values[metrics[i]] for i in shown]
+        places = [i + shift for i in shown]
         bars = axis.bar(places, heights, width, label=system, color=_color(system, index))
         axis.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
     labels = [metric.removeprefix("tf_accuracy/").replace("/", "\n") for metric in metrics]
@@ -132,7 +135,7 @@ def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> N
     axis.margins(y=0.15)
     axis.grid(axis="y", alpha=0.3)
     axis.set_title(title)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(results))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

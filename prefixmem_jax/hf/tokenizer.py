@@ -24,6 +24,15 @@ def token_names(space: SidSpace) -> list[str]:
     return [PAD, BOS, *(f"<|sid_{level}_{code}|>" for level, size in codes for code in range(size))]
 
 
+def text_tokenizer(
+    folder: str | Path, config: transformers.PretrainedConfig
+) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer of a model folder, or None where it has none; `config` is the stock model's."""
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    return transformers.AutoTokenizer.from_pretrained(folder, config=config)
+
+
 def sid_tokenizer(
     space: SidSpace, text: str | Path | None, config: transformers.PretrainedConfig | None
 ) -> transformers.PreTrainedTokenizerBase:

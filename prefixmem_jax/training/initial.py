@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import InitConfig, PrefixMemoryConfig
+from prefixmem_jax.config import Config, InitConfig, PrefixMemoryConfig
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory.encoder import make_hash
 from prefixmem_jax.models.decoder import TOKEN_AXIS
@@ -171,3 +172,17 @@ def _check_encoder(trainer: Trainer, described: Any, where: str) -> None:
     ours = make_hash(config, trainer.space)["multipliers"]
     if not np.array_equal(np.asarray(described.multipliers, np.uint32), ours):
         raise UserError(f"{where}: its memory has other hash multipliers; tables mean nothing here")
+
+
+def text_model_of(config: Config) -> str | None:
+    """The Hugging Face folder that a run's LLM came from, through the runs it was taken from."""
+    for _ in range(100):
+        if config.init.from_huggingface is not None:
+            return config.init.from_huggingface
+        if config.init.run is None or "llm" not in config.init.take:
+            return None
+        earlier = Path(config.init.run) / "config.json"
+        if not earlier.is_file():
+            return None
+        config = load_config(earlier)
+    return None
