@@ -20,7 +20,7 @@ from prefixmem_jax.hf.load import load_parts, load_rows
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
-from prefixmem_jax.training.checkpoint import Checkpoints
+from prefixmem_jax.training.checkpoint import FOLDER, Checkpoints
 from prefixmem_jax.training.initial import text_model_of
 from prefixmem_jax.training.step import Trainer
 
@@ -38,7 +38,7 @@ def export_run(
     Dense parameters are held in memory whole, the memory's rows some megabytes at a time.
 
     Args:
-      out: replaced if it holds an older model folder.
+      out: replaced if it holds an older export.
       dtype: `float32` or `bfloat16` for all weights; None keeps each as it was trained.
       max_shard_size: such as `4GB`; a larger tensor has a file of its own.
       tokenizer: folder of the text tokenizer; None means that of the folder in `init` that the run,
@@ -76,7 +76,7 @@ def export_run(
         lines = None if abstract.memory is None else abstract.memory.shape
         parameters = Parameters(config.model, config.encoder, params, lines, read_lines)
         card = model_card(run, config, checkpoints.latest_step, data)
-        with replacing_folder(out, ours="config.json") as beside:
+        with replacing_folder(out, _is_export) as beside:
             write_folder(
                 beside,
                 parameters,
@@ -87,6 +87,23 @@ def export_run(
                 dtype,
                 shard_bytes,
             )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `export_run` wrote this folder; runs and other models have a config.json too."""
+    return "semantic_ids" in _config_keys(folder)
+
+
+def _is_import(folder: Path) -> bool:
+    """Whether `import_folder` wrote this folder."""
+    return "model_type" in _config_keys(folder) and (folder / FOLDER).is_dir()
+
+
+def _config_keys(folder: Path) -> set[str]:
+    try:
+        return set(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def model_card(run: Path, config: Config, step: int, data: PreparedData) -> str:
@@ -172,7 +189,7 @@ def import_folder(folder: Path, out: Path) -> None:
     parts: dict[str, Any] = load_parts(
         files, described.decoder, described.encoder, dict(abstract.params)
     )
-    with replacing_folder(out, ours="config.json") as beside:
+    with replacing_folder(out, _is_import) as beside:
         copy_all_but_weights(folder, beside)
         with Checkpoints(beside, trainer, keep=1) as checkpoints:
             if described.encoder is not None:

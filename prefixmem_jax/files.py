@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path, ours: str) -> Iterator[Path]:
+def replacing_folder(path: Path, is_older: Callable[[Path], bool]) -> Iterator[Path]:
     """A folder beside `path` to fill; takes its place if the block ends well, else is removed.
 
     Args:
-      ours: a file that tells an older one of the same kind, which is replaced.
+      is_older: whether a folder is an older one of the same kind, which may be replaced.
 
     Raises:
       UserError: `path` is something else that is there already.
     """
-    if path.exists() and not (path / ours).is_file() and (path.is_file() or any(path.iterdir())):
+    if path.exists() and (path.is_file() or (any(path.iterdir()) and not is_older(path))):
         raise UserError(f"{path}: is there already and holds something else; name another folder")
     beside = path.with_name(f".{path.name}.part")
     shutil.rmtree(beside, ignore_errors=True)

@@ -461,11 +461,21 @@ def test_user_errors_are_one_line_and_leave_nothing(tmp_path):
             "no config.json",
         ),
         (("import", tmp_path / "full", "--out", tmp_path / "new"), "no config.json"),
+        # A run has a config.json too: it must not be taken for an older export.
+        (("export", tmp_path / "run", "--out", tmp_path / "run"), "holds something else"),
     ):
         failed = prefixmem(*arguments, expect=2)
         assert words in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "run"]
     assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
+    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
+    for _ in range(2):  # an older export is replaced
+        prefixmem("export", tmp_path / "run", "--out", tmp_path / "new")
+    for out in ("run", "new"):  # neither a run nor a model, its own source, is an older import
+        with pytest.raises(UserError, match="holds something else"):
+            import_folder(tmp_path / "new", tmp_path / out)
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
 
 
 def test_text_tokens_need_a_tokenizer(tmp_path):
