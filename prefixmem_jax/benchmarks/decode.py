@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from prefixmem_jax.benchmarks import worlds
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.config import DecoderConfig
 from prefixmem_jax.decoding.beam_search import Candidates, beam_search, keep_best
@@ -20,15 +21,11 @@ from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie, TrieLevel
 
 HISTORY = 20  # items in each prompt
-QWEN3_06B = DecoderConfig(
-    28, 1024, 3072, 16, 8, 128, tied_embeddings=True, rope_base=1e6, compute_dtype="bfloat16"
-)
 DECODERS = {
     "4-layer": DecoderConfig(
         layers=4, d_model=256, d_ff=1024, query_heads=8, kv_heads=4, head_dim=32
     ),
-    "quickstart": DecoderConfig(),
-    "qwen3-0.6b": QWEN3_06B,
+    **{name: model for name, (model, _) in worlds.DECODERS.items()},
 }
 
 
