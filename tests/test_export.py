@@ -366,6 +366,10 @@ def test_tables_are_written_in_pieces_and_under_their_own_hash(tmp_path, monkeyp
         initial_state(
             recommender.trainer, InitConfig(from_huggingface=str(tmp_path / "out")), seed=0
         )
+    del config["prefix_memory"]["multipliers"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="prefix_memory is malformed"):
+        read_folder(tmp_path / "out")
 
 
 @pytest.mark.parametrize("address", ["suffix", "full_prefix"])

@@ -70,20 +70,26 @@ def read_folder(folder: str | Path) -> ModelFolder:
     if sids is None:
         tokens = max(config.vocab_size, _tokenizer_size(folder))
         return ModelFolder(config, decoder, config.vocab_size, tokens)
-    encoder = multipliers = None
-    if memory is not None:
-        memory = {k: tuple(v) if k == "target_levels" else v for k, v in memory.items()}
-        multipliers = memory.pop("multipliers")
-        encoder = PrefixMemoryConfig(**memory)
-    return ModelFolder(
-        config,
-        decoder,
-        config.vocab_size,
-        sids["text_tokens"],
-        tuple(sids["codebook_sizes"]),
-        encoder,
-        multipliers,
-    )
+    try:
+        return ModelFolder(
+            config,
+            decoder,
+            config.vocab_size,
+            sids["text_tokens"],
+            tuple(sids["codebook_sizes"]),
+            *_encoder(memory),
+        )
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: semantic_ids or prefix_memory is malformed ({error})") from None
+
+
+def _encoder(memory: dict[str, Any] | None) -> tuple[PrefixMemoryConfig | None, Any]:
+    """What an exported memory was trained as, and the multipliers of its hash."""
+    if memory is None:
+        return None, None
+    fields = {k: tuple(v) if k == "target_levels" else v for k, v in memory.items()}
+    multipliers = fields.pop("multipliers")
+    return PrefixMemoryConfig(**fields), multipliers
 
 
 def _tokenizer_size(folder: str | Path) -> int:
