@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns where there is no torch
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         options.verb(options)
