@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "Judge runs' newest checkpoints side by side; writes each RUN/metrics.json and scores.npz, "
         "tables and plots.",
         "  prefixmem evaluate quickstart/prefixmem\n"
-        "  prefixmem evaluate quickstart/baseline quickstart/prefixmem --beam 100 --floors\n"
+        "  prefixmem evaluate quickstart/baseline quickstart/prefixmem --beam 100 --heuristics\n"
         "  prefixmem evaluate runs/b2 --data DIR --split validation --users 1000",
     )
     evaluation.add_argument(
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         help="users to judge on (default: %(default)s)",
     )
     evaluation.add_argument(
-        "--floors", action="store_true", help="judge popularity, successor and item-kNN too"
+        "--heuristics", action="store_true", help="judge popularity, successor and item-kNN too"
     )
     evaluation.add_argument(
         "--out",
@@ -374,7 +374,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.split,
         options.users,
         options.beam,
-        options.floors,
+        options.heuristics,
         options.out,
     )
     first = next(iter(results.values()))
@@ -391,7 +391,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _recommend(options: argparse.Namespace) -> None:
-    from prefixmem_jax.evaluation.recommender import Recommender
+    from prefixmem_jax.inference.engine import Recommender
 
     recommender = Recommender.load(options.run)
 
@@ -436,13 +436,13 @@ def _import(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
     from prefixmem_jax.files import write_json
-    from prefixmem_jax.parallel.topology import use_cpu
+    from prefixmem_jax.planning.topology import use_cpu
 
     if options.devices and options.slices > 1:
         raise UserError("plan: --slices goes with --topology; CPU devices have none")
     config = load_config(options.config, options.overrides)
     use_cpu(options.devices or 1)
-    from prefixmem_jax.training.plan import describe, plan
+    from prefixmem_jax.planning.plan import describe, plan
 
     print("compiling the train step; this can take minutes ...", file=sys.stderr)
     found = plan(config, options.topology, options.devices, options.slices)
@@ -454,7 +454,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from prefixmem_jax.benchmarks.timing import bar_plot
     from prefixmem_jax.files import write_json
-    from prefixmem_jax.parallel.topology import simulate_cpu_devices
+    from prefixmem_jax.planning.topology import simulate_cpu_devices
 
     simulate_cpu_devices(8)
     module, found = options.benchmark(options)

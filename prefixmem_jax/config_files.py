@@ -238,7 +238,7 @@ def _check_values(config: Config) -> None:
             f"encoder.d_mem={config.encoder.d_mem} does not divide by "
             f"encoder.heads={config.encoder.heads}"
         )
-    if config.optimizer.scope == "encoder" and config.encoder is None:
-        raise UserError("optimizer.scope=encoder trains the encoder alone, and encoder is none")
+    if config.optimizer.trainable == "encoder" and config.encoder is None:
+        raise UserError("optimizer.trainable=encoder trains the encoder alone, and encoder is none")
     if config.objective == "classification" and config.encoder is None:
         raise UserError("objective=classification trains the encoder, and encoder is none")

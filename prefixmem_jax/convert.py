@@ -20,8 +20,8 @@ from prefixmem_jax.hf.load import load_parts, load_rows
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
-from prefixmem_jax.training.checkpoint import FOLDER, Checkpoints
-from prefixmem_jax.training.initial import text_model_of
+from prefixmem_jax.runs.checkpoint import FOLDER, Checkpoints
+from prefixmem_jax.training.initialise import text_model_of
 from prefixmem_jax.training.step import Trainer
 
 
@@ -107,7 +107,7 @@ def _config_keys(folder: Path) -> set[str]:
 
 
 def model_card(run: Path, config: Config, step: int, data: PreparedData) -> str:
-    """README.md of an exported folder: what it is, how to use it, how it was made and judged."""
+    """README.md of an exported folder: what it is, how to use it, how it was made and evaluated."""
     space, encoder = data.catalog.space, config.encoder
     tags = ["semantic-ids", "generative-recommendation"] + (["prefixmem"] if encoder else [])
     lines = [
@@ -161,11 +161,11 @@ def _metrics(run: Path, step: int) -> list[str]:
     found = json.loads(path.read_text())
     if found.get("step") != step:
         return [f"Not evaluated at step {step}."]
-    judged = (
+    evaluated = (
         f"{found['retrieval_users']:,} of {found['test_users']:,} test users, beam {found['beam']}."
     )
     values = {k: v for k, v in found.items() if isinstance(v, float)}
-    return [judged, "", "| metric | value |", "|---|---|"] + [
+    return [evaluated, "", "| metric | value |", "|---|---|"] + [
         f"| {name} | {value:.4f} |" for name, value in values.items()
     ]
 

@@ -1,4 +1,4 @@
-"""The main job: the same decoder with and without PrefixMem, trained, judged and compared."""
+"""The main job: the same decoder with and without PrefixMem, trained, evaluated and compared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from prefixmem_jax.config_files import load_config, override
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.comparison import judge_floors
+from prefixmem_jax.evaluation.comparison import evaluate_heuristics
 from prefixmem_jax.evaluation.evaluator import chosen_examples, write_metrics
-from prefixmem_jax.evaluation.recommender import Recommender
+from prefixmem_jax.inference.engine import Recommender
 from prefixmem_jax.evaluation.report import Results, text_table, write_report
 from prefixmem_jax.files import write_json
 from prefixmem_jax.training.loop import train
@@ -71,7 +71,7 @@ def fit_encoder(config: Config, levels: int) -> Config:
 def quickstart(
     out: Path, data: str | None, overrides: Sequence[str] = (), say: Any = lambda text: None
 ) -> Results:
-    """Trains baseline, stage 1 and stage 2, evaluates them beside the floors, and reports.
+    """Trains baseline, stage 1 and stage 2, evaluates them beside the heuristics, and reports.
 
     Runs that `out` holds already go on from their checkpoints.
 
@@ -108,8 +108,8 @@ def quickstart(
         recommender = Recommender.load(out / name, prepared)
         results[name] = write_metrics(out / name, recommender)
         results[name] |= costs(out, name, recommender, configs)
-    for name, judged in judge_floors(prepared, configs["baseline"]).items():
-        results[name] = judged.metrics
+    for name, evaluated in evaluate_heuristics(prepared, configs["baseline"]).items():
+        results[name] = evaluated.metrics
     for values in results.values():
         values["dataset_sha256"] = prepared.dataset.sha256
     write_json(out / "results.json", results)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
-from prefixmem_jax.data.formats import load_dataset
+from prefixmem_jax.data.formats.parquet import load_dataset
 from prefixmem_jax.data.sequences import prompt_rows
-from prefixmem_jax.decoding.beam_search import beam_search
-from prefixmem_jax.decoding.sid_model import CachedSidLM
+from prefixmem_jax.inference.beam_search import beam_search
+from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace

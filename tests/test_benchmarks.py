@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import command_environment, prefixmem
 
-from prefixmem_jax.benchmarks.worlds import (
+from prefixmem_jax.benchmarks.fixtures import (
     one_device_trainer,
     random_batches,
     table_training,

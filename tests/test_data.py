@@ -10,7 +10,7 @@ import pytest
 from conftest import real_data
 
 from prefixmem_jax.config import DataConfig, SyntheticConfig
-from prefixmem_jax.data.formats import Dataset, Histories, load_dataset, save_dataset
+from prefixmem_jax.data.formats.parquet import Dataset, Histories, load_dataset, save_dataset
 from prefixmem_jax.data.pipeline import training_batches
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.sequences import batches, example_rows, pack_training_rows, prompt_rows

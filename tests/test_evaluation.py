@@ -9,12 +9,12 @@ from conftest import prefixmem
 from test_export import make_run, small_config
 
 from prefixmem_jax.config import DecoderConfig
-from prefixmem_jax.data.formats import save_dataset
+from prefixmem_jax.data.formats.parquet import save_dataset
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation import evaluator
 from prefixmem_jax.evaluation.comparison import evaluate_runs
 from prefixmem_jax.evaluation.evaluator import load_scores, write_metrics
-from prefixmem_jax.evaluation.recommender import Recommender, seen_groups
+from prefixmem_jax.inference.engine import Recommender, seen_groups
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(runs, monkeypatch):
 def test_runs_side_by_side(runs):
     folder, recommender = runs
     done = prefixmem(
-        "evaluate", folder / "first", folder / "second", "--beam", 30, "--floors",
+        "evaluate", folder / "first", folder / "second", "--beam", 30, "--heuristics",
         "--out", folder / "compared",
     )  # fmt: skip
     results = json.loads((folder / "compared" / "results.json").read_text())
     assert list(results) == [
-        "first", "second", "floor_popularity", "floor_successor", "floor_item_knn", "optimum",
+        "first", "second", "heuristic_popularity", "heuristic_successor", "heuristic_item_knn", "optimum",
     ]  # fmt: skip
     for name in ("first", "second"):
         own = json.loads((folder / name / "metrics.json").read_text())

@@ -36,14 +36,14 @@ from prefixmem_jax.config_files import to_json
 from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.recommender import Recommender
+from prefixmem_jax.inference.engine import Recommender
 from prefixmem_jax.evaluation.sid_to_text import title_bleu
 from prefixmem_jax.files import parse_size
 from prefixmem_jax.hf.families import read_folder
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.training.checkpoint import Checkpoints
-from prefixmem_jax.training.initial import initial_state
+from prefixmem_jax.runs.checkpoint import Checkpoints
+from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.step import Trainer
 
 ENCODER = PrefixMemoryConfig(target_levels=(2, 3, 4), orders=3, heads=2, rows=300, d_mem=16)

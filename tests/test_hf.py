@@ -35,7 +35,7 @@ from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.models.decoder import Cache, Decoder, causal_mask
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec
-from prefixmem_jax.training.initial import initial_state
+from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.step import Trainer
 
 VOCABULARY = 64

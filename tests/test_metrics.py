@@ -1,4 +1,4 @@
-"""Retrieval metrics against enumeration, floors against the numbers published for the data."""
+"""Retrieval metrics against enumeration, heuristics against the numbers published for the data."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prefixmem_jax.config import DataConfig, SyntheticConfig
 from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.evaluation import floors
+from prefixmem_jax.evaluation import heuristics
 from prefixmem_jax.evaluation.metrics import (
     beam_scores,
     bleu,
@@ -79,12 +79,12 @@ def test_floors_equal_the_published_ones(name, popularity, successor):
 
     def evaluate(scorer):
         test = data.split.test
-        found = floors.judge_scorer(scorer(data), data, test, np.arange(len(test)), 10).metrics
+        found = heuristics.evaluate_scorer(scorer(data), data, test, np.arange(len(test)), 10).metrics
         names = ("item_recall@5", "item_ndcg@5", "item_recall@10", "item_ndcg@10")
         return [round(found[f"{name}/constrained"], 4) for name in names]
 
-    assert evaluate(floors.popularity_floor)[2:] == list(popularity)
-    assert evaluate(floors.successor_floor) == list(successor)
+    assert evaluate(heuristics.popularity_heuristic)[2:] == list(popularity)
+    assert evaluate(heuristics.successor_heuristic) == list(successor)
 
 
 def test_scorer_ranks_and_predictions_by_brute_force():
@@ -96,8 +96,8 @@ def test_scorer_ranks_and_predictions_by_brute_force():
         )
     )
     catalog, examples = data.catalog, data.split.test[:40]
-    for scorer in (floors.popularity_floor(data), floors.optimum(data)):
-        found = floors.judge_scorer(scorer, data, examples, np.arange(40), 10).metrics
+    for scorer in (heuristics.popularity_heuristic(data), heuristics.optimum(data)):
+        found = heuristics.evaluate_scorer(scorer, data, examples, np.arange(40), 10).metrics
         hits, ranks, sid_ranks = np.zeros(3), [], []
         for example in examples:
             scores = scorer(example.history)
@@ -122,8 +122,8 @@ def test_no_floor_beats_the_optimum():
     data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=500, users=2000)))
     test = data.split.test
     best, popular, successor = (
-        floors.judge_scorer(make(data), data, test, np.arange(len(test)), 10).metrics
-        for make in (floors.optimum, floors.popularity_floor, floors.successor_floor)
+        heuristics.evaluate_scorer(make(data), data, test, np.arange(len(test)), 10).metrics
+        for make in (heuristics.optimum, heuristics.popularity_heuristic, heuristics.successor_heuristic)
     )
     slack = 2 * np.sqrt(0.25 / len(test))
     for name in ("tf_accuracy/level_1", "tf_accuracy/level_3", "item_recall@10/constrained"):
@@ -133,13 +133,13 @@ def test_no_floor_beats_the_optimum():
 
 def test_item_knn_by_brute_force():
     data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=60, users=80)))
-    score = floors.item_knn_floor(data)
+    score = heuristics.item_knn_heuristic(data)
     history = data.split.test[3].history
     found = score(history)
     users = [set(items.tolist()) for items in data.split.train]
     count = np.array([sum(item in user for user in users) for item in range(60)])
     matches = []
-    for decay, shrinkage in floors.KNN_GRID:
+    for decay, shrinkage in heuristics.KNN_GRID:
         expected = np.zeros(60)
         for since, item in enumerate(history[::-1]):
             for other in range(60):

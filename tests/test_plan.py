@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import Config, DataConfig, DecoderConfig, MeshConfig, PrefixMemoryConfig
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.parallel import topology
-from prefixmem_jax.parallel.hlo import Program
+from prefixmem_jax.planning import topology
+from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.training.plan import Plan, describe, plan
+from prefixmem_jax.planning.plan import Plan, describe, plan
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]"

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, command_environment, prefixmem, python_without_us, real_data
 
 from prefixmem_jax.config import SyntheticConfig
-from prefixmem_jax.data.formats import save_dataset
+from prefixmem_jax.data.formats.parquet import save_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 
 SMALL = ["steps=15", "data.batch_size=8", "evaluation.users=40", "evaluation.every_steps=5"]
@@ -35,7 +35,7 @@ def test_results_hold_every_metric_of_every_system(finished):
     out, done = finished
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {
-        "baseline", "prefixmem", "floor_popularity", "floor_successor", "floor_item_knn",
+        "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor", "heuristic_item_knn",
         "optimum",
     }  # fmt: skip
     for system, values in results.items():
@@ -171,7 +171,7 @@ def test_own_data_with_five_levels_and_shared_sids(tmp_path):
     prefixmem("quickstart", "--data", tmp_path / "data", "--out", tmp_path / "x", *SMALL)
     results = json.loads((tmp_path / "x" / "results.json").read_text())
     assert set(results) == {
-        "baseline", "prefixmem", "floor_popularity", "floor_successor", "floor_item_knn",
+        "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor", "heuristic_item_knn",
     }  # fmt: skip
     encoder = results["prefixmem"]["config"]["encoder"]
     assert encoder["target_levels"] == [3, 4, 5] and encoder["orders"] == 4
@@ -183,7 +183,7 @@ def test_microlens_with_uneven_codebooks(tmp_path):
     prefixmem("quickstart", "--data", data, "--out", tmp_path / "x", *SMALL)
     results = json.loads((tmp_path / "x" / "results.json").read_text())
     assert results["baseline"]["config"]["data"]["path"] == str(data)
-    assert results["floor_successor"]["tf_accuracy/level_1"] > 0.1
+    assert results["heuristic_successor"]["tf_accuracy/level_1"] > 0.1
 
 
 def test_help_teaches():

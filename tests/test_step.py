@@ -25,7 +25,7 @@ from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.loop import check_mesh
-from prefixmem_jax.training.objectives import next_token_sums
+from prefixmem_jax.objectives.next_token import next_token_sums
 from prefixmem_jax.training.optimizers import (
     dense_optimizer,
     learning_rate,

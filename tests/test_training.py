@@ -17,11 +17,11 @@ from conftest import ROOT, command_environment, prefixmem
 
 from prefixmem_jax.config import SyntheticConfig
 from prefixmem_jax.config_files import load_config
-from prefixmem_jax.data.formats import save_dataset
+from prefixmem_jax.data.formats.parquet import save_dataset
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.training.checkpoint import Checkpoints
+from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.training.metrics import read_metrics
 from prefixmem_jax.training.step import Trainer
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prefixmem_jax.benchmarks import worlds
+from prefixmem_jax.benchmarks import fixtures
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.config import DecoderConfig
-from prefixmem_jax.decoding.beam_search import Candidates, beam_search, keep_best
-from prefixmem_jax.decoding.sid_model import CachedSidLM
+from prefixmem_jax.inference.beam_search import Candidates, beam_search, keep_best
+from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie, TrieLevel
@@ -25,7 +25,7 @@ DECODERS = {
     "4-layer": DecoderConfig(
         layers=4, d_model=256, d_ff=1024, query_heads=8, kv_heads=4, head_dim=32
     ),
-    **{name: model for name, (model, _) in worlds.DECODERS.items()},
+    **{name: model for name, (model, _) in fixtures.DECODERS.items()},
 }
 
 

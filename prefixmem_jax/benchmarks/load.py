@@ -17,7 +17,7 @@ from prefixmem_jax.hf.export import Parameters, write_weights
 from prefixmem_jax.hf.families import huggingface_config, read_folder
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.space import SidSpace
-from prefixmem_jax.training.initial import parts_of_folder
+from prefixmem_jax.training.initialise import parts_of_folder
 from prefixmem_jax.training.step import Trainer
 
 SHARDS, WIDTH, VOCABULARY = 3, 1024, 32_768

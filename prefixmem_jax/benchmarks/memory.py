@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
-from prefixmem_jax.benchmarks.worlds import (
+from prefixmem_jax.benchmarks.fixtures import (
     dense_training,
     one_device_trainer,
     random_batches,
@@ -21,7 +21,7 @@ from prefixmem_jax.benchmarks.worlds import (
 )
 from prefixmem_jax.config import MeshConfig, PrefixMemoryConfig
 from prefixmem_jax.memory.table import ADDRESSES, Table, spread
-from prefixmem_jax.parallel.hlo import Program
+from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
 from prefixmem_jax.training.step import Trainer

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
-from prefixmem_jax.benchmarks.worlds import one_device_trainer, random_batches, training
+from prefixmem_jax.benchmarks.fixtures import one_device_trainer, random_batches, training
 from prefixmem_jax.config import PrefixMemoryConfig
 
 # Batch, length and codes per level by decoder: what fits the machines they are meant for.

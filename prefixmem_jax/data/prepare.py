@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from prefixmem_jax.config import DataConfig
-from prefixmem_jax.data.formats import Dataset, load_dataset
+from prefixmem_jax.data.formats.parquet import Dataset, load_dataset
 from prefixmem_jax.data.splits import Split, split_dataset
-from prefixmem_jax.data.synthetic import SyntheticWorld, make_synthetic
+from prefixmem_jax.data.synthetic import SyntheticProcess, make_synthetic
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
@@ -23,7 +23,7 @@ class PreparedData:
 
     dataset: Dataset
     split: Split
-    world: SyntheticWorld | None
+    world: SyntheticProcess | None
 
     @property
     def catalog(self) -> Catalog:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixmem_jax.data.formats import Dataset, Histories
+from prefixmem_jax.data.formats.parquet import Dataset, Histories
 from prefixmem_jax.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """What a model may learn from, and what it is judged on.
+    """What a model may learn from, and what it is evaluated on.
 
     Attributes:
       train: item sequences, oldest first.

@@ -25,13 +25,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prefixmem_jax.config import SyntheticConfig
-from prefixmem_jax.data.formats import Dataset, Histories
+from prefixmem_jax.data.formats.parquet import Dataset, Histories
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 
 
 @dataclass(frozen=True)
-class SyntheticWorld:
+class SyntheticProcess:
     """The process that made a synthetic dataset, with everything that models cannot see.
 
     Attributes:
@@ -81,7 +81,7 @@ def _random_tree(config: SyntheticConfig, rng: np.random.Generator) -> np.ndarra
     return sids
 
 
-def make_synthetic(config: SyntheticConfig) -> tuple[Dataset, SyntheticWorld]:
+def make_synthetic(config: SyntheticConfig) -> tuple[Dataset, SyntheticProcess]:
     """Draws a catalogue and histories; the same config gives the same bytes."""
     rng = np.random.default_rng(config.seed)
     sids = _random_tree(config, rng)
@@ -98,7 +98,7 @@ def make_synthetic(config: SyntheticConfig) -> tuple[Dataset, SyntheticWorld]:
         liked = rng.choice(config.codebook_sizes[0], config.liked_codes, replace=False)
         base[group, np.isin(sids[:, 0], liked)] *= config.liking
     base /= base.sum(axis=1, keepdims=True)
-    world = SyntheticWorld(
+    world = SyntheticProcess(
         config, catalog, base, popularity, family, np.bincount(family, popularity)
     )
 

@@ -1,1 +1,1 @@
-"""Judging recommendations: metrics, floors, the evaluator, the report."""
+"""Judging recommendations: metrics, heuristics, the evaluator, the report."""

@@ -1,4 +1,4 @@
-"""`prefixmem evaluate`: runs and floors judged on the same users, side by side."""
+"""`prefixmem evaluate`: runs and heuristics evaluated on the same users, side by side."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from prefixmem_jax.config_files import load_config
 from prefixmem_jax.data.prepare import PreparedData, data_space, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.evaluator import (
-    Judged,
+    Evaluated,
     chosen_examples,
     load_scores,
     write_metrics,
 )
-from prefixmem_jax.evaluation.floors import (
-    item_knn_floor,
-    judge_scorer,
+from prefixmem_jax.evaluation.heuristics import (
+    item_knn_heuristic,
+    evaluate_scorer,
     optimum,
-    popularity_floor,
-    successor_floor,
+    popularity_heuristic,
+    successor_heuristic,
 )
-from prefixmem_jax.evaluation.recommender import Recommender
+from prefixmem_jax.inference.engine import Recommender
 from prefixmem_jax.evaluation.report import Results, write_comparison
 from prefixmem_jax.evaluation.statistics import compare
 from prefixmem_jax.files import write_json
 
 
-def judge_floors(data: PreparedData, config: Config, split: str = "test") -> dict[str, Judged]:
-    """The floors, and for synthetic data the optimum, on the users that `config` chooses."""
+def evaluate_heuristics(data: PreparedData, config: Config, split: str = "test") -> dict[str, Evaluated]:
+    """The heuristics, and for synthetic data the optimum, on the users that `config` chooses."""
     examples, sample = chosen_examples(config, data, split)
     makers = {
-        "floor_popularity": popularity_floor,
-        "floor_successor": successor_floor,
-        "floor_item_knn": item_knn_floor,
+        "heuristic_popularity": popularity_heuristic,
+        "heuristic_successor": successor_heuristic,
+        "heuristic_item_knn": item_knn_heuristic,
     }
     if data.world is not None:
         makers["optimum"] = optimum
     return {
-        name: judge_scorer(make(data), data, examples, sample, config.evaluation.beam, name)
+        name: evaluate_scorer(make(data), data, examples, sample, config.evaluation.beam, name)
         for name, make in makers.items()
     }
 
@@ -52,7 +52,7 @@ def evaluate_runs(
     split: str = "test",
     users: int | None = None,
     beam: int | None = None,
-    floors: bool = False,
+    heuristics: bool = False,
     out: Path | None = None,
 ) -> tuple[Results, dict[str, Any], int]:
     """Judges runs, writes each one's metrics.json and scores.npz, and compares them.
@@ -60,12 +60,12 @@ def evaluate_runs(
     Args:
       data: dataset folder in place of each run's own.
       users, beam: in place of each run's `evaluation.users` and `evaluation.beam`.
-      floors: judge the floors too, on the first run's users.
+      heuristics: judge the heuristics too, on the first run's users.
       out: for results.json, comparison.json and plots; None: the run's own folder if it is one.
 
     Returns:
       Metrics by system; paired comparisons of the others with the first run, by system and metric,
-      where they were judged on the same data; the number of levels.
+      where they were evaluated on the same data; the number of levels.
     """
     for name, value, least in (("users", users, 0), ("beam", beam, 1)):
         if value is not None and value < least:
@@ -83,10 +83,10 @@ def evaluate_runs(
     prepared, config = first
     paired: dict[str, Any] = {}
     scores = {name: load_scores(run) for run, name in zip(runs, names, strict=True)}
-    if floors:
-        for name, judged in judge_floors(prepared, config, split).items():
-            results[name] = {**judged.metrics, "dataset_sha256": prepared.dataset.sha256}
-            scores[name] = judged.scores
+    if heuristics:
+        for name, evaluated in evaluate_heuristics(prepared, config, split).items():
+            results[name] = {**evaluated.metrics, "dataset_sha256": prepared.dataset.sha256}
+            scores[name] = evaluated.scores
     base = names[0]
     for name in scores:
         same = results[name]["dataset_sha256"] == results[base]["dataset_sha256"]
@@ -95,7 +95,7 @@ def evaluate_runs(
     folder = out or runs[0]
     folder.mkdir(parents=True, exist_ok=True)
     levels = prepared.catalog.space.levels
-    if out is not None or floors:
+    if out is not None or heuristics:
         write_json(folder / "results.json", results)
         write_json(folder / "comparison.json", {"compared_with": base, "systems": paired})
     write_comparison(folder, results, levels)

@@ -25,7 +25,7 @@ from prefixmem_jax.evaluation.metrics import (
     groups_of,
     teacher_forced_scores,
 )
-from prefixmem_jax.evaluation.recommender import Recommender
+from prefixmem_jax.inference.engine import Recommender
 from prefixmem_jax.evaluation.sid_to_text import title_bleu
 from prefixmem_jax.evaluation.statistics import intervals, means
 from prefixmem_jax.files import replacing, write_json
@@ -35,7 +35,7 @@ PART = 4096
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """A system's scores by user (in the order of the split), and what is not a mean over users."""
 
     scores: Scores
@@ -49,7 +49,7 @@ class Judged:
 def chosen_examples(
     config: Config, data: PreparedData, split: str = "test"
 ) -> tuple[list[Example], np.ndarray]:
-    """All examples of a split, and which of them retrieval is judged on: a fixed sample."""
+    """All examples of a split, and which of them retrieval is evaluated on: a fixed sample."""
     everyone = getattr(data.split, split)
     sample = fixed_sample(list(range(len(everyone))), config.evaluation.users)
     return everyone, np.array(sample)
@@ -57,7 +57,7 @@ def chosen_examples(
 
 def judge(
     recommender: Recommender, split: str = "test", work: Path | None = None, progress: bool = True
-) -> Judged:
+) -> Evaluated:
     """Every metric of a run on a split.
 
     Args:
@@ -105,7 +105,7 @@ def judge(
         overall["bleu"] = written
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
-    return Judged(scores, overall)
+    return Evaluated(scores, overall)
 
 
 def _search_part(
@@ -159,17 +159,17 @@ def write_metrics(run: Path, recommender: Recommender, split: str = "test") -> d
         "config": dataclasses.asdict(config),
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    judged = judge(recommender, split, run / "evaluation" / key)
+    evaluated = judge(recommender, split, run / "evaluation" / key)
     everyone, sample = chosen_examples(config, data, split)
-    metrics = judged.metrics | {
-        "intervals": intervals(judged.scores),
+    metrics = evaluated.metrics | {
+        "intervals": intervals(evaluated.scores),
         "collisions": "items that share a SID in random order, expected value",
         "retrieval_users": len(sample),
         f"{split}_users": len(everyone),
         **about,
     }
     with replacing(run / "scores.npz") as beside, beside.open("wb") as file:
-        np.savez_compressed(file, **judged.scores)
+        np.savez_compressed(file, **evaluated.scores)
     write_json(run / "metrics.json", metrics)
     return metrics
 

@@ -59,7 +59,7 @@ def beam_scores(groups: np.ndarray, targets: np.ndarray, catalog: Catalog, suffi
 
 
 def cutoffs(depth: int) -> list[int]:
-    """The cut-offs K that a ranking of this depth can be judged at."""
+    """The cut-offs K that a ranking of this depth can be evaluated at."""
     return [cutoff for cutoff in CUTOFFS if cutoff <= depth]
 
 

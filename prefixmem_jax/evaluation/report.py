@@ -20,9 +20,9 @@ Results = dict[str, dict[str, Any]]
 _COLORS = {
     "baseline": "#7f7f7f",
     "prefixmem": "#d62728",
-    "floor_popularity": "#c7c7c7",
-    "floor_successor": "#9ecae1",
-    "floor_item_knn": "#6baed6",
+    "heuristic_popularity": "#c7c7c7",
+    "heuristic_successor": "#9ecae1",
+    "heuristic_item_knn": "#6baed6",
     "optimum": "#2ca02c",
 }
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from prefixmem_jax.data.prepare import fixed_sample
 from prefixmem_jax.evaluation.metrics import bleu
-from prefixmem_jax.evaluation.recommender import Recommender
-from prefixmem_jax.training.initial import text_model_of
+from prefixmem_jax.inference.engine import Recommender
+from prefixmem_jax.training.initialise import text_model_of
 
 ITEMS = 1000
 NEW_TOKENS = 32

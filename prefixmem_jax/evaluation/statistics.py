@@ -32,7 +32,7 @@ def intervals(
 def compare(
     first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Paired bootstrap of second minus first, where both judged the same users in one order.
+    """Paired bootstrap of second minus first, where both evaluated the same users in one order.
 
     Returns:
       By metric that both have: `difference`, its 95% interval `low`, `high`, and `p`, two-sided,

@@ -25,7 +25,7 @@ from prefixmem_jax.hf.families import differing_key, huggingface_config, read_fo
 from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsWriter
 from prefixmem_jax.hf.tokenizer import sid_tokenizer
-from prefixmem_jax.memory.encoder import make_hash, tables_of
+from prefixmem_jax.sid_encoders.prefix_memory import make_hash, tables_of
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 

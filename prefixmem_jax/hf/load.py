@@ -14,7 +14,7 @@ from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
-from prefixmem_jax.memory.encoder import tables_of
+from prefixmem_jax.sid_encoders.prefix_memory import tables_of
 
 
 def load_parts(

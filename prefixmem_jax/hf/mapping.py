@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
-from prefixmem_jax.memory.encoder import tables_of
+from prefixmem_jax.sid_encoders.prefix_memory import tables_of
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The SID encoder: prefix hash, sharded memory table, PrefixMem."""
+"""The memory table: prefix hash, sharded rows, their exchange and their optimizers."""

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from prefixmem_jax.config import PrefixMemoryConfig
-from prefixmem_jax.memory.encoder import PrefixMemory
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemory
 from prefixmem_jax.parallel.sharding import constrain, einsum
 from prefixmem_jax.semantic_ids.space import SidSpace
 

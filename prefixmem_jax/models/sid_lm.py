@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
-from prefixmem_jax.memory.encoder import PrefixMemory
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemory
 from prefixmem_jax.models.decoder import Cache, Decoder, causal_mask
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.space import SidSpace

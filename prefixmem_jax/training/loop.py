@@ -22,9 +22,9 @@ from prefixmem_jax.files import write_text
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.semantic_ids.space import SidSpace
-from prefixmem_jax.training.checkpoint import Checkpoints, has_checkpoint
+from prefixmem_jax.runs.checkpoint import Checkpoints, has_checkpoint
 from prefixmem_jax.training.flops import matmul_flops
-from prefixmem_jax.training.initial import initial_state
+from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.metrics import MetricsWriter, summarize
 from prefixmem_jax.training.step import Trainer, TrainState
 

@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import Config, Scope
-from prefixmem_jax.memory.encoder import make_table
+from prefixmem_jax.sid_encoders.prefix_memory import make_table
 from prefixmem_jax.memory.table import Fetched, Table, spread
 from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec
 from prefixmem_jax.semantic_ids.space import SidSpace
-from prefixmem_jax.training.objectives import Model, build_model, next_token_sums
+from prefixmem_jax.objectives.next_token import Model, build_model, next_token_sums
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
-from prefixmem_jax.training.scopes import merged_with, trained_part, trained_values
+from prefixmem_jax.training.trainable import merged_with, trained_part, trained_values
 
 
 class TrainState(NamedTuple):
@@ -65,7 +65,7 @@ class Trainer:
 
     @property
     def scope(self) -> Scope:
-        return self.config.optimizer.scope
+        return self.config.optimizer.trainable
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state; traceable, so that `abstract_state` can say its shapes."""

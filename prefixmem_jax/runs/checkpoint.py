@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.memory.encoder import make_hash
+from prefixmem_jax.sid_encoders.prefix_memory import make_hash
 from prefixmem_jax.memory.hashing import SCHEMES
 from prefixmem_jax.training.step import Trainer, TrainState
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.memory.encoder import check_encoder
+from prefixmem_jax.sid_encoders.prefix_memory import check_encoder
 from prefixmem_jax.models.prefix_classifier import PrefixClassifier
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.parallel.sharding import constrain

@@ -12,10 +12,10 @@ import jax
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.prepare import data_space
-from prefixmem_jax.memory.encoder import tables_of
-from prefixmem_jax.parallel.hlo import Collective, Program
+from prefixmem_jax.sid_encoders.prefix_memory import tables_of
+from prefixmem_jax.planning.hlo import Collective, Program
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.parallel.topology import Chip, mean_hops, pod_devices
+from prefixmem_jax.planning.topology import Chip, mean_hops, pod_devices
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.loop import check_mesh
 from prefixmem_jax.training.step import Trainer

@@ -1,4 +1,4 @@
-"""A trained run, ready to recommend and to be judged, on every device of this machine."""
+"""A trained run, ready to recommend and to be evaluated, on every device of this machine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from prefixmem_jax.config_files import load_config
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.data.sequences import Rows, batches, example_rows, prompt_rows
 from prefixmem_jax.data.splits import Example
-from prefixmem_jax.decoding.beam_search import Beams, beam_search
-from prefixmem_jax.decoding.generate import generate
-from prefixmem_jax.decoding.sid_model import CachedSidLM
+from prefixmem_jax.inference.beam_search import Beams, beam_search
+from prefixmem_jax.inference.sampling import generate
+from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.mesh import AXES, make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
-from prefixmem_jax.training.checkpoint import Checkpoints
+from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.training.step import Trainer, TrainState
 
 MANY_USERS = 2000

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.data.splits import Example
-from prefixmem_jax.evaluation.evaluator import Judged, prefix_popularity, spread
+from prefixmem_jax.evaluation.evaluator import Evaluated, prefix_popularity, spread
 from prefixmem_jax.evaluation.metrics import (
     Scores,
     cutoffs,
@@ -30,13 +30,13 @@ from prefixmem_jax.semantic_ids.catalog import Catalog
 Scorer = Callable[[np.ndarray], np.ndarray]
 
 
-def popularity_floor(data: PreparedData) -> Scorer:
+def popularity_heuristic(data: PreparedData) -> Scorer:
     """Scores items by their number of occurrences in training."""
     counts = data.item_counts.astype(np.float64)
     return lambda history: counts
 
 
-def successor_floor(data: PreparedData) -> Scorer:
+def successor_heuristic(data: PreparedData) -> Scorer:
     """Scores items by how often they followed the history's last item in training.
 
     Equal counts keep the order in which training showed them; items that never followed come
@@ -63,7 +63,7 @@ KNN_GRID = tuple(itertools.product((0.5, 0.7, 0.9), (0.0, 5.0, 20.0)))
 TUNING_USERS = 2000
 
 
-def item_knn_floor(data: PreparedData) -> Scorer:
+def item_knn_heuristic(data: PreparedData) -> Scorer:
     """Scores items by cosine similarity to the history's, recent ones counting more.
 
     sim(i, j) = users with both / (sqrt(users with i * users with j) + shrinkage); an item scores
@@ -136,18 +136,18 @@ class _PrefixSums:
         return out
 
 
-def judge_scorer(
+def evaluate_scorer(
     score: Scorer,
     data: PreparedData,
     examples: Sequence[Example],
     sample: np.ndarray,
     depth: int,
     progress: str = "",
-) -> Judged:
+) -> Evaluated:
     """The scores of `evaluator.judge` that a system which ranks items has.
 
     Args:
-      sample: which of the examples retrieval is judged on.
+      sample: which of the examples retrieval is evaluated on.
       depth: of the ranking; cut-offs go up to it.
     """
     catalog = data.catalog
@@ -173,7 +173,7 @@ def judge_scorer(
         retrieved |= rank_scores(found[:, 0], found[:, 1] - 1, alone, depth, suffix)
         for cutoff in cutoffs(depth):
             retrieved[f"sid_valid@{cutoff}/{suffix}"] = np.ones(len(found))
-    return Judged(scores | spread(retrieved, sample, len(examples)), {})
+    return Evaluated(scores | spread(retrieved, sample, len(examples)), {})
 
 
 def _ranks(scores: np.ndarray, target: int, catalog: Catalog) -> tuple[int, int]:

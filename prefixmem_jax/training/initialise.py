@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.config import Config, InitConfig, PrefixMemoryConfig
 from prefixmem_jax.config_files import load_config
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.memory.encoder import make_hash
+from prefixmem_jax.sid_encoders.prefix_memory import make_hash
 from prefixmem_jax.models.decoder import TOKEN_AXIS
 from prefixmem_jax.models.new_tokens import add_tokens, directions, read_codebooks
-from prefixmem_jax.training.checkpoint import Checkpoints, has_checkpoint
+from prefixmem_jax.runs.checkpoint import Checkpoints, has_checkpoint
 from prefixmem_jax.training.step import Trainer, TrainState
 
 

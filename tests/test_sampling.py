@@ -7,7 +7,7 @@ import pytest
 from test_beam_search import FAMILIES, make
 
 from prefixmem_jax.data.sequences import prompt_rows
-from prefixmem_jax.decoding.generate import generate
+from prefixmem_jax.inference.sampling import generate
 
 NEW = 7
 

@@ -129,6 +129,6 @@ def test_a_scope_of_nothing_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(to_json(dataclasses.replace(CONFIG, encoder=None)))
     with pytest.raises(UserError, match="encoder is none"):
-        load_config(path, ["optimizer.scope=encoder"])
+        load_config(path, ["optimizer.trainable=encoder"])
     with pytest.raises(UserError, match="'all' is not one of everything, new_tokens, encoder"):
-        load_config(path, ["optimizer.scope=all"])
+        load_config(path, ["optimizer.trainable=all"])

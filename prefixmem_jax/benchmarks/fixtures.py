@@ -16,7 +16,7 @@ from prefixmem_jax.memory.table import spread
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
-from prefixmem_jax.training.objectives import build_model, next_token_sums
+from prefixmem_jax.objectives.next_token import build_model, next_token_sums
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
 from prefixmem_jax.training.step import Trainer
 

@@ -12,7 +12,7 @@ from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.sequences import pack_training_rows
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import hashing
-from prefixmem_jax.memory.encoder import PrefixMemory, check_encoder, make_table, tables_of
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemory, check_encoder, make_table, tables_of
 from prefixmem_jax.memory.exchange import capacity
 from prefixmem_jax.semantic_ids.space import SidSpace
 

@@ -1,0 +1,235 @@
+"""The groups of keys that a config is made of, with their defaults; `config.Config` joins them.
+
+Groups that come in kinds (objectives, SID encoders) stand beside their code instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+Trainable = Literal["everything", "new_tokens", "sid_encoder"]
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """Size and shape of the synthetic dataset; `data.synthetic` says what each means."""
+
+    items: int = 20_000
+    users: int = 20_000
+    codebook_sizes: tuple[int, ...] = (32, 64, 64, 64)
+    children: tuple[int, ...] = (32, 10, 10, 10)
+    zipf_exponent: float = 0.8
+    groups: int = 12
+    liked_codes: int = 3
+    liking: float = 30.0
+    loyalty: float = 0.5
+    mean_length: float = 10.0
+    max_length: int = 40
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where histories come from and how they become batches.
+
+    Attributes:
+      path: dataset folder (docs/data.md); none means the synthetic dataset.
+      format: how it is stored: a file of `data/formats`, or a module of your own.
+      sid_column: column of items.parquet with the SIDs.
+      codebook_sizes: codes per level; none means largest code + 1 of each level.
+      split: see `data.splits.split_dataset`.
+      holdout: share held out for validation, and again for test (splits time and users).
+      text_tokens: size of the text vocabulary that stands before the SID tokens.
+      vocabulary_multiple: the vocabulary is filled up to a multiple of this with tokens that never
+        occur, so that tensor-parallel devices can divide it.
+      max_items: items of history that a sequence may hold.
+      sequence_length: tokens in one packed row.
+      batch_size: rows in one global batch.
+    """
+
+    path: str | None = None
+    format: str = "parquet"
+    sid_column: str = "sid"
+    codebook_sizes: tuple[int, ...] | None = None
+    split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
+    holdout: float = 0.1
+    text_tokens: int = 0
+    vocabulary_multiple: int = 1
+    max_items: int = 20
+    sequence_length: int = 128
+    batch_size: int = 40
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """How rotary frequencies are stretched for long contexts.
+
+    Attributes:
+      kind: `linear` divides all by `factor`; `llama3` divides those with wavelengths over
+        original_length / low_frequency_factor, keeps those under
+        original_length / high_frequency_factor, and blends between.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the decoder. Qwen3, Llama 3 and Gemma 3 differ by these values alone.
+
+    Attributes:
+      qk_norm: normalise queries and keys per head.
+      norm_plus_one: norms multiply by 1 + scale.
+      post_norms: normalise the outputs of attention and feed-forward too.
+      query_scale: of queries before the softmax; none means head_dim ** -0.5.
+      scale_embedding: multiply token embeddings by the root of d_model.
+      logit_softcap: bound c on logits, c * tanh(logits / c).
+      sliding_layers: 0-based layers that attend to the last `sliding_window` positions only, with
+        rotary base `sliding_rope_base` and without `rope_scaling`.
+      compute_dtype: of activations and matrix products; parameters, norms, softmax and logits
+        are float32.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    layers: int = 2
+    d_model: int = 96
+    d_ff: int = 256
+    query_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 24
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qk_norm: bool = True
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    query_scale: float | None = None
+    scale_embedding: bool = False
+    logit_softcap: float | None = None
+    tied_embeddings: bool = False
+    rope_base: float = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    sliding_layers: tuple[int, ...] = ()
+    sliding_window: int = 0
+    sliding_rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    compute_dtype: DType = "float32"
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryOptimizerConfig:
+    """How the memory's rows are updated: only those in the batch (docs/memory.md).
+
+    Attributes:
+      kind: `adam`, `row_adam` (one second moment a row), `adagrad` (row-wise: one number of state
+        a row) or `sgd`. Adam's betas and epsilon are the dense optimizer's.
+      rate: peak learning rate as a multiple of the dense one, 5 in the paper.
+      warmup_steps, final_rate: of its own schedule; none means the dense one's.
+      weight_decay: decoupled, on the rows in the batch; steps that miss a row do not decay it.
+    """
+
+    kind: Literal["adam", "row_adam", "adagrad", "sgd"] = "adam"
+    rate: float = 5.0
+    warmup_steps: int | None = None
+    final_rate: float | None = None
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+      trainable: which parameters learn. `new_tokens` freezes the LLM but for the embeddings (and
+        head) of its SID tokens; `sid_encoder` freezes the whole LLM. The SID encoder always learns.
+      clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
+      weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
+      final_rate: the learning rate at the end as a share of its peak.
+      accumulation_steps: parts that a batch is cut into; their gradients are computed one after
+        the other and applied once, which needs less memory and gives the same step.
+    """
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    final_rate: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulation_steps: int = 1
+    trainable: Trainable = "everything"
+    memory: MemoryOptimizerConfig = field(default_factory=MemoryOptimizerConfig)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from when the run has no checkpoint of its own.
+
+    Attributes:
+      from_huggingface: model folder, or what `prefixmem import` made of one. Parts come from there
+        that neither `take` nor `fresh` names: `llm`, and if `prefixmem export` wrote it with one,
+        `sid_encoder` and `memory`. `hf.families.read_folder` gives the `model` and `data.text_tokens`
+        that it needs. SID tokens that it lacks start around the mean of its vocabulary.
+      codebooks: .npz of code centroids by level that those SID tokens start from; none means noise.
+      run: run directory whose newest checkpoint to read; none means start from scratch.
+      take: parts to read from it.
+      fresh: parts to initialise anew. With `run` or `from_huggingface`, every part of the model
+        must come from exactly one place.
+    """
+
+    from_huggingface: str | None = None
+    codebooks: str | None = None
+    run: str | None = None
+    take: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; one may be -1, which takes the devices that are left.
+
+    Attributes:
+      data: replicas of the dense model (the memory table is never replicated).
+      fsdp: devices that share the dense parameters and their optimizer state, each with its own
+        part of the batch.
+      tensor: devices that divide heads, feed-forward and vocabulary of one part of the batch.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and how many checkpoints to keep (the newest)."""
+
+    every_steps: int = 200
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How runs are evaluated.
+
+    Attributes:
+      every_steps: steps between validations during training.
+      validation_examples: examples in each of those (a fixed sample).
+      users: test users for retrieval metrics (a fixed sample; 0 means all).
+      beam: width of the beam search.
+      batch_size: users per beam-search batch.
+    """
+
+    every_steps: int = 100
+    validation_examples: int = 1000
+    users: int = 0
+    beam: int = 20
+    batch_size: int = 64

@@ -1,0 +1,1 @@
+"""What a stage learns, one file each."""

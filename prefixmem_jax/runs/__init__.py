@@ -1,0 +1,1 @@
+"""Run folders: config, checkpoints by part, and how to open them."""

@@ -1,0 +1,78 @@
+"""What fits the SID slot: anything that maps tokens to a vector per position."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from prefixmem_jax.kinds import Kind
+from prefixmem_jax.memory.table import Table
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+
+
+class SidEncoder(nnx.Module):
+    """Token ids and segment ids to a vector per position, zero where it is not active.
+
+    It may own dense parameters (part `sid_encoder`), rows of a memory table (part `memory`), or both.
+    Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
+    the caller fetches them and hands them to `__call__`. Training, prefill and cached decoding all
+    go this way.
+    """
+
+    def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array | None:
+        """Rows to fetch: int32 [B, S, any], negative for none; None if it owns no table."""
+        del tokens_BS, segment_ids_BS
+        return None
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        rows_BPAW: jax.Array | None,
+        last: int | None = None,
+    ) -> jax.Array:
+        """Vectors float32 [B, P, d_model].
+
+        Args:
+          rows_BPAW: rows at the `addresses` of the last P positions, zero where there was none; None
+            if it owns no table.
+          last: P, how many positions at the end are asked for; None means all. Decoding asks for one,
+            and gives the tokens that a prefix can reach back to.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SidEncoderConfig(Kind, ABC):
+    """Base of SID encoders' config groups."""
+
+    package: ClassVar[str] = "prefixmem_jax.sid_encoders"
+
+    @abstractmethod
+    def build(
+        self, vocabulary: Vocabulary, d_model: int, output_std: float, rngs: nnx.Rngs
+    ) -> SidEncoder:
+        """The encoder, its output projection drawn with standard deviation `output_std`."""
+
+    def check(self, space: SidSpace) -> None:
+        """Raises UserError where it does not fit the SIDs."""
+
+    def table(self, space: SidSpace) -> Table | None:
+        """The memory table it owns, if any."""
+        del space
+        return None
+
+    def row_meaning(self, space: SidSpace) -> dict[str, np.ndarray]:
+        """What its rows' meaning depends on, saved beside them and compared on restore."""
+        del space
+        return {}
+
+    def explain_row_meaning(self, name: str, saved: np.ndarray) -> str:
+        """What a saved array of `row_meaning` says, in words."""
+        return f"another {name} ({saved})"
