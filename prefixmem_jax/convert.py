@@ -8,30 +8,33 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_files import load_config, to_json
-from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.config_files import to_json
+from prefixmem_jax.data.prepare import load_catalog
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import parse_size, replacing_folder
 from prefixmem_jax.hf.export import Parameters, copy_all_but_weights, write_folder
-from prefixmem_jax.hf.families import read_folder
+from prefixmem_jax.hf.families import ModelFolder, read_folder
 from prefixmem_jax.hf.load import load_parts, load_rows
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
+from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
-from prefixmem_jax.runs.checkpoint import FOLDER, Checkpoints
-from prefixmem_jax.training.initialise import text_model_of
-from prefixmem_jax.training.step import Trainer
+from prefixmem_jax.parallel.parameters import abstract_parameters
+from prefixmem_jax.runs.checkpoint import FOLDER, Checkpoints, memory_part
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
 def export_run(
-    run: Path,
+    run: Run,
     out: Path,
     dtype: str | None = None,
     max_shard_size: str = "4GB",
     tokenizer: str | None = None,
-    data: PreparedData | None = None,
 ) -> None:
     """Writes a run's newest checkpoint as a Hugging Face folder.
 
@@ -43,50 +46,44 @@ def export_run(
       max_shard_size: such as `4GB`; a larger tensor has a file of its own.
       tokenizer: folder of the text tokenizer; None means that of the folder in `init` that the run,
         or the run it took `llm` from, started from.
-      data: the run's data, where the caller has it already.
 
     Raises:
       UserError: not a run that generates, an `out` that holds something else, no tokenizer for the
         text tokens, or a decoder that no Hugging Face architecture computes.
     """
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run}: not a run directory (it has no config.json)")
-    config = load_config(run / "config.json")
-    if config.objective != "next_token":
-        raise UserError(f"{run}: a {config.objective} run has no decoder; name a next_token run")
-    shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    data = data or prepare_data(config.data)
-    text_model = tokenizer or text_model_of(config)
+    run.check_generates()
+    config, shard_bytes = run.config, parse_size(max_shard_size, "--max-shard-size")
+    text_model = tokenizer or run.text_model
     if config.data.text_tokens and text_model is None:
         raise UserError(
-            f"{run}: trained with {config.data.text_tokens} text tokens, from no Hugging Face "
+            f"{run.path}: trained with {config.data.text_tokens} text tokens, from no Hugging Face "
             "folder; name their tokenizer with --tokenizer"
         )
-    trainer = Trainer.create(config, data.catalog.space, make_mesh(devices=jax.devices()[:1]))
-    with Checkpoints(run, trainer) as checkpoints:
-        abstract = trainer.abstract_state()
-        params = checkpoints.load(dict(abstract.params))
-        read_lines = None
-        if abstract.memory is not None:
-            stored = checkpoints.open_rows()
+    catalog = run.checked(load_catalog(config.data))
+    spec = run.spec(jax.devices()[:1])
+    params = run.load(spec, spec.params)
+    lines = read_lines = None
+    if spec.table is not None:
+        with run.checkpoints() as checkpoints:
+            stored = checkpoints.open_rows(spec)
+        lines = spec.table.shape
 
-            def read_lines(first: int, last: int) -> np.ndarray:
-                return stored[first:last].read().result()
+        def read_lines(first: int, last: int) -> np.ndarray:
+            return stored[first:last].read().result()
 
-        lines = None if abstract.memory is None else abstract.memory.shape
-        parameters = Parameters(config.model, config.encoder, params, lines, read_lines)
-        card = model_card(run, config, checkpoints.latest_step, data)
-        with replacing_folder(out, _is_export) as beside:
-            write_folder(
-                beside,
-                parameters,
-                data.catalog,
-                text_model,
-                config.data.sequence_length,
-                card,
-                dtype,
-                shard_bytes,
-            )
+    parameters = Parameters(config.model, config.sid_encoder, params, lines, read_lines)
+    with replacing_folder(out, _is_export) as beside:
+        write_folder(
+            beside,
+            parameters,
+            catalog,
+            spec.vocabulary,
+            text_model,
+            config.data.sequence_length,
+            model_card(run),
+            dtype,
+            shard_bytes,
+        )
 
 
 def _is_export(folder: Path) -> bool:
@@ -106,10 +103,11 @@ def _config_keys(folder: Path) -> set[str]:
         return set()
 
 
-def model_card(run: Path, config: Config, step: int, data: PreparedData) -> str:
+def model_card(run: Run) -> str:
     """README.md of an exported folder: what it is, how to use it, how it was made and evaluated."""
-    space, encoder = data.catalog.space, config.encoder
-    tags = ["semantic-ids", "generative-recommendation"] + (["prefixmem"] if encoder else [])
+    config, data, step = run.config, run.data_description, run.step
+    space, sid_encoder = run.vocabulary.space, config.sid_encoder
+    tags = ["semantic-ids", "generative-recommendation"] + (["prefixmem"] if sid_encoder else [])
     lines = [
         "---",
         "library_name: transformers",
@@ -120,13 +118,13 @@ def model_card(run: Path, config: Config, step: int, data: PreparedData) -> str:
         "",
         f"Recommends items by generating Semantic IDs of {space.levels} levels "
         f"{space.codebook_sizes}; trained with prefixmem_jax for {step} steps"
-        + (", with a PrefixMem encoder (arXiv 2606.00324)." if encoder else "."),
+        + (", with a PrefixMem encoder (arXiv 2606.00324)." if sid_encoder else "."),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
         "",
     ]
-    if encoder:
+    if sid_encoder:
         lines += [
             'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
             "for found in model.recommend([0, 1, 2], top=5):",
@@ -144,13 +142,12 @@ def model_card(run: Path, config: Config, step: int, data: PreparedData) -> str:
         ]
     lines += ["```", "", "## Data", ""]
     lines += [
-        f"{data.dataset.name}: {len(data.catalog):,} items, {len(data.catalog.group_sids):,} "
-        f"distinct SIDs, {len(data.dataset.histories):,} users; sha256 {data.dataset.sha256}.",
+        f"{data.name}: {data.items:,} items, {data.users:,} users; sha256 {data.sha256}.",
         "",
         "## Metrics",
         "",
     ]
-    lines += [*_metrics(run, step), "", "## Config", "", "```json", to_json(config).strip(), "```"]
+    lines += [*_metrics(run.path, step), "", "## Config", "", "```json", to_json(config).strip(), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -158,14 +155,16 @@ def _metrics(run: Path, step: int) -> list[str]:
     path = run / "metrics.json"
     if not path.is_file():
         return ["Not evaluated."]
-    found = json.loads(path.read_text())
-    if found.get("step") != step:
+    metrics = json.loads(path.read_text())
+    if metrics.get("step") != step:
         return [f"Not evaluated at step {step}."]
-    evaluated = (
-        f"{found['retrieval_users']:,} of {found['test_users']:,} test users, beam {found['beam']}."
+    split = metrics["split"]
+    users = (
+        f"{metrics['retrieval_users']:,} of {metrics[f'{split}_users']:,} {split} users, "
+        f"beam {metrics['beam']}."
     )
-    values = {k: v for k, v in found.items() if isinstance(v, float)}
-    return [evaluated, "", "| metric | value |", "|---|---|"] + [
+    values = {k: v for k, v in metrics.items() if isinstance(v, float)}
+    return [users, "", "| metric | value |", "|---|---|"] + [
         f"| {name} | {value:.4f} |" for name, value in values.items()
     ]
 
@@ -177,22 +176,27 @@ def import_folder(folder: Path, out: Path) -> None:
     """
     described = read_folder(folder)
     files = SafetensorsFolder(folder)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    # The vocabulary exactly as it is there, with or without SID tokens.
-    space = SidSpace((), vocabulary_multiple=described.vocabulary)
-    if described.codebook_sizes is not None:
-        offset = described.text_tokens + SPECIAL_TOKENS
-        space = SidSpace(described.codebook_sizes, offset, described.vocabulary)
-    config = Config("import", model=described.decoder, encoder=described.encoder)
-    trainer = Trainer.create(config, space, mesh)
-    abstract = trainer.abstract_state()
-    parts: dict[str, Any] = load_parts(
-        files, described.decoder, described.encoder, dict(abstract.params)
-    )
     with replacing_folder(out, _is_import) as beside:
         copy_all_but_weights(folder, beside)
-        with Checkpoints(beside, trainer, keep=1) as checkpoints:
-            if described.encoder is not None:
-                rows = load_rows(files, described.encoder, abstract.memory)
-                parts["memory"] = checkpoints.memory_part(rows)
-            checkpoints.save_parts(0, parts, {})
+        parts = _imported_parts(described, files)
+        with Checkpoints(beside, keep=1) as checkpoints:
+            checkpoints.save(0, parts, {})
+
+
+def _imported_parts(described: ModelFolder, files: SafetensorsFolder) -> dict[str, Any]:
+    """The folder's parts on one device, the vocabulary exactly as it is there."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    if described.sid_encoder is None:
+        decoder = nnx.eval_shape(
+            lambda: Decoder(described.decoder, described.vocabulary, rngs=nnx.Rngs(0))
+        )
+        abstract = {"llm": abstract_parameters(decoder, mesh)}
+        return load_parts(files, described.decoder, None, abstract)
+    space = SidSpace(described.codebook_sizes)
+    # Filled up to the size that it has there.
+    vocabulary = Vocabulary(space, described.text_tokens, described.vocabulary)
+    config = Config("import", model=described.decoder, sid_encoder=described.sid_encoder)
+    spec = ModelSpec.create(config, vocabulary, mesh)
+    parts = load_parts(files, described.decoder, described.sid_encoder, spec.params)
+    parts["memory"] = memory_part(spec, load_rows(files, described.sid_encoder, spec.memory))
+    return parts

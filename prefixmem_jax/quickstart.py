@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 import jax
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_files import load_config, override
+from prefixmem_jax.config_files import load_config, override, to_json
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.comparison import evaluate_heuristics
-from prefixmem_jax.evaluation.evaluator import chosen_examples, write_metrics
-from prefixmem_jax.inference.engine import Recommender
+from prefixmem_jax.evaluation.evaluator import chosen_examples, evaluate_run
 from prefixmem_jax.evaluation.report import Results, text_table, write_report
 from prefixmem_jax.files import write_json
+from prefixmem_jax.inference.engine import Engine
+from prefixmem_jax.runs.run import Run
 from prefixmem_jax.training.loop import train
 from prefixmem_jax.training.metrics import read_metrics
 
@@ -46,26 +48,26 @@ def quickstart_configs(
             if name != "classification":
                 config = override(config, f"steps={STEPS_ON_DATA}")
         for text in overrides:
-            if text.startswith("encoder.") and config.encoder is None:
+            if text.startswith("sid_encoder.") and config.sid_encoder is None:
                 continue  # the baseline has none
             config = override(config, text)
         configs[name] = config
     return configs
 
 
-def fit_encoder(config: Config, levels: int) -> Config:
+def fit_sid_encoder(config: Config, levels: int) -> Config:
     """Targets every level from the third on, whatever the depth of the data's SIDs."""
-    if config.encoder is None:
+    if config.sid_encoder is None:
         return config
     if levels < 3:
         raise UserError(
             f"the data's SIDs have {levels} levels; quickstart compares from level 3 on, where "
-            "prefixes are too many to memorise (train a config with encoder.target_levels=(2,))"
+            "prefixes are too many to memorise (train a config with sid_encoder.target_levels=(2,))"
         )
-    encoder = dataclasses.replace(
-        config.encoder, target_levels=tuple(range(3, levels + 1)), orders=levels - 1
+    sid_encoder = dataclasses.replace(
+        config.sid_encoder, target_levels=tuple(range(3, levels + 1)), orders=levels - 1
     )
-    return dataclasses.replace(config, encoder=encoder)
+    return dataclasses.replace(config, sid_encoder=sid_encoder)
 
 
 def quickstart(
@@ -88,13 +90,13 @@ def quickstart(
     configs = quickstart_configs(out, data, overrides)
     prepared = prepare_data(configs["baseline"].data)
     levels = prepared.catalog.space.levels
-    configs = {name: fit_encoder(config, levels) for name, config in configs.items()}
+    configs = {name: fit_sid_encoder(config, levels) for name, config in configs.items()}
     out.mkdir(parents=True, exist_ok=True)
     say(describe_data(prepared))
     for name in RUNS:
         train(configs[name], out / name, prepared)
 
-    everyone, sample = chosen_examples(configs["baseline"], prepared)
+    everyone, sample = chosen_examples(configs["baseline"].evaluation, prepared)
     facts = (
         f"{describe_data(prepared)}\n"
         f"Teacher-forced accuracy on {len(everyone):,} test users, retrieval on "
@@ -105,17 +107,19 @@ def quickstart(
     say(facts.partition("\n")[2])
     results: Results = {}
     for name in ("baseline", "prefixmem"):
-        recommender = Recommender.load(out / name, prepared)
-        results[name] = write_metrics(out / name, recommender)
-        results[name] |= costs(out, name, recommender, configs)
-    for name, evaluated in evaluate_heuristics(prepared, configs["baseline"]).items():
+        run = Run(out / name)
+        engine = run.engine(prepared.catalog)
+        results[name] = evaluate_run(run, prepared, engine=engine)
+        results[name] |= costs(out, name, engine, configs)
+    options = configs["baseline"].evaluation
+    for name, evaluated in evaluate_heuristics(prepared, options).items():
         results[name] = evaluated.metrics
     for values in results.values():
         values["dataset_sha256"] = prepared.dataset.sha256
     write_json(out / "results.json", results)
     write_report(out, results, learning_curves(out), facts)
     say(text_table(results, levels))
-    export_run(out / "prefixmem", out / "export", data=prepared)
+    export_run(Run(out / "prefixmem"), out / "export")
     return results
 
 
@@ -129,14 +133,13 @@ def describe_data(data: PreparedData) -> str:
 
 
 def costs(
-    out: Path, name: str, recommender: Recommender, configs: dict[str, Config]
+    out: Path, name: str, engine: Engine, configs: dict[str, Config]
 ) -> dict[str, Any]:
     """What a system took to train, and what it was; stage 1 is counted where it was used."""
     config = configs[name]
     last = read_metrics(out / name)[-1]
-    state = recommender.state
-    trained = jax.tree.leaves((state.params, state.memory))
-    found: dict[str, Any] = {
+    trained = jax.tree.leaves((engine.params, engine.memory))
+    cost: dict[str, Any] = {
         "steps": config.steps,
         "tokens": last["tokens"],
         "flops": last["flops"],
@@ -146,15 +149,15 @@ def costs(
     }
     if config.init.run is not None:
         stage_one = read_metrics(out / "classification")[-1]
-        found["stage1_steps"] = configs["classification"].steps
+        cost["stage1_steps"] = configs["classification"].steps
         for key in ("tokens", "flops", "seconds"):
-            found[f"stage1_{key}"] = stage_one[key]
-            found[key] += stage_one[key]
-    resolved = dataclasses.asdict(config)
+            cost[f"stage1_{key}"] = stage_one[key]
+            cost[key] += stage_one[key]
+    resolved = json.loads(to_json(config))
     if config.init.run is not None:  # the same wherever the comparison was written
         resolved["init"]["run"] = Path(config.init.run).name
-    found["config"] = resolved
-    return found
+    cost["config"] = resolved
+    return cost
 
 
 def learning_curves(out: Path) -> dict[str, list[dict[str, float]]]:

@@ -13,12 +13,14 @@ from flax import nnx
 
 from prefixmem_jax.benchmarks import fixtures
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
-from prefixmem_jax.config import DecoderConfig
+from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.inference.beam_search import Candidates, beam_search, keep_best
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie, TrieLevel
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 HISTORY = 20  # items in each prompt
 DECODERS = {
@@ -50,15 +52,17 @@ def bench_decode(
         top-k) by catalogue size; `constraint_share` of the whole; `users_per_second` constrained.
       tries: by catalogue size, SIDs, bytes and the most children at each level.
     """
-    space = SidSpace((codes,) * levels)
-    model = SidLM(DECODERS[decoder], None, space, rngs=nnx.Rngs(0))
+    vocabulary = Vocabulary(SidSpace((codes,) * levels))
+    model = SidLM(DECODERS[decoder], None, vocabulary, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
     rng = np.random.default_rng(0)
     tries = {
         size: Trie(rng.integers(0, codes, (size, levels)), (codes,) * levels) for size in catalogues
     }
     on_device = {size: jax.device_put(trie.levels) for size, trie in tries.items()}
-    prompts = _prompts(space, users, rng)
+    length = 1 + levels * HISTORY
+    prompts = fixtures.random_documents(vocabulary, users, HISTORY, length, rng)
+    prompts = jax.device_put(prompts)
     by_beam = {}
     for width in beams:
         whole = jax.jit(partial(_decode, graphdef, width))
@@ -101,20 +105,11 @@ def _by_kind(seconds: dict[Any, float], users: int) -> dict[str, Any]:
     }
 
 
-def _prompts(space: SidSpace, users: int, rng: np.random.Generator) -> dict[str, jax.Array]:
-    sids = [rng.integers(0, size, (users, HISTORY)) for size in space.codebook_sizes]
-    tokens = space.encode(np.stack(sids, axis=-1)).reshape(users, -1)
-    tokens = np.concatenate([np.full((users, 1), space.bos_token), tokens], axis=1)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
-
-
 def _decode(
     graphdef: nnx.GraphDef,
     width: int,
     params: Any,
-    prompts: dict[str, jax.Array],
+    prompts: Batch,
     trie: list[TrieLevel] | None,
 ) -> Any:
     return beam_search(CachedSidLM(nnx.merge(graphdef, params), None), prompts, width, trie)

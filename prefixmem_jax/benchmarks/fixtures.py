@@ -1,4 +1,4 @@
-"""Trainers and batches for benchmarks: random SIDs of 5 levels, no data files."""
+"""Models and batches for benchmarks: random SIDs of 5 levels, no data files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
-from prefixmem_jax.config import Config, DataConfig, DecoderConfig, PrefixMemoryConfig
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import DataConfig, DecoderConfig
+from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.memory.table import spread
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
-from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
-from prefixmem_jax.objectives.next_token import build_model, next_token_sums
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
-from prefixmem_jax.training.step import Trainer
+from prefixmem_jax.training.state import abstract_state, init_sharded, init_state
+from prefixmem_jax.training.step import compile_train_step
 
 # Decoders by name: the quickstart's, and the one that the paper pre-trains with.
 DECODERS = {
@@ -41,59 +45,68 @@ DECODERS = {
 }
 
 
-def one_device_trainer(
+def one_device_model(
     decoder: str,
-    encoder: PrefixMemoryConfig | None,
+    sid_encoder: SidEncoderConfig | None,
     batch: int,
     length: int,
     codes: int,
-) -> Trainer:
-    """A trainer on one device."""
+) -> ModelSpec:
+    """A model on one device."""
     model, text_tokens = DECODERS[decoder]
-    space = SidSpace((codes,) * 5, text_tokens + SPECIAL_TOKENS)
+    vocabulary = Vocabulary(SidSpace((codes,) * 5), text_tokens)
     data = DataConfig(sequence_length=length, batch_size=batch)
-    config = Config("benchmark", encoder=encoder, data=data, model=model)
-    return Trainer.create(config, space, make_mesh(devices=jax.devices()[:1]))
+    config = Config("benchmark", sid_encoder=sid_encoder, data=data, model=model)
+    return ModelSpec.create(config, vocabulary, make_mesh(devices=jax.devices()[:1]))
 
 
-def random_batches(trainer: Trainer, count: int) -> list[dict[str, jax.Array]]:
-    """Batches of random items, in the layout of `data.sequences`."""
+def random_documents(
+    vocabulary: Vocabulary, rows: int, items: int, length: int, rng: np.random.Generator
+) -> Batch:
+    """One document of random items a row, on the host."""
+    sizes = vocabulary.space.codebook_sizes
+    sids = np.stack([rng.integers(0, size, (rows, items)) for size in sizes], axis=-1)
+    batch = Batch.zeros(rows, length)
+    batch.tokens[:, 0] = vocabulary.bos_token
+    used = 1 + vocabulary.levels * items
+    batch.tokens[:, 1:used] = vocabulary.encode(sids).reshape(rows, -1)
+    batch.segment_ids[:, :used] = 1
+    batch.positions[:] = np.arange(length)
+    batch.loss_mask[:, :used] = 1
+    return batch
+
+
+def random_batches(spec: ModelSpec, count: int) -> list[Batch]:
+    """Batches of random items, on the model's mesh."""
     rng = np.random.default_rng(0)
-    data, space = trainer.config.data, trainer.space
-    items = (data.sequence_length - 1) // space.levels
-    sharding = batch_sharding(trainer.mesh)
-    found = []
-    for _ in range(count):
-        sids = rng.integers(0, space.codebook_sizes[0], (data.batch_size, items, space.levels))
-        tokens = np.zeros((data.batch_size, data.sequence_length), np.int32)
-        tokens[:, 0] = space.bos_token
-        tokens[:, 1 : 1 + space.levels * items] = space.encode(sids).reshape(len(tokens), -1)
-        segments = (tokens > 0).astype(np.int32)
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-        batch = {"tokens": tokens, "segment_ids": segments, "positions": positions}
-        batch["loss_mask"] = segments.astype(np.float32)
-        found.append({name: jax.device_put(array, sharding) for name, array in batch.items()})
-    return found
+    data = spec.config.data
+    items = (data.sequence_length - 1) // spec.vocabulary.levels
+    sharding = batch_sharding(spec.mesh)
+    rows, length = data.batch_size, data.sequence_length
+    return [
+        jax.device_put(random_documents(spec.vocabulary, rows, items, length, rng), sharding)
+        for _ in range(count)
+    ]
 
 
-def training(trainer: Trainer, batches: list[dict[str, jax.Array]]) -> Callable[[], Any]:
+def training(spec: ModelSpec, batches: list[Batch]) -> Callable[[], Any]:
     """A function that makes one train step each time it is called."""
-    step = trainer.compile_train_step()
-    return _repeated(lambda state, batch: step(state, batch)[0], trainer.init_sharded(0), batches)
+    step = compile_train_step(spec)
+    return _repeated(lambda state, batch: step(state, batch)[0], init_sharded(spec, 0), batches)
 
 
-def dense_training(trainer: Trainer, batches: list[dict[str, jax.Array]]) -> Callable[[], Any]:
+def dense_training(spec: ModelSpec, batches: list[Batch]) -> Callable[[], Any]:
     """The same with the table as one more parameter: a gradient for all of it, and dense AdamW."""
-    config, table = trainer.config, trainer.table
+    config, table = spec.config, spec.table
     optimizers = dense_optimizer(config), memory_optimizer(config)
 
-    def loss(params: Any, memory: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-        model = trainer.model(params)
-        addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
-        sums = next_token_sums(model, batch, table.lookup(memory, addresses))
+    def loss(params: Any, memory: jax.Array, batch: Batch) -> jax.Array:
+        model = spec.model(params)
+        rows = table.gather(memory, model.memory_addresses(batch))
+        sums = config.objective.loss_sums(model, batch, rows, None)
         return sums["loss"] / sums["count"]
 
-    def step(state: Any, batch: dict[str, jax.Array]) -> Any:
+    def step(state: Any, batch: Batch) -> Any:
         trained, states = state
         gradients = jax.grad(loss, argnums=(0, 1))(*trained, batch)
         scale = clip_scale(optax.tree.norm(gradients, squared=True), config.optimizer.clip_norm)
@@ -106,41 +119,32 @@ def dense_training(trainer: Trainer, batches: list[dict[str, jax.Array]]) -> Cal
             after.append((optax.apply_updates(was, updates), new))
         return tuple(zip(*after, strict=True))
 
-    start = jax.jit(trainer.init)(jax.random.key(0))  # no mesh
+    start = jax.jit(lambda key: init_state(spec, key))(jax.random.key(0))  # no mesh
     state = ((start.params, start.memory), (start.optimizer, start.memory_optimizer))
-    plain = [{name: np.asarray(array) for name, array in batch.items()} for batch in batches]
+    plain = [jax.device_get(batch) for batch in batches]
     return _repeated(jax.jit(step, donate_argnums=0), state, plain)
 
 
-def table_training(
-    trainer: Trainer, batches: list[dict[str, jax.Array]], dense: bool
-) -> Callable[[], Any]:
+def table_training(spec: ModelSpec, batches: list[Batch], dense: bool) -> Callable[[], Any]:
     """The table's part of a step alone: read rows, take a gradient of them, update the table.
 
     Args:
       dense: gradient of the whole table and AdamW on all of it, instead of the batch's rows.
     """
-    table, optimizer = trainer.table, memory_optimizer(trainer.config)
-    encoder = jax.eval_shape(
-        lambda: build_model(trainer.config, trainer.space, nnx.Rngs(0))
-    ).encoder
-    with jax.set_mesh(trainer.mesh):
-        addresses = [encoder.addresses(b["tokens"], b["segment_ids"]) for b in batches]
+    table, optimizer = spec.table, memory_optimizer(spec.config)
+    addresses = batch_addresses(spec, batches)
 
     def row_wise_step(state: tuple, addresses: jax.Array) -> tuple:
         memory, optimizer_state = state
         fetched = table.fetch(memory, addresses)
         gradients = jax.grad(lambda rows: _loss(spread(fetched._replace(rows=rows))))(fetched.rows)
-        merged = table.merge_gradients(fetched, gradients)
+        merged = table.merge(fetched, gradients)
         scale = clip_scale(merged.squared_norm, 1.0)
-        key = jax.random.key(0)
-        return table.update(
-            memory, optimizer_state, optimizer, fetched, gradients, merged, scale, key
-        )
+        return table.apply(memory, optimizer_state, merged, optimizer, scale, jax.random.key(0))
 
     def dense_step(state: tuple, addresses: jax.Array) -> tuple:
         memory, optimizer_state = state
-        gradient = jax.grad(lambda memory: _loss(table.lookup(memory, addresses)))(memory)
+        gradient = jax.grad(lambda memory: _loss(table.gather(memory, addresses)))(memory)
         gradient *= clip_scale(jnp.sum(gradient**2), 1.0)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, memory)
         return memory + updates, optimizer_state
@@ -152,12 +156,19 @@ def table_training(
         state = jax.jit(start)(jax.random.key(0))
         plain = [np.asarray(x) for x in addresses]
         return _repeated(jax.jit(dense_step, donate_argnums=0), state, plain)
-    abstract = trainer.abstract_state()
+    abstract = abstract_state(spec)
     shardings = jax.tree.map(lambda x: x.sharding, (abstract.memory, abstract.memory_optimizer))
-    with jax.set_mesh(trainer.mesh):
+    with jax.set_mesh(spec.mesh):
         state = jax.jit(start, out_shardings=shardings)(jax.random.key(0))
         step = jax.jit(row_wise_step, donate_argnums=0).lower(state, addresses[0]).compile()
     return _repeated(step, state, addresses)
+
+
+def batch_addresses(spec: ModelSpec, batches: list[Batch]) -> list[jax.Array]:
+    """The memory's addresses of batches."""
+    with jax.set_mesh(spec.mesh):
+        model = spec.model(init_sharded(spec, 0).params)
+        return [model.memory_addresses(batch) for batch in batches]
 
 
 def _loss(rows: jax.Array) -> jax.Array:

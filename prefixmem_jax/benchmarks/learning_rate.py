@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.files import write_json
-from prefixmem_jax.quickstart import fit_encoder, quickstart_configs
+from prefixmem_jax.quickstart import fit_sid_encoder, quickstart_configs
 from prefixmem_jax.training.loop import train
 from prefixmem_jax.training.metrics import read_metrics
 
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     configs = quickstart_configs(options.out, options.data, options.overrides)
     data = prepare_data(configs["baseline"].data)
-    configs = {n: fit_encoder(c, data.catalog.space.levels) for n, c in configs.items()}
+    configs = {n: fit_sid_encoder(c, data.catalog.space.levels) for n, c in configs.items()}
     train(configs["classification"], options.out / "classification", data)
     found = []
     for rate in options.rates:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from prefixmem_jax.benchmarks.timing import machine
-from prefixmem_jax.config import Config, DataConfig, DecoderConfig, InitConfig
-from prefixmem_jax.data.prepare import data_space
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import DataConfig, DecoderConfig, InitConfig
+from prefixmem_jax.data.prepare import data_vocabulary
 from prefixmem_jax.files import write_json
 from prefixmem_jax.hf.export import Parameters, write_weights
 from prefixmem_jax.hf.families import huggingface_config, read_folder
+from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training.initialise import parts_of_folder
-from prefixmem_jax.training.step import Trainer
 
 SHARDS, WIDTH, VOCABULARY = 3, 1024, 32_768
 
@@ -55,12 +57,8 @@ def _write_checkpoint(folder: Path, size: int) -> list[int]:
     decoder = DecoderConfig(layers, WIDTH, 3 * WIDTH, 16, 8, 128, tied_embeddings=True)
     config = huggingface_config(decoder, VOCABULARY, 1024)
     write_json(folder / "config.json", config.to_dict())
-    trainer = Trainer.create(
-        Config("saved", model=decoder),
-        SidSpace((), vocabulary_multiple=VOCABULARY),
-        make_mesh(devices=jax.devices()[:1]),
-    )
-    dense = trainer.init_sharded(0).params
+    model = Decoder(decoder, VOCABULARY, rngs=nnx.Rngs(0))
+    dense = {"llm": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
     write_weights(folder, Parameters(decoder, None, dense), None, size // SHARDS)
     return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
@@ -71,11 +69,11 @@ def _load(folder: str) -> tuple[int, int]:
     data = DataConfig(codebook_sizes=(2048,) * 4, text_tokens=described.text_tokens)
     config = Config("load", data=data, model=described.decoder)
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = Trainer.create(config, data_space(data), mesh)
+    spec = ModelSpec.create(config, data_vocabulary(data), mesh)
     jax.block_until_ready(jax.numpy.zeros(8))
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    loaded = parts_of_folder(trainer, InitConfig(from_huggingface=folder), ["llm"], seed=0)
+    loaded = parts_of_folder(spec, InitConfig(from_huggingface=folder), ["llm"], seed=0)
     jax.block_until_ready(loaded)
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     return arrays, _resident("VmHWM") - before

@@ -13,18 +13,20 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.benchmarks.fixtures import (
+    batch_addresses,
     dense_training,
-    one_device_trainer,
+    one_device_model,
     random_batches,
     table_training,
     training,
 )
-from prefixmem_jax.config import MeshConfig, PrefixMemoryConfig
+from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.memory.table import ADDRESSES, Table, spread
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
-from prefixmem_jax.training.step import Trainer
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 BATCH, LENGTH, CODES = 40, 128, 256  # 5,120 tokens, as in the quickstart
 
@@ -62,46 +64,43 @@ def bench_memory(rows: list[int], compared_rows: int, d_mem: int, repeats: int) 
     return found
 
 
-def _trainer(rows: int, d_mem: int) -> Trainer:
-    encoder = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
-    return one_device_trainer("quickstart", encoder, BATCH, LENGTH, CODES)
+def _model(rows: int, d_mem: int) -> ModelSpec:
+    memory = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
+    return one_device_model("quickstart", memory, BATCH, LENGTH, CODES)
 
 
 def _step_by_rows(rows: list[int], d_mem: int, repeats: int) -> dict[int, float]:
-    trainers = {size: _trainer(size, d_mem) for size in rows}
-    batches = random_batches(trainers[rows[0]], 8)
-    with jax.set_mesh(trainers[rows[0]].mesh):
-        calls = {size: training(trainer, batches) for size, trainer in trainers.items()}
+    models = {size: _model(size, d_mem) for size in rows}
+    batches = random_batches(models[rows[0]], 8)
+    with jax.set_mesh(models[rows[0]].mesh):
+        calls = {size: training(spec, batches) for size, spec in models.items()}
         return median_seconds(calls, repeats, "step by rows per table")
 
 
 def _row_wise_and_dense_table(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
-    trainer = _trainer(rows, d_mem)
-    batches = random_batches(trainer, 8)
+    spec = _model(rows, d_mem)
+    batches = random_batches(spec, 8)
     calls = {
-        "row_wise": table_training(trainer, batches, dense=False),
-        "dense": table_training(trainer, batches, dense=True),
+        "row_wise": table_training(spec, batches, dense=False),
+        "dense": table_training(spec, batches, dense=True),
     }
     return median_seconds(calls, repeats, "table, row-wise and dense")
 
 
 def _row_wise_and_dense_step(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
-    trainer = _trainer(rows, d_mem)
-    batches = random_batches(trainer, 8)
+    spec = _model(rows, d_mem)
+    batches = random_batches(spec, 8)
     calls = {
-        "row_wise": training(trainer, batches),
-        "dense": dense_training(trainer, batches),
+        "row_wise": training(spec, batches),
+        "dense": dense_training(spec, batches),
     }
     return median_seconds(calls, repeats, "step, row-wise and dense")
 
 
 def _table_and_addresses(rows: int, d_mem: int) -> tuple[Table, np.ndarray]:
-    trainer = _trainer(rows, d_mem)
-    batch = random_batches(trainer, 1)[0]
-    with jax.set_mesh(trainer.mesh):
-        encoder = trainer.model(trainer.init_sharded(0).params).encoder
-        addresses = encoder.addresses(batch["tokens"], batch["segment_ids"])
-    return trainer.table, np.asarray(addresses)
+    spec = _model(rows, d_mem)
+    (addresses,) = batch_addresses(spec, random_batches(spec, 1))
+    return spec.table, np.asarray(addresses)
 
 
 def _compare_fetches(rows: int, d_mem: int, repeats: int) -> dict[str, Any]:

@@ -7,31 +7,31 @@ from typing import Any
 import jax
 
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
-from prefixmem_jax.benchmarks.fixtures import one_device_trainer, random_batches, training
-from prefixmem_jax.config import PrefixMemoryConfig
+from prefixmem_jax.benchmarks.fixtures import one_device_model, random_batches, training
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 # Batch, length and codes per level by decoder: what fits the machines they are meant for.
 SHAPES = {"quickstart": (40, 128, 256), "qwen3-0.6b": (8, 1024, 2048)}
 
 
 def bench_step(decoder: str, rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
-    """Times a train step of a decoder without and with the encoder, on one device.
+    """Times a train step of a decoder without and with the SID encoder, on one device.
 
     Returns:
       machine, decoder, rows (per table), d_mem, tokens (per step).
-      step_seconds: by `without` and `with` the encoder.
-      encoder_overhead: seconds that the encoder adds, as a share of the step without it.
+      step_seconds: by `without` and `with` the SID encoder.
+      sid_encoder_overhead: seconds that the SID encoder adds, as a share of the step without it.
       tokens_per_second: of both.
     """
     batch, length, codes = SHAPES[decoder]
-    encoder = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
-    trainers = {
-        name: one_device_trainer(decoder, used, batch, length, codes)
-        for name, used in (("without", None), ("with", encoder))
+    memory = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
+    models = {
+        name: one_device_model(decoder, sid_encoder, batch, length, codes)
+        for name, sid_encoder in (("without", None), ("with", memory))
     }
-    batches = random_batches(trainers["with"], 8)
-    with jax.set_mesh(trainers["with"].mesh):
-        calls = {name: training(trainer, batches) for name, trainer in trainers.items()}
+    batches = random_batches(models["with"], 8)
+    with jax.set_mesh(models["with"].mesh):
+        calls = {name: training(spec, batches) for name, spec in models.items()}
         seconds = median_seconds(calls, repeats, "train step")
     tokens = batch * length
     return {
@@ -41,7 +41,7 @@ def bench_step(decoder: str, rows: int, d_mem: int, repeats: int) -> dict[str, A
         "d_mem": d_mem,
         "tokens": tokens,
         "step_seconds": seconds,
-        "encoder_overhead": seconds["with"] / seconds["without"] - 1,
+        "sid_encoder_overhead": seconds["with"] / seconds["without"] - 1,
         "tokens_per_second": {name: tokens / value for name, value in seconds.items()},
     }
 
@@ -57,13 +57,13 @@ def describe(found: dict[str, Any]) -> str:
                 f"{found['tokens_per_second'][name]:,.0f} tokens/s"
                 for name in seconds
             ),
-            f"  the encoder ({found['rows']:,} rows per table, d_mem {found['d_mem']}) adds "
-            f"{100 * found['encoder_overhead']:.1f}%",
+            f"  the SID encoder ({found['rows']:,} rows per table, d_mem {found['d_mem']}) adds "
+            f"{100 * found['sid_encoder_overhead']:.1f}%",
         ]
     )
 
 
 def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
-    named = {f"{name} encoder": value for name, value in found["step_seconds"].items()}
+    named = {f"{name} SID encoder": value for name, value in found["step_seconds"].items()}
     return [(f"train step, {found['decoder']}", named)]

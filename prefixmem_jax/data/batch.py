@@ -1,13 +1,15 @@
-"""The one batch type: what a model that reads token sequences is given."""
+"""The one batch type of token sequences, and cutting rows into batches."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Any pytree of host arrays with one row per example; a `Batch` is one.
+Rows = Any
 Array = np.ndarray | jax.Array | jax.ShapeDtypeStruct
 
 
@@ -41,16 +43,20 @@ class Batch(NamedTuple):
         return cls(ids, ids, ids, mask)
 
 
-def take_rows(batch: Batch, index: slice | np.ndarray) -> Batch:
-    """Some rows of a batch."""
-    return Batch(*(array[index] for array in batch))
+def take_rows(rows: Rows, index: Any) -> Rows:
+    """Some rows of host arrays: an index, a slice, or an array of indices."""
+    return jax.tree.map(lambda array: array[index], rows)
 
 
-def batches(batch: Batch, size: int) -> list[Batch]:
-    """Cuts a batch into batches of exactly `size` rows; the last is filled up with empty rows."""
-    pieces = []
-    for start in range(0, len(batch.tokens), size):
-        piece = take_rows(batch, slice(start, start + size))
-        missing = size - len(piece.tokens)
-        pieces.append(Batch(*(np.pad(array, ((0, missing), (0, 0))) for array in piece)))
-    return pieces
+def batches(rows: Rows, size: int) -> list[Rows]:
+    """Cuts rows into batches of exactly `size`; the last is filled up with empty (zero) rows."""
+
+    def cut(array: np.ndarray, start: int) -> np.ndarray:
+        piece = array[start : start + size]
+        return np.pad(piece, ((0, size - len(piece)), *((0, 0),) * (array.ndim - 1)))
+
+    count = len(jax.tree.leaves(rows)[0])
+    return [
+        jax.tree.map(lambda array, start=start: cut(array, start), rows)
+        for start in range(0, count, size)
+    ]

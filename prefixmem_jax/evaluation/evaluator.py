@@ -1,4 +1,4 @@
-"""Judging a trained run: teacher-forced accuracy, hit rate, beam-search retrieval, user by user."""
+"""Evaluating a trained run: teacher-forced accuracy, hit rate, beam-search retrieval, by user."""
 
 from __future__ import annotations
 
@@ -6,161 +6,172 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import to_json
+from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
-from prefixmem_jax.data.splits import Example
+from prefixmem_jax.data.splits import Examples
 from prefixmem_jax.evaluation.metrics import (
+    Evaluated,
     Scores,
     beam_scores,
     catalogue_metrics,
     diversity_scores,
     groups_of,
+    over_users,
+    prefix_popularity,
     teacher_forced_scores,
 )
-from prefixmem_jax.inference.engine import Recommender
 from prefixmem_jax.evaluation.sid_to_text import title_bleu
-from prefixmem_jax.evaluation.statistics import intervals, means
+from prefixmem_jax.evaluation.statistics import intervals
 from prefixmem_jax.files import replacing, write_json
+from prefixmem_jax.inference.engine import Engine
+from prefixmem_jax.runs.run import Run
 
 # Users whose beams are kept in memory, and lost where an evaluation is killed.
-PART = 4096
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A system's scores by user (in the order of the split), and what is not a mean over users."""
-
-    scores: Scores
-    overall: dict[str, float]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return means(self.scores) | self.overall
+SHARE = 4096
 
 
 def chosen_examples(
-    config: Config, data: PreparedData, split: str = "test"
-) -> tuple[list[Example], np.ndarray]:
+    options: EvaluationConfig, data: PreparedData, split: str = "test"
+) -> tuple[Examples, np.ndarray]:
     """All examples of a split, and which of them retrieval is evaluated on: a fixed sample."""
     everyone = getattr(data.split, split)
-    sample = fixed_sample(list(range(len(everyone))), config.evaluation.users)
-    return everyone, np.array(sample)
+    return everyone, fixed_sample(len(everyone), options.users)
 
 
-def judge(
-    recommender: Recommender, split: str = "test", work: Path | None = None, progress: bool = True
+def evaluate(
+    engine: Engine,
+    data: PreparedData,
+    options: EvaluationConfig,
+    split: str = "test",
+    name: str = "",
+    work: Path | None = None,
+    text_model: str | None = None,
 ) -> Evaluated:
-    """Every metric of a run on a split.
+    """Every metric of a model on a split. With several processes all of them call alike.
 
     Args:
+      name: of the run, on progress bars; without one, none are shown.
       work: folder for what is done already, so that a killed evaluation goes on from there; it is
-        removed at the end.
+        removed at the end. The processes of an evaluation share it.
+      text_model: Hugging Face folder with the text tokenizer, if there is one.
     """
-    config, data = recommender.config, recommender.data
     catalog = data.catalog
-    everyone, sample = chosen_examples(config, data, split)
+    everyone, sample = chosen_examples(options, data, split)
     in_sample = np.isin(np.arange(len(everyone)), sample)
-    parts = []
-    starts = range(0, len(everyone), PART)
-    for start in tqdm(
-        starts, desc=config.name, unit="part", disable=not progress or len(starts) < 2
-    ):
-        part = slice(start, start + PART)
+    shares = []
+    starts = range(0, len(everyone), SHARE)
+    for start in tqdm(starts, desc=name, unit="share", disable=not name or len(starts) < 2):
+        users = np.arange(start, min(start + SHARE, len(everyone)))
         path = None if work is None else work / f"{start}.npz"
-        if path is not None and path.is_file():
+        if path is not None and _all_agree(path.is_file()):
             with np.load(path) as saved:
-                found = dict(saved)
+                share = dict(saved)
         else:
-            found = _search_part(recommender, everyone[part], in_sample[part], progress)
-            if path is not None:
+            share = _search(engine, everyone.take(users), in_sample[users], options.beam, name)
+            if path is not None and jax.process_index() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as beside, beside.open("wb") as file:
-                    np.savez(file, **found)
-        parts.append(found)
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                    np.savez(file, **share)
+        shares.append(share)
+    results = {key: np.concatenate([share[key] for share in shares]) for key in shares[0]}
 
-    scores = teacher_forced_scores(found["ranks"], prefix_popularity(data, everyone))
+    popularity = prefix_popularity(catalog, data.item_counts, everyone.targets)
+    scores = teacher_forced_scores(results["ranks"], popularity)
     retrieved: Scores = {}
-    targets = np.array([everyone[user].target for user in sample])
+    targets = everyone.targets[sample]
     for suffix in ("unconstrained", "constrained"):
-        groups = groups_of(found[suffix], catalog)
+        groups = groups_of(results[suffix], catalog)
         retrieved |= beam_scores(groups, targets, catalog, suffix)
-    retrieved |= diversity_scores(found["constrained"])
-    depths = catalog.trie.depths(found["greedy"])
+    retrieved |= diversity_scores(results["constrained"])
+    depths = catalog.trie.depths(results["greedy"])
     for level in range(1, catalog.space.levels + 1):
         retrieved[f"prefix_hit_rate/level_{level}"] = (depths >= level).astype(np.float64)
     retrieved["sid_hit_rate"] = (depths == catalog.space.levels).astype(np.float64)
-    scores |= spread(retrieved, sample, len(everyone))
+    scores |= over_users(retrieved, sample, len(everyone))
     overall = catalogue_metrics(groups, data.item_counts, catalog)
-    written = title_bleu(recommender)
-    if written is not None:
-        overall["bleu"] = written
-    if work is not None:
+    bleu = title_bleu(engine, text_model)
+    if bleu is not None:
+        overall["bleu"] = bleu
+    if work is not None and jax.process_index() == 0:
         shutil.rmtree(work, ignore_errors=True)
     return Evaluated(scores, overall)
 
 
-def _search_part(
-    recommender: Recommender, examples: Sequence[Example], chosen: np.ndarray, progress: bool
+def _all_agree(flag: bool) -> bool:
+    """The first process's flag, on every process: they must take the same way."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def _search(
+    engine: Engine, examples: Examples, chosen: np.ndarray, beam: int, name: str
 ) -> dict[str, np.ndarray]:
     """Teacher-forced ranks of all, SIDs of the chosen ones."""
-    config = recommender.config
 
     def label(text: str) -> str:
-        return f"{config.name} {text}" if progress else ""
+        return f"{name} {text}" if name else ""
 
-    histories = [examples[user].history for user in np.flatnonzero(chosen)]
-    beam = config.evaluation.beam
-    found = {"ranks": recommender.target_ranks(examples, label("teacher-forced"))}
+    histories = examples.take(np.flatnonzero(chosen)).histories()
+    results = {
+        "ranks": engine.target_ranks(
+            examples.histories(), examples.targets, label("teacher-forced")
+        )
+    }
     for suffix, constrained in (("unconstrained", False), ("constrained", True)):
-        found[suffix], _ = recommender.search(
+        results[suffix], _ = engine.search(
             histories, beam, constrained, label(f"{suffix} beam search")
         )
-    greedy, _ = recommender.search(histories, 1, constrained=False)
-    found["greedy"] = greedy[:, 0]
-    return found
+    greedy, _ = engine.search(histories, 1, constrained=False)
+    results["greedy"] = greedy[:, 0]
+    return results
 
 
-def spread(scores: Scores, sample: np.ndarray, users: int) -> Scores:
-    """Scores of a sample as scores of all users, NaN for the others."""
-    found = {name: np.full(users, np.nan) for name in scores}
-    for name, values in scores.items():
-        found[name][sample] = values
-    return found
+def evaluate_run(
+    run: Run,
+    data: PreparedData,
+    options: EvaluationConfig | None = None,
+    split: str = "test",
+    engine: Engine | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run and writes RUN/metrics.json and RUN/scores.npz (by user, for comparisons).
 
-
-def prefix_popularity(data: PreparedData, examples: Sequence[Example]) -> np.ndarray:
-    """Occurrences in training of items that share all codes but the last with each target."""
-    sids = data.catalog.sids[:, :-1]
-    _, prefix_of_item = np.unique(sids, axis=0, return_inverse=True)
-    counts = np.bincount(prefix_of_item.reshape(-1), data.item_counts)
-    return counts[prefix_of_item.reshape(-1)[[example.target for example in examples]]]
-
-
-def write_metrics(run: Path, recommender: Recommender, split: str = "test") -> dict[str, Any]:
-    """Judges a run and writes RUN/metrics.json and RUN/scores.npz (by user, for comparisons)."""
-    config, data = recommender.config, recommender.data
-    step = int(recommender.state.step)
+    Args:
+      options: default: the run's own.
+      engine: the run's, where the caller has it already.
+    """
+    options = options or run.config.evaluation
     about: dict[str, Any] = {
         "split": split,
-        "step": step,
-        "beam": config.evaluation.beam,
-        "users": config.evaluation.users,
+        "step": run.step,
+        "beam": options.beam,
+        "users": options.users,
         "dataset_sha256": data.dataset.sha256,
-        "catalogue_sha256": data.catalog.trie.checksum,
-        "config": dataclasses.asdict(config),
+        "catalogue_sha256": data.catalog.sha256,
+        "config": json.loads(to_json(dataclasses.replace(run.config, evaluation=options))),
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    evaluated = judge(recommender, split, run / "evaluation" / key)
-    everyone, sample = chosen_examples(config, data, split)
+    first = jax.process_index() == 0
+    engine = engine or run.engine(data.catalog)
+    evaluated = evaluate(
+        engine,
+        data,
+        options,
+        split,
+        run.config.name if first else "",
+        run.path / "evaluation" / key,
+        run.text_model,
+    )
+    everyone, sample = chosen_examples(options, data, split)
     metrics = evaluated.metrics | {
         "intervals": intervals(evaluated.scores),
         "collisions": "items that share a SID in random order, expected value",
@@ -168,13 +179,14 @@ def write_metrics(run: Path, recommender: Recommender, split: str = "test") -> d
         f"{split}_users": len(everyone),
         **about,
     }
-    with replacing(run / "scores.npz") as beside, beside.open("wb") as file:
-        np.savez_compressed(file, **evaluated.scores)
-    write_json(run / "metrics.json", metrics)
+    if first:
+        with replacing(run.path / "scores.npz") as beside, beside.open("wb") as file:
+            np.savez_compressed(file, **evaluated.scores)
+        write_json(run.path / "metrics.json", metrics)
     return metrics
 
 
 def load_scores(run: Path) -> Scores:
-    """What `write_metrics` wrote, by user."""
+    """What `evaluate_run` wrote, by user."""
     with np.load(run / "scores.npz") as saved:
         return {name: saved[name] for name in saved.files}

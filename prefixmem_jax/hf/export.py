@@ -20,14 +20,14 @@ import numpy as np
 import transformers
 from tqdm import tqdm
 
-from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
+from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.hf.families import differing_key, huggingface_config, read_folder
 from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsWriter
 from prefixmem_jax.hf.tokenizer import sid_tokenizer
-from prefixmem_jax.sid_encoders.prefix_memory import make_hash, tables_of
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.semantic_ids.catalog import Catalog
-from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 CODE = ("configuration_prefixmem.py", "modeling_prefixmem.py", "sid_catalog.py")
 STOCK_CODE = ("sid_catalog.py",)
@@ -43,12 +43,12 @@ class Parameters:
     """A model's numbers, and what model they are of.
 
     Attributes:
-      dense: parts `llm` and, with an encoder, `encoder`.
+      dense: parts `llm` and, with a SID encoder, `sid_encoder`.
       lines: shape of the memory's array; `read_lines` reads a range of its lines.
     """
 
     decoder: DecoderConfig
-    encoder: PrefixMemoryConfig | None
+    sid_encoder: PrefixMemoryConfig | None
     dense: Mapping[str, Any]
     lines: tuple[int, int] | None = None
     read_lines: ReadLines | None = None
@@ -58,6 +58,7 @@ def write_folder(
     folder: Path,
     parameters: Parameters,
     catalog: Catalog,
+    vocabulary: Vocabulary,
     text_model: str | None,
     max_positions: int,
     card: str,
@@ -72,18 +73,18 @@ def write_folder(
       card: the model card, README.md.
       dtype, max_shard_bytes: see `write_weights`.
     """
-    space, decoder = catalog.space, parameters.decoder
+    decoder = parameters.decoder
     described = None if text_model is None else read_folder(text_model)
     if described is not None and differing_key(described.decoder, decoder) is None:
         stock = described.config
-        stock.vocab_size = space.vocabulary_size
+        stock.vocab_size = vocabulary.size
     else:
-        stock = huggingface_config(decoder, space.vocabulary_size, max_positions)
-    tokenizer = sid_tokenizer(space, text_model, None if described is None else described.config)
+        stock = huggingface_config(decoder, vocabulary.size, max_positions)
+    tokenizer = sid_tokenizer(vocabulary, text_model, None if described is None else described.config)
     tokenizer.save_pretrained(folder)
     stock.pad_token_id = tokenizer.pad_token_id
-    _write_configs(folder, parameters.encoder, space, stock, dtype or "float32")
-    for name in CODE if parameters.encoder is not None else STOCK_CODE:
+    _write_configs(folder, parameters.sid_encoder, vocabulary, stock, dtype or "float32")
+    for name in CODE if parameters.sid_encoder is not None else STOCK_CODE:
         source = resources.files("prefixmem_jax.hf") / "exported" / name
         (folder / name).write_text(source.read_text())
     with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
@@ -105,8 +106,8 @@ def copy_all_but_weights(source: Path, target: Path) -> None:
 
 def _write_configs(
     folder: Path,
-    encoder: PrefixMemoryConfig | None,
-    space: SidSpace,
+    sid_encoder: PrefixMemoryConfig | None,
+    vocabulary: Vocabulary,
     stock: transformers.PretrainedConfig,
     dtype: str,
 ) -> None:
@@ -114,12 +115,15 @@ def _write_configs(
     content = stock.to_dict()
     content.pop("_name_or_path", None)
     content["architectures"] = [_ARCHITECTURES[stock.model_type]]
-    sids = {"codebook_sizes": list(space.codebook_sizes), "text_tokens": space.text_tokens}
-    if encoder is None:
+    sids = {
+        "codebook_sizes": list(vocabulary.space.codebook_sizes),
+        "text_tokens": vocabulary.text_tokens,
+    }
+    if sid_encoder is None:
         content["semantic_ids"] = sids
     else:
-        memory = dict(vars(encoder))
-        memory["multipliers"] = make_hash(encoder, space)["multipliers"].tolist()
+        memory = dict(vars(sid_encoder))
+        memory["multipliers"] = sid_encoder.multipliers(vocabulary.space).tolist()
         content = {
             "architectures": ["PrefixMemForCausalLM"],
             "auto_map": {
@@ -140,7 +144,7 @@ def _write_configs(
     generation = {
         "do_sample": False,
         "eos_token_id": stock.eos_token_id,
-        "max_new_tokens": space.levels,
+        "max_new_tokens": vocabulary.levels,
         "pad_token_id": stock.pad_token_id,
         "transformers_version": transformers.__version__,
     }
@@ -167,25 +171,25 @@ def write_weights(
       dtype: of all tensors; None keeps each as it was trained.
       max_shard_bytes: of one file; a larger tensor has a file of its own.
     """
-    encoder = parameters.encoder
+    sid_encoder = parameters.sid_encoder
     tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for weight, name, array, layer in _dense(parameters):
         kept = DTYPES[dtype] if dtype else np.dtype(array.dtype)
         tensors[name] = (weight.hf_shape(array.shape if layer is None else array.shape[1:]), kept)
-    if encoder is not None:
-        shape = (encoder.rows, encoder.d_mem // encoder.heads)
-        tensors |= dict.fromkeys(table_names(encoder), (shape, DTYPES[dtype or encoder.dtype]))
+    if sid_encoder is not None:
+        shape = (sid_encoder.rows, sid_encoder.row_width)
+        tensors |= dict.fromkeys(table_names(sid_encoder), (shape, DTYPES[dtype or sid_encoder.dtype]))
     writer = SafetensorsWriter(folder, tensors, max_shard_bytes)
     for weight, name, array, layer in _dense(parameters):
         one = array if layer is None else array[layer]
         writer.tensor(name)[...] = weight.to_hf(np.asarray(one))
-    if encoder is not None:
+    if sid_encoder is not None:
         _write_tables(writer, parameters)
 
 
 def _dense(parameters: Parameters) -> Iterable[tuple[Weight, str, Any, int | None]]:
     """Every dense weight: its name, our array, and the layer of it (None: all of it)."""
-    for weight in weights(parameters.decoder, parameters.encoder):
+    for weight in weights(parameters.decoder, parameters.sid_encoder):
         array: Any = parameters.dense
         for key in weight.path:
             array = array[key]
@@ -198,17 +202,17 @@ def _dense(parameters: Parameters) -> Iterable[tuple[Weight, str, Any, int | Non
 
 def _write_tables(writer: SafetensorsWriter, parameters: Parameters) -> None:
     """Deals the rows of our one array out to the tables, some lines at a time."""
-    encoder, tables = parameters.encoder, tables_of(parameters.encoder)
-    width = encoder.d_mem // encoder.heads
+    sid_encoder, tables = parameters.sid_encoder, parameters.sid_encoder.tables
+    width = sid_encoder.row_width
     pack = parameters.lines[1] // width
     # A multiple of both a line and a row of every table.
     step = max(1, PIECE_BYTES // (tables * width * 4)) * tables
-    lines = -(-encoder.rows * tables // pack)
+    lines = -(-sid_encoder.rows * tables // pack)
     for first in tqdm(range(0, lines, step), desc="memory", unit="part", leave=False):
         last = min(first + step, lines)
         flat = parameters.read_lines(first, last).reshape(-1, width)
         start = first * pack // tables
-        count = min(-(-len(flat) // tables), encoder.rows - start)
-        for table, name in enumerate(table_names(encoder)):
+        count = min(-(-len(flat) // tables), sid_encoder.rows - start)
+        for table, name in enumerate(table_names(sid_encoder)):
             rows = flat[table::tables][:count]
             writer.tensor(name)[start : start + len(rows)] = rows

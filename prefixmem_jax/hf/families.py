@@ -11,8 +11,9 @@ from typing import Any
 
 import transformers
 
-from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig, RopeScalingConfig
+from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 # What a config may say that would change the model and that the decoder cannot do.
 _UNSUPPORTED = {
@@ -33,7 +34,7 @@ class ModelFolder:
       text_tokens: tokens before padding, BOS and SID tokens; where the folder has no SID tokens,
         all of its weights or of its tokenizer, whichever has more.
       codebook_sizes: of its SID tokens, or none.
-      encoder: what its memory was trained as, or none. `multipliers` are those of its hash.
+      sid_encoder: what its memory was trained as, or none. `multipliers` are those of its hash.
     """
 
     config: transformers.PretrainedConfig
@@ -41,7 +42,7 @@ class ModelFolder:
     vocabulary: int
     text_tokens: int
     codebook_sizes: tuple[int, ...] | None = None
-    encoder: PrefixMemoryConfig | None = None
+    sid_encoder: PrefixMemoryConfig | None = None
     multipliers: Any = None
 
 
@@ -77,13 +78,13 @@ def read_folder(folder: str | Path) -> ModelFolder:
             config.vocab_size,
             sids["text_tokens"],
             tuple(sids["codebook_sizes"]),
-            *_encoder(memory),
+            *_sid_encoder(memory),
         )
     except (AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{path}: semantic_ids or prefix_memory is malformed ({error})") from None
 
 
-def _encoder(memory: dict[str, Any] | None) -> tuple[PrefixMemoryConfig | None, Any]:
+def _sid_encoder(memory: dict[str, Any] | None) -> tuple[PrefixMemoryConfig | None, Any]:
     """What an exported memory was trained as, and the multipliers of its hash."""
     if memory is None:
         return None, None

@@ -10,20 +10,20 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
+from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
-from prefixmem_jax.sid_encoders.prefix_memory import tables_of
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
 def load_parts(
     source: SafetensorsFolder,
     decoder: DecoderConfig,
-    encoder: PrefixMemoryConfig | None,
+    sid_encoder: PrefixMemoryConfig | None,
     abstract: dict[str, Any],
 ) -> dict[str, Any]:
-    """Dense parts of a model: those of `llm` and `encoder` that `abstract` has.
+    """Dense parts of a model: those of `llm` and `sid_encoder` that `abstract` has.
 
     Args:
       abstract: by part, nested dicts of `jax.ShapeDtypeStruct` with the folder's own vocabulary and
@@ -32,8 +32,8 @@ def load_parts(
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists them.
     """
-    table = weights(decoder, encoder)
-    _check(source, decoder, encoder, table, abstract)
+    table = weights(decoder, sid_encoder)
+    _check(source, decoder, sid_encoder, table, abstract)
     found: dict[str, Any] = {}
     for weight in table:
         if weight.path[0] not in abstract:
@@ -46,20 +46,20 @@ def load_parts(
 
 
 def load_rows(
-    source: SafetensorsFolder, encoder: PrefixMemoryConfig, abstract: jax.ShapeDtypeStruct
+    source: SafetensorsFolder, sid_encoder: PrefixMemoryConfig, abstract: jax.ShapeDtypeStruct
 ) -> jax.Array:
     """The memory's rows, each device's part read straight from the tables that it is made of.
 
     Args:
       abstract: of `memory.table.Table.shape`, with the sharding to load into.
     """
-    names, tables = table_names(encoder), tables_of(encoder)
-    pack = abstract.shape[1] // (encoder.d_mem // encoder.heads)
+    names, tables = table_names(sid_encoder), sid_encoder.tables
+    pack = abstract.shape[1] // (sid_encoder.row_width)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(abstract.shape[0])
         first, last = start * pack // tables, -(-stop * pack // tables)
-        stored = slice(first, min(last, encoder.rows))
+        stored = slice(first, min(last, sid_encoder.rows))
         width = abstract.shape[1] // pack
         rows = np.zeros((last - first, tables, width), abstract.dtype)
         if stored.start < stored.stop:
@@ -80,7 +80,7 @@ def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
 def _check(
     source: SafetensorsFolder,
     decoder: DecoderConfig,
-    encoder: PrefixMemoryConfig | None,
+    sid_encoder: PrefixMemoryConfig | None,
     table: list[Weight],
     abstract: dict[str, Any],
 ) -> None:
@@ -92,9 +92,9 @@ def _check(
             shape = weight.hf_shape(shape[1:] if weight.per_layer else shape)
         layers = range(decoder.layers) if weight.per_layer else range(1)
         expected |= dict.fromkeys((weight.name.format(layer=n) for n in layers), shape)
-    if encoder is not None:
-        width = encoder.d_mem // encoder.heads
-        expected |= dict.fromkeys(table_names(encoder), (encoder.rows, width))
+    if sid_encoder is not None:
+        width = sid_encoder.row_width
+        expected |= dict.fromkeys(table_names(sid_encoder), (sid_encoder.rows, width))
     # Where embeddings are tied, some files repeat them as a head.
     repeated = {"lm_head.weight", "llm.lm_head.weight"} if decoder.tied_embeddings else set()
     names = set(source.files) - repeated

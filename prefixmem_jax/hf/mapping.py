@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
-from prefixmem_jax.sid_encoders.prefix_memory import tables_of
+from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Weight:
         return array.reshape(math.prod(array.shape[: self.inputs]), -1).T
 
 
-def weights(decoder: DecoderConfig, encoder: PrefixMemoryConfig | None) -> list[Weight]:
+def weights(decoder: DecoderConfig, sid_encoder: PrefixMemoryConfig | None) -> list[Weight]:
     """Every weight of a model, but for the memory's rows (`table_names`)."""
-    above = "" if encoder is None else "llm."
+    above = "" if sid_encoder is None else "llm."
 
     def of_model(name: str, *path: str, inputs: int | None = None) -> Weight:
         return Weight(f"{above}{name}.weight", ("llm", *path), inputs)
@@ -84,14 +84,14 @@ def weights(decoder: DecoderConfig, encoder: PrefixMemoryConfig | None) -> list[
         found.append(of_layer("post_feedforward_layernorm", "mlp_post_norm", "scale"))
     else:
         found.append(of_layer("post_attention_layernorm", "mlp_norm", "scale"))
-    if encoder is not None:
-        found.append(Weight("prefix_memory.projection.weight", ("encoder", "projection"), 2))
+    if sid_encoder is not None:
+        found.append(Weight("prefix_memory.projection.weight", ("sid_encoder", "projection"), 2))
     return found
 
 
-def table_names(encoder: PrefixMemoryConfig) -> list[str]:
+def table_names(sid_encoder: PrefixMemoryConfig) -> list[str]:
     """Names of the tables E[n, h], [rows, d_mem / heads] each, in the order of `hashing.addresses`.
 
     Table t's row i is row `i * tables + t` of our one array.
     """
-    return [f"prefix_memory.tables.{table}.weight" for table in range(tables_of(encoder))]
+    return [f"prefix_memory.tables.{table}.weight" for table in range(sid_encoder.tables)]

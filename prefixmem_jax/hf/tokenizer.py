@@ -13,14 +13,14 @@ import tokenizers
 import transformers
 
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 PAD, BOS = "<|sid_pad|>", "<|sid_bos|>"
 
 
-def token_names(space: SidSpace) -> list[str]:
+def token_names(vocabulary: Vocabulary) -> list[str]:
     """Names of padding, BOS and every SID token, in the order of their ids."""
-    codes = enumerate(space.codebook_sizes, start=1)
+    codes = enumerate(vocabulary.space.codebook_sizes, start=1)
     return [PAD, BOS, *(f"<|sid_{level}_{code}|>" for level, size in codes for code in range(size))]
 
 
@@ -34,9 +34,9 @@ def text_tokenizer(
 
 
 def sid_tokenizer(
-    space: SidSpace, text: str | Path | None, config: transformers.PretrainedConfig | None
+    vocabulary: Vocabulary, text: str | Path | None, config: transformers.PretrainedConfig | None
 ) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer in a folder, extended with the space's tokens.
+    """The tokenizer in a folder, extended with the vocabulary's SID tokens.
 
     Args:
       text: folder of the text tokenizer; None where the model has no text tokens.
@@ -46,22 +46,22 @@ def sid_tokenizer(
       UserError: no tokenizer there, or one with more tokens than the model's text vocabulary.
     """
     if text is None:
-        return _without_text(space)
+        return _without_text(vocabulary)
     try:
         # Decoders are prompted from the left; set afterwards, it would not be saved.
         found = transformers.AutoTokenizer.from_pretrained(text, config=config, padding_side="left")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{text}: no tokenizer there ({str(error).splitlines()[0]})") from None
-    names, have = token_names(space), len(found)
+    names, have = token_names(vocabulary), len(found)
     if BOS not in found.get_vocab():
-        if have > space.text_tokens:
+        if have > vocabulary.text_tokens:
             raise UserError(
                 f"{text}: its tokenizer has {have} tokens, the model was trained with "
-                f"data.text_tokens={space.text_tokens}"
+                f"data.text_tokens={vocabulary.text_tokens}"
             )
-        unused = [f"<|unused_{token}|>" for token in range(have, space.text_tokens)]
+        unused = [f"<|unused_{token}|>" for token in range(have, vocabulary.text_tokens)]
         found.add_tokens([_added(name) for name in (*unused, *names)])
-    expected = list(range(space.text_tokens, space.text_tokens + len(names)))
+    expected = list(range(vocabulary.pad_token, vocabulary.used))
     if found.convert_tokens_to_ids(names) != expected:
         raise UserError(f"{text}: its tokenizer has SID tokens already, and other ones")
     if found.pad_token is None:
@@ -69,8 +69,8 @@ def sid_tokenizer(
     return found
 
 
-def _without_text(space: SidSpace) -> transformers.PreTrainedTokenizerBase:
-    names = token_names(space)
+def _without_text(vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerBase:
+    names = token_names(vocabulary)
     model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=PAD)
     inner = tokenizers.Tokenizer(model)
     inner.add_tokens([_added(name) for name in names])

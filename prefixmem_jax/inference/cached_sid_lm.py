@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from prefixmem_jax.models.decoder import Branches, Cache
+from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.models.attention import KeyValues, Place
 from prefixmem_jax.models.sid_lm import SidLM
+
+# Memory rows float32 [..., width] at addresses [...]: `Table.gather` with the table where it lies.
+RowsAt = Callable[[jax.Array], jax.Array]
+
+
+def rows_for(
+    model: SidLM,
+    rows_at: RowsAt | None,
+    tokens_BS: jax.Array,
+    segment_ids_BS: jax.Array,
+    last: int | None = None,
+) -> jax.Array | None:
+    """The rows that the SID encoder wants at the last positions (None: all), if it owns a table."""
+    addresses = model.addresses(tokens_BS, segment_ids_BS)
+    if addresses is None:
+        return None
+    return rows_at(addresses if last is None else addresses[:, -last:])
 
 
 class SearchState(NamedTuple):
@@ -16,89 +35,66 @@ class SearchState(NamedTuple):
 
     Attributes:
       prompt: keys and values of the prompts, shared by all beams.
-      prompt_mask: bool [users, length]; `prompt_positions` likewise.
-      generated: keys and values of every token that was a beam's last, in the order computed.
-      ancestors: places among them of each beam's c_1..c_l, int32 [users, beams, l].
+      place: where the prompts' tokens stand.
+      own: keys and values of each beam's c_1..c_l, [layers, users, beams, l, K, H].
     """
 
-    prompt: Cache
-    prompt_mask: jax.Array
-    prompt_positions: jax.Array
-    generated: Cache
-    ancestors: jax.Array
+    prompt: KeyValues
+    place: Place
+    own: KeyValues
 
 
 class CachedSidLM:
-    """`decoding.beam_search.SidModel` of a decoder and its memory.
+    """`inference.beam_search.SidModel` of a decoder and its memory.
 
-    Keys and values are never reordered: a beam finds its own past by index.
-
-    Args:
-      memory: the encoder's table: whole, or inside `shard_map` this device's part of it.
+    Only a beam's own tokens, at most levels - 1, are reordered as beams are chosen; the prompt's keys
+    and values stay where they are.
     """
 
-    def __init__(self, model: SidLM, memory: jax.Array | None):
+    def __init__(self, model: SidLM, rows_at: RowsAt | None):
         self.model = model
-        self.memory = memory
-        self.space = model.space
-        self.levels = model.space.levels
+        self.rows_at = rows_at
+        self.vocabulary = model.vocabulary
+        self.levels = model.vocabulary.levels
 
-    def start(self, prompts: dict[str, jax.Array]) -> tuple[jax.Array, SearchState]:
-        """Runs prompts, a batch of `data.sequences.prompt_rows`."""
-        tokens, segment_ids = prompts["tokens"], prompts["segment_ids"]
-        rows = self.model.read_memory(self.memory, tokens, segment_ids)
-        hidden, cache = self.model(tokens, segment_ids, prompts["positions"], rows)
-        mask = segment_ids > 0
-        last = jnp.sum(mask, axis=1) - 1
+    def start(self, prompts: Batch) -> tuple[jax.Array, SearchState]:
+        """Runs prompts, one document a row, padded on the right."""
+        rows = rows_for(self.model, self.rows_at, prompts.tokens, prompts.segment_ids)
+        hidden, cache = self.model(prompts, rows)
+        last = jnp.sum(prompts.segment_ids > 0, axis=1) - 1
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        logits = self.model.llm.logits(hidden, *self.space.token_range(1))[:, 0]
-        nothing = jax.tree.map(lambda kept: kept[:, :, :0], cache)
-        ancestors = jnp.zeros((len(tokens), 1, 0), jnp.int32)
-        return logits, SearchState(cache, mask, prompts["positions"], nothing, ancestors)
+        logits = self.model.llm.logits(hidden, *self.vocabulary.token_range(1))[:, 0]
+        own = jax.tree.map(lambda kept: kept[:, :, :1, None][:, :, :, :0], cache)
+        return logits, SearchState(cache, Place(prompts.positions, prompts.segment_ids), own)
 
     def step(
         self, codes: jax.Array, parent: jax.Array, state: SearchState
     ) -> tuple[jax.Array, SearchState]:
         """Runs the last code of every beam."""
         users, beams, level = codes.shape
-        own = jnp.arange(beams, dtype=jnp.int32) + state.generated.keys.shape[2]
-        ancestors = jnp.take_along_axis(state.ancestors, parent[..., None], axis=1)
-        own = jnp.broadcast_to(own[:, None], (users, beams, 1))
-        ancestors = jnp.concatenate([ancestors, own], axis=-1)
-        length = jnp.sum(state.prompt_mask, axis=1)[:, None]
+        own = jax.tree.map(
+            lambda kept: jnp.take_along_axis(kept, parent[None, :, :, None, None, None], axis=2),
+            state.own,
+        )
+        length = jnp.sum(state.place.segments > 0, axis=1)[:, None]
         positions = jnp.broadcast_to(length + level - 1, (users, beams))
-        branch_positions = (length + jnp.arange(level))[:, None]
-        branches = Branches(
-            state.generated, ancestors, jnp.broadcast_to(branch_positions, ancestors.shape)
-        )
-        mask = jnp.broadcast_to(
-            state.prompt_mask[:, None], (users, beams, state.prompt_mask.shape[1])
-        )
-        hidden, new = self.model.llm(
+        hidden, own = self.model.llm.extend_beams(
             self._embed_last(codes),
-            positions,
-            mask,
+            Place(positions, jnp.ones_like(positions)),
             state.prompt,
-            key_positions_BT=state.prompt_positions,
-            branches=branches,
+            state.place,
+            own,
         )
-        generated = jax.tree.map(
-            lambda old, more: jnp.concatenate([old, more], axis=2), state.generated, new
-        )
-        logits = self.model.llm.logits(hidden, *self.space.token_range(level + 1))
-        return logits, state._replace(generated=generated, ancestors=ancestors)
+        logits = self.model.llm.logits(hidden, *self.vocabulary.token_range(level + 1))
+        return logits, state._replace(own=own)
 
     def _embed_last(self, codes: jax.Array) -> jax.Array:
         """Decoder inputs [users, beams, D] of each beam's last token.
 
-        The encoder sees the beam's true prefix, as the window of tokens that it is in training.
+        The SID encoder sees the beam's true prefix, as the window of tokens that it is in training.
         """
         users, beams, level = codes.shape
-        window = jnp.stack(
-            [codes[..., i] + self.space.token_range(i + 1)[0] for i in range(level)], axis=-1
-        ).reshape(users * beams, level)
-        encoder, rows = self.model.encoder, None
-        if encoder is not None:
-            addresses = encoder.addresses(window, jnp.ones_like(window))[:, -1]
-            rows = encoder.table.read(self.memory, addresses.reshape(users, beams, -1))
-        return self.model.embed(window[:, -1].reshape(users, beams), rows)
+        window = self.vocabulary.encode_prefix(codes).reshape(users * beams, level)
+        segments = jnp.ones_like(window)
+        rows = rows_for(self.model, self.rows_at, window, segments, last=1)
+        return self.model.embed(window, segments, rows, last=1).reshape(users, beams, -1)

@@ -1,117 +1,70 @@
-"""A trained run, ready to recommend and to be evaluated, on every device of this machine."""
+"""The engine: parameters and a catalogue, ready to search, to rank and to generate.
+
+It knows nothing of runs, data or optimizers: an exported catalogue and the model's parts are enough.
+Evaluation, recommendation, and later roll-outs and serving, all use it.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from prefixmem_jax.config_files import load_config
-from prefixmem_jax.data.prepare import PreparedData, prepare_data
-from prefixmem_jax.data.sequences import Rows, batches, example_rows, prompt_rows
-from prefixmem_jax.data.splits import Example
+from prefixmem_jax.data.batch import Batch, batches
+from prefixmem_jax.data.documents import prompt_documents
+from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.inference.beam_search import Beams, beam_search
+from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, rows_for
 from prefixmem_jax.inference.sampling import generate
-from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
-from prefixmem_jax.errors import UserError
-from prefixmem_jax.parallel.mesh import AXES, make_mesh
+from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.parallel.mesh import AXES
 from prefixmem_jax.parallel.sharding import row_spec
-from prefixmem_jax.runs.checkpoint import Checkpoints
-from prefixmem_jax.training.step import Trainer, TrainState
+from prefixmem_jax.semantic_ids.catalog import Catalog
 
 MANY_USERS = 2000
+BY_USER = P(AXES)
 
 
-class Recommendation(NamedTuple):
-    """An item, its title and SID, and the log-probability of the SID."""
+class Engine:
+    """A model on a mesh: dense parameters on every device, the memory's rows spread over them.
 
-    item: int
-    title: str | None
-    sid: tuple[int, ...]
-    score: float
-
-
-class Recommender:
-    """A run's model: dense parameters on every device, the memory's rows spread over them.
-
-    Users are divided among the devices; each searches for its own.
+    Users are divided among the devices, of one process or of several; each device searches for its
+    own. With several processes all of them call alike, with all users, and all get all results.
     """
 
-    def __init__(self, trainer: Trainer, state: TrainState, data: PreparedData):
-        """Takes a state on the trainer's mesh, whose dense parameters are on every device."""
-        self.trainer = trainer
-        self.config = trainer.config
-        self.data = data
-        self.mesh = trainer.mesh
-        self.state = state
-        everywhere = NamedSharding(self.mesh, P())
-        self._params = jax.device_put(state.params, everywhere)
-        self._trie = jax.device_put(data.catalog.trie.levels, everywhere)
-        self._by_user = NamedSharding(self.mesh, P(AXES))
-        self._rank = jax.jit(self._ranks)
-        self._search = jax.jit(self._beams, static_argnames="beams")
-
-    @classmethod
-    def load(
-        cls,
-        run: str | Path,
-        data: PreparedData | None = None,
-        devices: Sequence[jax.Device] | None = None,
-    ) -> Recommender:
-        """Reads a run's config and newest checkpoint.
-
-        Args:
-          data: other data than the run's config names, or the same where the caller has it.
-          devices: default: all of this process.
-
-        Raises:
-          UserError: not a run directory, no checkpoint, or a stage that cannot recommend.
-        """
-        run = Path(run)
-        if not (run / "config.json").is_file():
-            raise UserError(f"{run}: not a run directory (it has no config.json)")
-        config = load_config(run / "config.json")
-        if config.objective != "next_token":
-            raise UserError(
-                f"{run}: a {config.objective} run has no decoder; name a next_token run"
-            )
-        data = data or prepare_data(config.data)
-        mesh = make_mesh(devices=jax.local_devices() if devices is None else devices)
-        trainer = Trainer.create(config, data.catalog.space, mesh)
-        with Checkpoints(run, trainer) as checkpoints:
-            _, state = checkpoints.restore()
-        return cls(trainer, state, data)
-
-    def _beams(
+    def __init__(
         self,
+        spec: ModelSpec,
         params: dict[str, Any],
         memory: jax.Array | None,
-        prompts: Rows,
-        trie: list | None,
-        excluded: jax.Array | None,
-        *,
-        beams: int,
-    ) -> Beams:
-        def local(params, memory, prompts, trie, excluded):
-            model = CachedSidLM(self.trainer.model(params), memory)
-            return beam_search(model, prompts, beams, trie, excluded)
+        catalog: Catalog,
+        batch_size: int,
+    ):
+        """Takes parameters that are whole on every device of the mesh (`ModelSpec.replicated`).
 
-        by_user = P(AXES)
-        return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(P(), row_spec(), by_user, P(), by_user),
-            out_specs=by_user,
-        )(params, memory, prompts, trie, excluded)
+        Args:
+          memory: rows as `ModelSpec.memory`.
+          batch_size: users searched at a time, rounded up to a multiple of the devices.
+        """
+        self.spec = spec
+        self.params = params
+        self.memory = memory
+        self.catalog = catalog
+        self.max_items = spec.config.data.max_items
+        self.item_tokens = spec.vocabulary.encode(catalog.sids)
+        self._batch_size = batch_size
+        self._trie = self._put(catalog.trie.levels, P())
+        self._compiled: dict[Any, Callable] = {}
 
     def search(
         self,
@@ -123,98 +76,40 @@ class Recommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best next SIDs after each history.
 
-        Users of similar length are searched together; each such length is compiled once.
-
         Args:
+          histories: item ids, oldest first; cut to the last `max_items`.
+          constrained: only SIDs of the catalogue.
           exclude_seen: leave out SIDs of which the history holds every item (constrained only).
 
         Returns:
           codes int32 [users, beams, levels] and scores float32 [users, beams], best first; see
-          `decoding.beam_search.Beams`.
+          `inference.beam_search.Beams`.
         """
-        catalog = self.data.catalog
-        codes = np.full((len(histories), beams, catalog.space.levels), -1, np.int32)
+        codes = np.full((len(histories), beams, self.catalog.space.levels), -1, np.int32)
         scores = np.full((len(histories), beams), -np.inf, np.float32)
-        size = self._batch_size(len(histories))
-        with tqdm(total=len(histories), desc=progress, unit="user", disable=not progress) as bar:
-            for length, users in self._by_length(histories):
-                chosen = [histories[user] for user in users]
-                rows = prompt_rows(catalog, chosen, length)
-                if exclude_seen:
-                    rows["excluded"] = seen_groups(catalog, chosen)
-                for start, batch in enumerate(batches(rows, size)):
-                    excluded = batch.pop("excluded", None)
-                    found = self._search(
-                        self._params,
-                        self.state.memory,
-                        jax.device_put(batch, self._by_user),
-                        self._trie if constrained else None,
-                        jax.device_put(excluded, self._by_user),
-                        beams=beams,
-                    )
-                    part = users[start * size : (start + 1) * size]
-                    found = jax.device_get(found)
-                    codes[part], scores[part] = (x[: len(part)] for x in found)
-                    bar.update(len(part))
+        trie = self._trie if constrained else None
+        for users, prompts in self._prompts(histories, progress):
+            excluded = None
+            if exclude_seen:
+                seen = seen_groups(self.catalog, [histories[user] for user in users])
+                missing = len(prompts.tokens) - len(seen)
+                excluded = np.pad(seen, ((0, missing), (0, 0)), constant_values=-1)
+            result = self._per_user(_search, (trie,), (prompts, excluded), beams=beams)
+            codes[users], scores[users] = (x[: len(users)] for x in result)
         return codes, scores
 
-    def target_ranks(self, examples: Sequence[Example], progress: str = "") -> np.ndarray:
-        """Teacher-forced ranks int32 [users, levels] of each target's codes.
+    def target_ranks(
+        self, histories: Sequence[np.ndarray], targets: np.ndarray, progress: str = ""
+    ) -> np.ndarray:
+        """Teacher-forced ranks int32 [users, levels] of each target item's codes.
 
         The rank of c_l given the history and the true c_1..c_{l-1}, from 1, among all tokens of the
         vocabulary; equal logits count against it.
         """
-        catalog = self.data.catalog
-        ranks = np.zeros((len(examples), catalog.space.levels), np.int32)
-        with tqdm(total=len(examples), desc=progress, unit="user", disable=not progress) as bar:
-            for length, users in self._by_length([example.history for example in examples]):
-                rows = example_rows(catalog, [examples[user] for user in users], length)
-                size = self._batch_size(len(examples))
-                for start, batch in enumerate(batches(rows, size)):
-                    found = self._rank(
-                        self._params, self.state.memory, jax.device_put(batch, self._by_user)
-                    )
-                    part = users[start * size : (start + 1) * size]
-                    ranks[part] = jax.device_get(found)[: len(part)]
-                    bar.update(len(part))
+        ranks = np.zeros((len(histories), self.catalog.space.levels), np.int32)
+        for users, batch in self._prompts(histories, progress, targets):
+            ranks[users] = self._per_user(_target_ranks, (), (batch,))[: len(users)]
         return ranks
-
-    def _ranks(self, params: dict[str, Any], memory: jax.Array | None, rows: Rows) -> jax.Array:
-        space = self.data.catalog.space
-
-        def local(params, memory, rows):
-            model = self.trainer.model(params)
-            tokens, segment_ids = rows["tokens"], rows["segment_ids"]
-            memory_rows = model.read_memory(memory, tokens, segment_ids)
-            hidden, _ = model(tokens, segment_ids, rows["positions"], memory_rows)
-            first = jnp.sum(segment_ids > 0, axis=1) - space.levels
-            target = jnp.maximum(first[:, None] + jnp.arange(space.levels), 1)
-            hidden = jnp.take_along_axis(hidden, target[..., None] - 1, axis=1)
-            logits = model.llm.logits(hidden)
-            codes = jnp.take_along_axis(tokens, target, axis=1)
-            true = jnp.take_along_axis(logits, codes[..., None], axis=-1)
-            return jnp.sum(logits >= true, axis=-1, dtype=jnp.int32)
-
-        by_user = P(AXES)
-        return jax.shard_map(
-            local, mesh=self.mesh, in_specs=(P(), row_spec(), by_user), out_specs=by_user
-        )(params, memory, rows)
-
-    def _by_length(self, histories: Sequence[np.ndarray]) -> list[tuple[int, list[int]]]:
-        """Users by how many items of history their batch has room for.
-
-        Each room is compiled for itself, which many users are worth and few are not.
-        """
-        longest = self.config.data.max_items
-        rooms = [longest] if len(histories) < MANY_USERS else [-(-longest // n) for n in (4, 2, 1)]
-        found: dict[int, list[int]] = defaultdict(list)
-        for user, history in enumerate(histories):
-            found[next((room for room in rooms if len(history) <= room), longest)].append(user)
-        return sorted(found.items())
-
-    def _batch_size(self, users: int) -> int:
-        size = min(self.config.evaluation.batch_size, users)
-        return size + -size % self.mesh.size
 
     def describe_items(
         self, items: Sequence[int], new_tokens: int, end_tokens: Sequence[int] = ()
@@ -223,91 +118,136 @@ class Recommender:
 
         -1 after one of `end_tokens`.
         """
-        rows = prompt_rows(self.data.catalog, [np.array([item]) for item in items], 1)
-        size = self._batch_size(len(items))
-        write = jax.jit(partial(self._texts, new_tokens=new_tokens, end_tokens=tuple(end_tokens)))
-        found = [
-            jax.device_get(
-                write(self._params, self.state.memory, jax.device_put(batch, self._by_user))
+        written = np.full((len(items), new_tokens), -1, np.int32)
+        histories = [np.array([item]) for item in items]
+        for users, prompts in self._prompts(histories, "", rooms=[1]):
+            result = self._per_user(
+                _write, (), (prompts,), new_tokens=new_tokens, end_tokens=tuple(end_tokens)
             )
-            for batch in batches(rows, size)
-        ]
-        return np.concatenate(found)[: len(items)]
+            written[users] = result[: len(users)]
+        return written
 
-    def _texts(
-        self,
-        params: dict[str, Any],
-        memory: jax.Array | None,
-        prompts: Rows,
-        *,
-        new_tokens: int,
-        end_tokens: tuple[int, ...],
-    ) -> jax.Array:
-        def local(params, memory, prompts):
-            return generate(self.trainer.model(params), memory, prompts, new_tokens, end_tokens)
+    def _per_user(self, function: Callable, shared: tuple, users: tuple, **static: Any) -> Any:
+        """Runs `function(model, rows_at, *shared, *users, **static)`, each device on its own users.
 
-        by_user = P(AXES)
+        Returns:
+          Its result for all users, on the host of every process.
+        """
+        key = (function, *static.items())
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(partial(self._on_all_devices, function, static))
+        placed = self._put(users, BY_USER)
+        result = self._compiled[key](self.params, self.memory, shared, placed)
+        if jax.process_count() == 1:
+            return jax.device_get(result)
+        return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), result)
+
+    def _on_all_devices(
+        self, function: Callable, static: dict[str, Any], params: Any, memory: Any, *arguments: Any
+    ) -> Any:
+        def local(params, memory, shared, users):
+            table, rows_at = self.spec.table, None
+            if table is not None:
+                rows_at = partial(table.gather_by_exchange, memory)
+            return function(self.spec.model(params), rows_at, *shared, *users, **static)
+
         return jax.shard_map(
             local,
-            mesh=self.mesh,
-            in_specs=(P(), row_spec(), by_user),
-            out_specs=by_user,
-        )(params, memory, prompts)
+            mesh=self.spec.mesh,
+            in_specs=(P(), row_spec(), P(), BY_USER),
+            out_specs=BY_USER,
+        )(params, memory, *arguments)
 
-    def recommend(
-        self, history: str | Sequence[int], top: int, exclude_seen: bool = False
-    ) -> list[Recommendation]:
-        """The best next items, best first; items that share a SID follow each other by id.
+    def _put(self, tree: Any, partition: P) -> Any:
+        """Host arrays, the same on every process, on the mesh."""
+        sharding = NamedSharding(self.spec.mesh, partition)
+
+        def put(x: Any) -> jax.Array:
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return jax.tree.map(put, tree)
+
+    def _prompts(
+        self,
+        histories: Sequence[np.ndarray],
+        progress: str,
+        targets: np.ndarray | None = None,
+        rooms: list[int] | None = None,
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of users with histories of similar length; each such length is compiled once.
 
         Args:
-          history: item ids, oldest first, as a sequence or as text `12,55,803`.
-          top: how many items; fewer come back where the catalogue has fewer.
-          exclude_seen: leave out the history's items.
+          targets: an item to append to each history.
+          rooms: lengths, in items of history, to compile for.
         """
-        catalog = self.data.catalog
-        items = parse_history(history, len(catalog)) if isinstance(history, str) else history
-        if top < 1:
-            raise UserError(f"--top: expected 1 or more, got {top}")
-        codes, scores = self.search(
-            [np.asarray(items)], top, constrained=True, exclude_seen=exclude_seen
-        )
-        found = []
-        for sid, score in zip(codes[0], scores[0], strict=True):
-            if np.isfinite(score):
-                for item in catalog.items_of_group(catalog.groups(sid[None])[0]):
-                    if exclude_seen and item in items:
-                        continue
-                    found.append(
-                        Recommendation(
-                            int(item), catalog.titles[item], tuple(map(int, sid)), float(score)
-                        )
-                    )
-        return found[:top]
+        size = min(self._batch_size, len(histories))
+        size += -size % self.spec.mesh.size
+        vocabulary, extra = self.spec.vocabulary, 0 if targets is None else 1
+        with tqdm(total=len(histories), desc=progress, unit="user", disable=not progress) as bar:
+            for room, users in self._by_length(histories, rooms):
+                cut = [histories[user][max(0, len(histories[user]) - room) :] for user in users]
+                if targets is not None:
+                    cut = [np.append(h, targets[u]) for h, u in zip(cut, users, strict=True)]
+                documents = prompt_documents(cut, self.item_tokens, vocabulary, room + extra)
+                length = 1 + vocabulary.levels * (room + extra)
+                for start, batch in enumerate(batches(one_per_row(documents, length), size)):
+                    part = users[start * size : (start + 1) * size]
+                    yield part, batch
+                    bar.update(len(part))
+
+    def _by_length(
+        self, histories: Sequence[np.ndarray], rooms: list[int] | None
+    ) -> list[tuple[int, list[int]]]:
+        """Users by how many items of history their batch has room for.
+
+        Each room is compiled for itself, which many users are worth and few are not.
+        """
+        if rooms is None:
+            longest = self.max_items
+            many = len(histories) >= MANY_USERS
+            rooms = [-(-longest // n) for n in (4, 2, 1)] if many else [longest]
+        by_room: dict[int, list[int]] = defaultdict(list)
+        for user, history in enumerate(histories):
+            by_room[next((room for room in rooms if len(history) <= room), rooms[-1])].append(user)
+        return sorted(by_room.items())
 
 
-def seen_groups(catalog: Any, histories: Sequence[np.ndarray]) -> np.ndarray:
+def _search(
+    model: SidLM, rows_at: RowsAt | None, trie: list | None, prompts: Batch, excluded: Any, *, beams
+) -> Beams:
+    return beam_search(CachedSidLM(model, rows_at), prompts, beams, trie, excluded)
+
+
+def _target_ranks(model: SidLM, rows_at: RowsAt | None, batch: Batch) -> jax.Array:
+    tokens, segments, levels = batch.tokens, batch.segment_ids, model.vocabulary.levels
+    hidden, _ = model(batch, rows_for(model, rows_at, tokens, segments))
+    first = jnp.sum(segments > 0, axis=1) - levels
+    target = jnp.maximum(first[:, None] + jnp.arange(levels), 1)
+    hidden = jnp.take_along_axis(hidden, target[..., None] - 1, axis=1)
+    logits = model.llm.logits(hidden)
+    codes = jnp.take_along_axis(tokens, target, axis=1)
+    true = jnp.take_along_axis(logits, codes[..., None], axis=-1)
+    return jnp.sum(logits >= true, axis=-1, dtype=jnp.int32)
+
+
+def _write(
+    model: SidLM, rows_at: RowsAt | None, prompts: Batch, *, new_tokens: int, end_tokens: tuple
+) -> jax.Array:
+    return generate(model, rows_at, prompts, new_tokens, end_tokens)
+
+
+def seen_groups(catalog: Catalog, histories: Sequence[np.ndarray]) -> np.ndarray:
     """Groups whose every item a history holds, int32 [users, most]; filled up with -1."""
-    found = []
+    by_user = []
     for history in histories:
         groups, seen = np.unique(
             catalog.group_of_item[np.unique(np.asarray(history, np.int64))], return_counts=True
         )
-        found.append(groups[seen == catalog.group_sizes[groups]])
+        by_user.append(groups[seen == catalog.group_sizes[groups]])
     # A length of a few sizes only, since each is compiled.
-    most = 1 << max(0, max((len(groups) for groups in found), default=1) - 1).bit_length()
-    rows = np.full((len(found), most), -1, np.int32)
-    for row, groups in zip(rows, found, strict=True):
+    most = 1 << max(0, max((len(groups) for groups in by_user), default=1) - 1).bit_length()
+    padded = np.full((len(by_user), most), -1, np.int32)
+    for row, groups in zip(padded, by_user, strict=True):
         row[: len(groups)] = groups
-    return rows
-
-
-def parse_history(text: str, items: int) -> list[int]:
-    """Item ids from `12,55,803`; UserError where one is no item."""
-    history = []
-    for part in text.split(","):
-        if not part.strip().isdigit() or int(part) >= items:
-            raise UserError(
-                f"--history: {part.strip()!r} is not an item id; expected 0..{items - 1}"
-            )
-        history.append(int(part))
-    return history
+    return padded

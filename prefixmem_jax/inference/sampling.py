@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from prefixmem_jax.models.decoder import Cache
+from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.inference.cached_sid_lm import RowsAt, rows_for
+from prefixmem_jax.models.attention import Place
 from prefixmem_jax.models.sid_lm import SidLM
 
 
 def generate(
     model: SidLM,
-    memory: jax.Array | None,
-    prompts: dict[str, jax.Array],
+    rows_at: RowsAt | None,
+    prompts: Batch,
     new_tokens: int,
     end_tokens: Sequence[int] = (),
     temperature: float = 0.0,
@@ -23,8 +25,8 @@ def generate(
     """Continues every prompt.
 
     Args:
-      memory: the encoder's table, whole on this device.
-      prompts: batch of `data.sequences.prompt_rows`: one document a row, padded on the right.
+      rows_at: reads the SID encoder's memory table; None where it owns none.
+      prompts: one document a row, padded on the right.
       new_tokens: how many at most.
       end_tokens: end a row where one is generated.
       temperature: 0 takes the likeliest token; above, tokens are drawn from
@@ -33,22 +35,22 @@ def generate(
     Returns:
       int32 [rows, new_tokens]; -1 after an end token.
     """
-    tokens, segment_ids = prompts["tokens"], prompts["segment_ids"]
+    tokens, segments = prompts.tokens, prompts.segment_ids
     size = tokens.shape[1]
-    inside = segment_ids > 0
-    length = jnp.sum(inside, axis=1)
-    memory_rows = model.read_memory(memory, tokens, segment_ids)
-    hidden, cache = model(tokens, segment_ids, prompts["positions"], memory_rows)
+    length = jnp.sum(segments > 0, axis=1)
+    hidden, cache = model(prompts, rows_for(model, rows_at, tokens, segments))
     hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
     room = ((0, 0), (0, 0), (0, new_tokens), (0, 0), (0, 0))
     cache = jax.tree.map(lambda kept: jnp.pad(kept, room), cache)
+    # New tokens' places are known in advance; those not written yet lie in the future.
     later = length[:, None] + jnp.arange(new_tokens)
-    slot_positions = jnp.concatenate([prompts["positions"], later], axis=1)
-    slots = jnp.arange(size + new_tokens)
+    keys = Place(
+        jnp.concatenate([prompts.positions, later], axis=1),
+        jnp.concatenate([segments, jnp.ones_like(later)], axis=1),
+    )
 
     # What a prefix can reach back to: the last tokens, the newest at the end.
-    levels = model.space.levels
-    back = length[:, None] + jnp.arange(-levels, 0)
+    back = length[:, None] + jnp.arange(-model.vocabulary.levels, 0)
     window = jnp.take_along_axis(tokens, jnp.maximum(back, 0), axis=1)
     known = (back >= 0).astype(jnp.int32)
 
@@ -66,19 +68,11 @@ def generate(
         done |= jnp.isin(token, jnp.array(end_tokens, jnp.int32))
         window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
         known = jnp.concatenate([known[:, 1:], jnp.ones_like(known[:, :1])], axis=1)
-        newest = model.read_memory(memory, window, known)
-        x = model.embed(token[:, None], None if newest is None else newest[:, -1:])
-        visible = jnp.pad(inside, ((0, 0), (0, new_tokens)))
-        visible |= (slots >= size) & (slots <= size + step)
-        hidden, cache = model.llm(
-            x,
-            (length + step)[:, None],
-            visible[:, None],
-            cache,
-            size + step,
-            slot_positions,
-        )
-        return (hidden, Cache(*cache), window, known, done), written
+        x = model.embed(window, known, rows_for(model, rows_at, window, known, last=1), last=1)
+        position = (length + step)[:, None]
+        queries = Place(position, jnp.ones_like(position))
+        hidden, cache = model.llm.extend(x, queries, cache, keys, size + step)
+        return (hidden, cache, window, known, done), written
 
     start = (hidden, cache, window, known, length < 0)
     _, written = jax.lax.scan(one_token, start, jnp.arange(new_tokens))

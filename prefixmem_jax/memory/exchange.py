@@ -28,21 +28,21 @@ def varying(x: jax.Array) -> jax.Array:
 
 
 def distinct(addresses: jax.Array, total: int) -> tuple[jax.Array, jax.Array]:
-    """Ascending distinct non-negative addresses, padded with `total`; and each one's place.
+    """Ascending distinct non-negative addresses, padded with `total`; and each one's index in them.
 
-    The place of a negative address is out of range, so that nothing is read or added there.
+    The index of a negative address is out of range, so that nothing is read or added there.
     """
     flat = jnp.where(addresses < 0, total, addresses).reshape(-1)
-    ids, place = jnp.unique(flat, return_inverse=True, size=flat.size, fill_value=total)
-    place = jnp.where(addresses < 0, flat.size, place.reshape(addresses.shape))
-    return ids.astype(jnp.int32), place.astype(jnp.int32)
+    ids, index = jnp.unique(flat, return_inverse=True, size=flat.size, fill_value=total)
+    index = jnp.where(addresses < 0, flat.size, index.reshape(addresses.shape))
+    return ids.astype(jnp.int32), index.astype(jnp.int32)
 
 
 def capacity(addresses: int, density: float, over: int) -> int:
     """Rows that a device may ask of each of `over` owners in one exchange.
 
     Args:
-      addresses: of one device's part of the batch.
+      addresses: of one device's share of the batch.
       density: expected share of them that name distinct rows.
     """
     even = density * addresses / over
@@ -94,7 +94,7 @@ class Exchange:
 
         Returns:
           asked: the owner's local rows that devices ask for, [devices * capacity].
-          slots: places in `ids` that this device asked for, [devices * capacity].
+          slots: indices into `ids` that this device asked for, [devices * capacity].
           stop: where the next round starts, [devices].
           finished: 1 where this was the last round.
         """
@@ -119,6 +119,6 @@ class Exchange:
         """
         asked, slots, stop, finished = self.ask(start)
         received = self.swap(gradients.at[slots].get(mode="fill", fill_value=0))
-        ids, place = distinct(asked, self.rows_per_device)
-        merged = jax.ops.segment_sum(received, place, num_segments=len(ids))
+        ids, index = distinct(asked, self.rows_per_device)
+        merged = jax.ops.segment_sum(received, index, num_segments=len(ids))
         return ids, merged, stop, finished

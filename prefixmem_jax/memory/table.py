@@ -1,9 +1,9 @@
 """The memory table: one row-sharded array, fetched and updated only where a batch touches it.
 
 All tables E[n, h] are one array, its rows sharded over every mesh axis. A train step fetches the
-distinct rows that its batch names, differentiates with respect to those rows (never the table),
-merges the gradients of equal rows at their owner in float32, and updates just these rows in
-place. Cost does not depend on the number of rows.
+distinct rows that its batch names (`fetch`), differentiates with respect to those rows (never the
+table), brings the gradients of equal rows together at their owner in float32 (`merge`), and updates
+just these rows in place (`apply`). Cost does not depend on the number of rows.
 
 On several devices, each device removes its own duplicates first, then asks the owners. Static
 shapes need a capacity: a device may ask an owner for at most `capacity` rows in one exchange.
@@ -15,6 +15,7 @@ spread evenly, so one exchange is the rule; `Fetched.rounds` counts them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,34 +37,37 @@ ADDRESSES = spec("batch", "shared_length")
 
 
 class Fetched(NamedTuple):
-    """The distinct rows that each device's part of the batch names.
+    """The distinct rows that each device's share of the batch names.
 
     Attributes:
       ids: int32 [devices * M], per device ascending and distinct, then the table's size.
       rows: float32 [devices * M, width], zero for the padding.
-      place: int32, shape of the addresses: index into the device's own part of `rows`.
+      index: int32, shape of the addresses: into the device's own share of `rows`.
       rounds: int32 [], exchanges that were needed (1 unless owners were unevenly loaded).
     """
 
     ids: jax.Array
     rows: jax.Array
-    place: jax.Array
+    index: jax.Array
     rounds: jax.Array
 
 
 class Merged(NamedTuple):
-    """Row gradients of the first exchange at their owners, equal rows summed.
+    """Row gradients on their way to the owners: those of the first exchange are there, summed.
 
     Attributes:
-      ids: int32, the owner's local row numbers, then its number of rows for the padding.
-      gradients: float32 [..., width].
-      done: int32 [devices * devices], per device and owner how many of its ids went out.
-      squared_norm: float32 [], over the merged gradients of all exchanges.
+      ids, gradients: what each device sends, as in `Fetched`: more exchanges may have to follow.
+      owned_ids: int32, the owner's local row numbers, then its number of rows for the padding.
+      owned_gradients: float32 [..., width], one sum for each of `owned_ids`.
+      sent: int32 [devices * devices], per device and owner how many of its ids went out.
+      squared_norm: float32 [], over the summed gradients of all exchanges.
     """
 
     ids: jax.Array
     gradients: jax.Array
-    done: jax.Array
+    owned_ids: jax.Array
+    owned_gradients: jax.Array
+    sent: jax.Array
     squared_norm: jax.Array
 
 
@@ -74,12 +78,13 @@ def spread(fetched: Fetched) -> jax.Array:
     Its gradient with respect to `fetched.rows` sums over equal addresses of a device.
     """
 
-    def local(rows_MD: jax.Array, place: jax.Array) -> jax.Array:
-        return rows_MD.at[place].get(mode="fill", fill_value=0)
-
-    return jax.shard_map(local, in_specs=(row_spec(), ADDRESSES), out_specs=ADDRESSES)(
-        fetched.rows, fetched.place
+    return jax.shard_map(_indexed, in_specs=(row_spec(), ADDRESSES), out_specs=ADDRESSES)(
+        fetched.rows, fetched.index
     )
+
+
+def _indexed(rows_MD: jax.Array, index: jax.Array) -> jax.Array:
+    return rows_MD.at[index].get(mode="fill", fill_value=0)
 
 
 def round_stochastically(values: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
@@ -156,28 +161,26 @@ class Table:
         return rows * self.width * jnp.dtype(self.dtype).itemsize
 
     @jax.named_scope("table")
-    def lookup(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
+    def gather(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
         """Rows float32 [..., width] at addresses [...], zero where the address is negative.
 
-        The plain gather: for one device without a mesh, and the reference for `fetch`.
+        The plain gather from a table that is whole on one device; the reference for `fetch`.
         """
         ids = jnp.where(addresses < 0, self.padded_rows, addresses).reshape(-1)
         rows = lines.read(memory, ids, self.width).astype(jnp.float32)
         return rows.reshape(*addresses.shape, self.width)
 
-    def read(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
-        """As `lookup`; on a mesh, by exchange. Without gradients to the table.
+    @jax.named_scope("table")
+    def gather_by_exchange(self, memory: jax.Array, addresses: jax.Array) -> jax.Array:
+        """As `gather`, inside `shard_map` over every axis of the mesh.
 
-        Inside `shard_map` over every axis, `memory` is this device's part of the rows, and every
-        device asks for its own addresses.
+        Args:
+          memory: this device's share of the rows; addresses: this device's own.
         """
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or (mesh.manual_axes and mesh.size == 1):
-            return self.lookup(memory, addresses)
-        if not mesh.manual_axes:
-            return spread(self.fetch(memory, addresses))
+        if devices() == 1:
+            return self.gather(memory, addresses)
         fetched = self._fetch_local(memory, addresses)
-        return fetched.rows.at[fetched.place].get(mode="fill", fill_value=0)
+        return _indexed(fetched.rows, fetched.index)
 
     @jax.named_scope("table")
     def fetch(self, memory: jax.Array, addresses: jax.Array) -> Fetched:
@@ -197,10 +200,10 @@ class Table:
         return Exchange(ids, self.padded_rows // devices(), self.density)
 
     def _fetch_local(self, memory: jax.Array, addresses: jax.Array) -> Fetched:
-        ids, place = distinct(addresses, self.padded_rows)
+        ids, index = distinct(addresses, self.padded_rows)
         if devices() == 1:
             rows = lines.read(memory, ids, self.width).astype(jnp.float32)
-            return Fetched(ids, rows, place, jnp.int32(1))
+            return Fetched(ids, rows, index, jnp.int32(1))
         exchange = self._exchange(ids)
 
         def one_round(carry: tuple) -> tuple:
@@ -215,44 +218,43 @@ class Table:
         empty = varying(jnp.zeros((len(ids), self.width), jnp.float32))
         first = one_round((empty, exchange.first, jnp.int32(0), jnp.int32(0)))
         rows, _, _, rounds = jax.lax.while_loop(lambda carry: carry[2] == 0, one_round, first)
-        return Fetched(ids, rows, place, rounds)
+        return Fetched(ids, rows, index, rounds)
 
     @jax.named_scope("table")
-    def merge_gradients(self, fetched: Fetched, row_gradients: jax.Array) -> Merged:
+    def merge(self, fetched: Fetched, row_gradients: jax.Array) -> Merged:
         """Brings row gradients [devices * M, width] to the owners and sums equal rows."""
         by_row = row_spec()
         return jax.shard_map(
             self._merge_local,
             in_specs=(by_row, by_row),
-            out_specs=Merged(by_row, by_row, by_row, P()),
+            out_specs=Merged(*(by_row,) * 5, P()),
         )(fetched.ids, row_gradients)
 
     def _merge_local(self, ids: jax.Array, gradients: jax.Array) -> Merged:
         if devices() == 1:
             squared = jax.lax.psum(jnp.sum(gradients**2), axes())
-            return Merged(ids, gradients, varying(jnp.zeros(1, jnp.int32)), squared)
+            return Merged(ids, gradients, ids, gradients, varying(jnp.zeros(1, jnp.int32)), squared)
         exchange = self._exchange(ids)
-        merged_ids, merged, stop, finished = exchange.gather_gradients(exchange.first, gradients)
+        owned_ids, owned, stop, finished = exchange.gather_gradients(exchange.first, gradients)
 
         def later_round(carry: tuple) -> tuple:
             start, _, total = carry
-            _, merged, stop, finished = exchange.gather_gradients(start, gradients)
-            return stop, finished, total + jnp.sum(merged**2)
+            _, more, stop, finished = exchange.gather_gradients(start, gradients)
+            return stop, finished, total + jnp.sum(more**2)
 
         _, _, squared = jax.lax.while_loop(
-            lambda carry: carry[1] == 0, later_round, (stop, finished, jnp.sum(merged**2))
+            lambda carry: carry[1] == 0, later_round, (stop, finished, jnp.sum(owned**2))
         )
-        return Merged(merged_ids, merged, stop, jax.lax.psum(squared, axes()))
+        squared = jax.lax.psum(squared, axes())
+        return Merged(ids, gradients, owned_ids, owned, stop, squared)
 
     @jax.named_scope("table")
-    def update(
+    def apply(
         self,
         memory: jax.Array,
         state: Any,
-        optimizer: optax.GradientTransformation,
-        fetched: Fetched,
-        row_gradients: jax.Array,
         merged: Merged,
+        optimizer: optax.GradientTransformation,
         scale: jax.Array,
         key: jax.Array,
     ) -> tuple[jax.Array, Any]:
@@ -265,70 +267,86 @@ class Table:
         Args:
           memory: donate it and the state to update in place.
           state: as from `init_optimizer`.
-          scale: factor for the gradients (global-norm clipping).
+          scale: factor for the gradients (global-norm clipping). Where it is NaN, the gradients are
+            not finite, and nothing changes.
           key: random key of this step, for stochastic rounding of bfloat16 rows.
 
         Returns:
           The new rows and optimizer state.
         """
-        per_row = jax.tree.map(self.is_per_row, state)
         state_spec = jax.tree.map(self.partition, state)
         by_row = row_spec()
-
-        def local(memory, state, ids, gradients, merged_ids, merged_gradients, done, scale, key):
-            first_row = jax.lax.axis_index(axes()) * (self.padded_rows // devices())
-
-            def apply(memory: jax.Array, new_state: Any, ids: jax.Array, gradients: jax.Array):
-                before = lines.read(memory, ids, self.width).astype(jnp.float32)
-                mixed = jax.tree.map(
-                    lambda mine, leaf, old: lines.read(leaf, ids, self.width) if mine else old,
-                    per_row,
-                    new_state,
-                    state,
-                )
-                updates, after = optimizer.update(gradients * scale, mixed, before)
-                rows = before + updates
-                if self.dtype == "bfloat16":
-                    rows = round_stochastically(rows, first_row + ids, key)
-                memory = lines.write(memory, ids, rows)
-                new_state = jax.tree.map(
-                    lambda mine, leaf, new: lines.write(leaf, ids, new) if mine else new,
-                    per_row,
-                    new_state,
-                    after,
-                )
-                return memory, new_state
-
-            memory, new_state = apply(memory, state, merged_ids, merged_gradients)
-            if devices() == 1:
-                return memory, new_state
-            exchange = self._exchange(ids)
-
-            def later_round(carry: tuple) -> tuple:
-                memory, new_state, start, _ = carry
-                more_ids, more, stop, finished = exchange.gather_gradients(start, gradients)
-                memory, new_state = apply(memory, new_state, more_ids, more)
-                return memory, new_state, stop, finished
-
-            memory, new_state, _, _ = jax.lax.while_loop(
-                lambda carry: carry[3] == 0,
-                later_round,
-                (memory, new_state, done, exchange.all_sent(done)),
-            )
-            return memory, new_state
-
         return jax.shard_map(
-            local,
-            in_specs=(by_row, state_spec, by_row, by_row, by_row, by_row, by_row, P(), P()),
+            partial(self._apply_local, optimizer),
+            in_specs=(by_row, state_spec, Merged(*(by_row,) * 5, P()), P(), P()),
             out_specs=(by_row, state_spec),
-        )(
-            memory,
+        )(memory, state, merged, scale, key)
+
+    def _apply_local(
+        self,
+        optimizer: optax.GradientTransformation,
+        memory: jax.Array,
+        state: Any,
+        merged: Merged,
+        scale: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        def update(carry: tuple, ids: jax.Array, gradients: jax.Array) -> tuple:
+            return self._update_rows(optimizer, state, carry, ids, gradients, scale, key)
+
+        carry = update((memory, state), merged.owned_ids, merged.owned_gradients)
+        if devices() == 1:
+            return carry
+        exchange = self._exchange(merged.ids)
+
+        def later_round(loop: tuple) -> tuple:
+            carry, start, _ = loop
+            ids, more, stop, finished = exchange.gather_gradients(start, merged.gradients)
+            return update(carry, ids, more), stop, finished
+
+        start = (carry, merged.sent, exchange.all_sent(merged.sent))
+        return jax.lax.while_loop(lambda loop: loop[2] == 0, later_round, start)[0]
+
+    def _update_rows(
+        self,
+        optimizer: optax.GradientTransformation,
+        state: Any,
+        carry: tuple[jax.Array, Any],
+        ids: jax.Array,
+        gradients: jax.Array,
+        scale: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """One exchange's rows: local ids, distinct over all exchanges of a step.
+
+        Args:
+          state: as it was before the step: step counts advance once, however many exchanges.
+          carry: rows and state so far.
+        """
+        memory, new_state = carry
+        per_row = jax.tree.map(self.is_per_row, state)
+        local_rows = self.padded_rows // devices()
+        finite = ~jnp.isnan(scale)
+        ids = jnp.where(finite, ids, local_rows)  # out of range: nothing is written
+        before = lines.read(memory, ids, self.width).astype(jnp.float32)
+        at_rows = jax.tree.map(
+            lambda mine, leaf, old: lines.read(leaf, ids, self.width) if mine else old,
+            per_row,
+            new_state,
             state,
-            fetched.ids,
-            row_gradients,
-            merged.ids,
-            merged.gradients,
-            merged.done,
-            scale,
-            key,
         )
+        updates, after = optimizer.update(gradients * scale, at_rows, before)
+        rows = before + updates
+        if self.dtype == "bfloat16":
+            first_row = jax.lax.axis_index(axes()) * local_rows
+            rows = round_stochastically(rows, first_row + ids, key)
+        new_state = jax.tree.map(
+            lambda mine, leaf, old, new: lines.write(leaf, ids, new)
+            if mine
+            else jnp.where(finite, new, old),
+            per_row,
+            new_state,
+            state,
+            after,
+        )
+        return lines.write(memory, ids, rows), new_state

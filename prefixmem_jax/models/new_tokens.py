@@ -1,6 +1,6 @@
 """Vectors of tokens that a pre-trained vocabulary lacks.
 
-A new vector is the vocabulary's mean plus `SPREAD` times its standard deviation of each dimension
+A new vector is the vocabulary's mean plus `NOISE` times its standard deviation of each dimension
 times a *direction*: near what the model knows, and apart from each other. Directions are noise, or,
 where the quantiser is known, code centroids, so that codes that mean alike start alike.
 """
@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
-SPREAD = 0.1
+NOISE = 0.1
 
 
 def read_codebooks(path: str | Path, space: SidSpace) -> list[np.ndarray]:
@@ -33,14 +34,14 @@ def read_codebooks(path: str | Path, space: SidSpace) -> list[np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            found: Mapping[str, np.ndarray] = {name: file[name] for name in file.files}
+            arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not an .npz file of codebooks ({error})") from None
     names = [f"level_{level}" for level in range(1, space.levels + 1)]
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in arrays]
     if missing:
-        raise UserError(f"{path}: no array {missing[0]}; it has {', '.join(found) or 'none'}")
-    codebooks = [np.asarray(found[name], np.float32) for name in names]
+        raise UserError(f"{path}: no array {missing[0]}; it has {', '.join(arrays) or 'none'}")
+    codebooks = [np.asarray(arrays[name], np.float32) for name in names]
     for name, centroids, size in zip(names, codebooks, space.codebook_sizes, strict=True):
         expected = (size, codebooks[0].shape[-1])
         if centroids.shape != expected or not np.isfinite(centroids).all():
@@ -49,22 +50,26 @@ def read_codebooks(path: str | Path, space: SidSpace) -> list[np.ndarray]:
 
 
 def directions(
-    first: int, d_model: int, space: SidSpace, seed: int, codebooks: list[np.ndarray] | None = None
+    first: int,
+    d_model: int,
+    vocabulary: Vocabulary,
+    seed: int,
+    codebooks: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Directions of tokens first..vocabulary_size-1: float32 [tokens, d_model], unit variance.
+    """Directions of every token from `first` on: float32 [tokens, d_model], unit variance.
 
     Centroids go through one random projection for all levels, since a residual quantiser's codes
     lie in one space; each level is standardised, since its residuals get smaller level by level.
     """
     rng = np.random.default_rng(seed)
-    found = rng.normal(size=(space.vocabulary_size - first, d_model)).astype(np.float32)
+    every = np.zeros((vocabulary.size, d_model), np.float32)
+    every[first:] = rng.normal(size=every[first:].shape)
     if codebooks is not None:
         projection = rng.normal(size=(codebooks[0].shape[1], d_model)).astype(np.float32)
         for level, centroids in enumerate(codebooks, start=1):
-            start, stop = space.token_range(level)
             projected = (centroids - centroids.mean(axis=0)) @ projection
-            found[start - first : stop - first] = projected / max(projected.std(), 1e-30)
-    return found
+            every[slice(*vocabulary.token_range(level))] = projected / max(projected.std(), 1e-30)
+    return every[first:]
 
 
 def add_tokens(
@@ -90,7 +95,7 @@ def add_tokens(
     def joined(known: jax.Array, new: jax.Array) -> jax.Array:
         mean = known.mean(axis=axis, keepdims=True)
         spread = known.std(axis=axis, keepdims=True)
-        whole = jnp.concatenate([known, mean + SPREAD * spread * new], axis=axis)
+        whole = jnp.concatenate([known, mean + NOISE * spread * new], axis=axis)
         return jax.sharding.reshard(whole, sharding)
 
     with jax.set_mesh(sharding.mesh):

@@ -5,38 +5,35 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from prefixmem_jax.config import PrefixMemoryConfig
-from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemory
+from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import constrain, einsum
-from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 
 class PrefixClassifier(nnx.Module):
     """Predicts c_{l+1} from m_l (the paper's first rung of pre-training): no transformer.
 
-    Parts: `encoder` (W_out) and `head`.
+    Parts: `sid_encoder` (W_out) and `head`.
     """
 
     def __init__(
-        self, encoder: PrefixMemoryConfig, d_model: int, space: SidSpace, *, rngs: nnx.Rngs
+        self, sid_encoder: SidEncoderConfig, d_model: int, vocabulary: Vocabulary, *, rngs: nnx.Rngs
     ):
-        self.space = space
-        # Nothing but the memory feeds the head here, so W_out keeps the vector's scale.
-        self.encoder = PrefixMemory(encoder, space, d_model, encoder.d_mem**-0.5, rngs=rngs)
-        self.head = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (d_model, space.vocabulary_size))
-        )
+        self.vocabulary = vocabulary
+        # Nothing but the encoder feeds the head here, so W_out keeps the vector's scale.
+        self.sid_encoder = sid_encoder.build(vocabulary, d_model, None, rngs)
+        self.head = normal(rngs, 0.02, (d_model, "stored_model"), (vocabulary.size, "vocabulary"))
 
-    def next_token_logits(
-        self,
-        tokens_BS: jax.Array,
-        segment_ids_BS: jax.Array,
-        positions_BS: jax.Array,
-        memory_rows: jax.Array | None,
-    ) -> jax.Array:
+    def memory_addresses(self, batch: Batch) -> jax.Array | None:
+        """Memory rows to fetch, int32 [B, S, any]; None without a table."""
+        return self.sid_encoder.addresses(batch.tokens, batch.segment_ids)
+
+    def next_token_logits(self, batch: Batch, rows: jax.Array | None) -> jax.Array:
         """Float32 logits [B, S, V] of the next token; only active positions mean anything."""
-        del tokens_BS, segment_ids_BS, positions_BS
-        with jax.named_scope("encoder"):
-            memory_BSD = constrain(self.encoder(memory_rows), "batch", None, None)
+        with jax.named_scope("sid_encoder"):
+            memory_BSD = self.sid_encoder(batch.tokens, batch.segment_ids, rows)
+            memory_BSD = constrain(memory_BSD, "batch", None, None)
         head = constrain(self.head[...], None, "vocabulary")
         return einsum("BSD,DV->BSV", memory_BSD, head, out=("batch", None, "vocabulary"))

@@ -5,71 +5,76 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from prefixmem_jax.config import DecoderConfig, PrefixMemoryConfig
-from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemory
-from prefixmem_jax.models.decoder import Cache, Decoder, causal_mask
+from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.models.attention import KeyValues, Place
+from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.sharding import constrain
-from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
+
+# W_out of a fresh encoder near zero: attaching it hardly changes the model it is added to.
+OUTPUT_STD = 0.01
 
 
 class SidLM(nnx.Module):
-    """Parts: `llm` (the decoder) and `encoder` (dense parameters of the SID encoder, if any)."""
+    """Parts: `llm` (the decoder) and `sid_encoder` (its dense parameters, if there is one)."""
 
     def __init__(
         self,
         model: DecoderConfig,
-        encoder: PrefixMemoryConfig | None,
-        space: SidSpace,
+        sid_encoder: SidEncoderConfig | None,
+        vocabulary: Vocabulary,
         *,
         rngs: nnx.Rngs,
     ):
-        self.space = space
-        self.llm = Decoder(model, space.vocabulary_size, rngs=rngs)
-        if encoder is None:
-            self.encoder = None
-        else:
-            # W_out near zero: attaching the encoder hardly changes the model it is added to.
-            self.encoder = PrefixMemory(encoder, space, model.d_model, 0.01, rngs=rngs)
+        self.vocabulary = vocabulary
+        self.llm = Decoder(model, vocabulary.size, rngs=rngs)
+        self.sid_encoder = None
+        if sid_encoder is not None:
+            self.sid_encoder = sid_encoder.build(vocabulary, model.d_model, OUTPUT_STD, rngs)
 
-    def read_memory(
-        self, memory: jax.Array | None, tokens_BS: jax.Array, segment_ids_BS: jax.Array
-    ) -> jax.Array | None:
-        """The memory's rows at every position, without gradients; None without encoder."""
-        if self.encoder is None:
+    def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array | None:
+        """Memory rows to fetch, int32 [B, S, any]; None without a table."""
+        if self.sid_encoder is None:
             return None
-        return self.encoder.table.read(memory, self.encoder.addresses(tokens_BS, segment_ids_BS))
+        return self.sid_encoder.addresses(tokens_BS, segment_ids_BS)
 
-    def embed(self, tokens_BS: jax.Array, memory_rows: jax.Array | None) -> jax.Array:
-        """The decoder's input: token embeddings, plus the memory at SID positions."""
-        x_BSD = self.llm.embed(tokens_BS)
-        if memory_rows is not None:
-            with jax.named_scope("encoder"):
-                memory_BSD = self.encoder(memory_rows).astype(x_BSD.dtype)
-                x_BSD = x_BSD + constrain(memory_BSD, "batch", None, None)
-        return x_BSD
+    def memory_addresses(self, batch: Batch) -> jax.Array | None:
+        """`addresses` of a batch."""
+        return self.addresses(batch.tokens, batch.segment_ids)
 
-    def __call__(
+    def embed(
         self,
         tokens_BS: jax.Array,
         segment_ids_BS: jax.Array,
-        positions_BS: jax.Array,
-        memory_rows: jax.Array | None,
-    ) -> tuple[jax.Array, Cache]:
+        rows: jax.Array | None,
+        last: int | None = None,
+    ) -> jax.Array:
+        """The decoder's input [B, P, D]: token embeddings plus the SID encoder's vectors.
+
+        Args:
+          rows: memory rows at the `addresses` of the last P positions, None without a table.
+          last: P, None for all positions.
+        """
+        newest = tokens_BS if last is None else tokens_BS[:, -last:]
+        x_BPD = self.llm.embed(newest)
+        if self.sid_encoder is not None:
+            with jax.named_scope("sid_encoder"):
+                memory_BPD = self.sid_encoder(tokens_BS, segment_ids_BS, rows, last)
+                x_BPD = x_BPD + constrain(memory_BPD.astype(x_BPD.dtype), "batch", None, None)
+        return x_BPD
+
+    def __call__(self, batch: Batch, rows: jax.Array | None) -> tuple[jax.Array, KeyValues]:
         """Hidden states [B, S, D] of whole sequences, and their keys and values.
 
         Args:
-          memory_rows: rows at `encoder.addresses(tokens, segment_ids)`, None without encoder.
+          rows: memory rows at `memory_addresses`, None without a table.
         """
-        x_BSD = self.embed(tokens_BS, memory_rows)
-        return self.llm(x_BSD, positions_BS, causal_mask(segment_ids_BS))
+        x_BSD = self.embed(batch.tokens, batch.segment_ids, rows)
+        return self.llm(x_BSD, Place(batch.positions, batch.segment_ids))
 
-    def next_token_logits(
-        self,
-        tokens_BS: jax.Array,
-        segment_ids_BS: jax.Array,
-        positions_BS: jax.Array,
-        memory_rows: jax.Array | None,
-    ) -> jax.Array:
+    def next_token_logits(self, batch: Batch, rows: jax.Array | None) -> jax.Array:
         """Float32 logits [B, S, V] of the next token at every position."""
-        hidden, _ = self(tokens_BS, segment_ids_BS, positions_BS, memory_rows)
+        hidden, _ = self(batch, rows)
         return self.llm.logits(hidden)

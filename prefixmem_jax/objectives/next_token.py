@@ -1,60 +1,101 @@
-"""What a stage learns: which model is built, and the loss over its next-token logits."""
+"""Next-token prediction over packed documents: the decoder, with its SID encoder if it has one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from prefixmem_jax.config import Config
-from prefixmem_jax.sid_encoders.prefix_memory import check_encoder
-from prefixmem_jax.models.prefix_classifier import PrefixClassifier
+from prefixmem_jax.config_groups import DataConfig, DecoderConfig
+from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.data.documents import example_documents, training_documents
+from prefixmem_jax.data.packing import one_per_row, pack
+from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.objectives.objective import Objective
 from prefixmem_jax.parallel.sharding import constrain
-from prefixmem_jax.semantic_ids.space import SidSpace
-
-Model = SidLM | PrefixClassifier
-
-
-def build_model(config: Config, space: SidSpace, rngs: nnx.Rngs) -> Model:
-    """The model that the config's objective trains."""
-    if config.encoder is not None:
-        check_encoder(config.encoder, space)
-    if config.objective == "classification":
-        return PrefixClassifier(config.encoder, config.model.d_model, space, rngs=rngs)
-    return SidLM(config.model, config.encoder, space, rngs=rngs)
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 
-def next_token_sums(
-    model: Model, batch: dict[str, jax.Array], memory_rows: jax.Array | None
-) -> dict[str, jax.Array]:
-    """Cross-entropy and hits of next-token prediction, as sums over the batch.
+@dataclass(frozen=True)
+class NextToken(Objective):
+    """Cross-entropy of every next token of users' histories."""
 
-    `classification` learns only where the encoder is active: there the histories' transitions
-    c_1..c_l -> c_{l+1} occur as often as in training histories, which is the paper's weighting.
+    generates: ClassVar[bool] = True
 
-    Args:
-      batch: see `data.sequences`.
+    def build_model(
+        self,
+        model: DecoderConfig,
+        sid_encoder: SidEncoderConfig | None,
+        vocabulary: Vocabulary,
+        rngs: nnx.Rngs,
+    ) -> SidLM:
+        return SidLM(model, sid_encoder, vocabulary, rngs=rngs)
 
-    Returns:
-      loss: float32 [], summed over predicted positions; count: their number.
-      hits, level_count: float32 [levels], by level of the predicted token (top-1 over the whole
-      vocabulary).
-    """
-    logits_BSV = model.next_token_logits(
-        batch["tokens"], batch["segment_ids"], batch["positions"], memory_rows
-    )
-    mask_BS = batch["loss_mask"]
-    space = model.space
-    if isinstance(model, PrefixClassifier):
-        addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
-        mask_BS = mask_BS * jnp.any(addresses >= 0, axis=-1)
-    with jax.named_scope("loss"):
-        return _cross_entropy_sums(logits_BSV, batch["tokens"], mask_BS, space)
+    def abstract_batch(
+        self, data: DataConfig, sharding: jax.sharding.Sharding | None = None
+    ) -> Batch:
+        return Batch.abstract(data.batch_size, data.sequence_length, sharding)
+
+    def training_rows(self, data: PreparedData, config: DataConfig, seed: int) -> Batch:
+        max_items = config.max_items
+        documents = training_documents(
+            data.split.items,
+            data.split.train,
+            data.item_tokens,
+            data.vocabulary,
+            max_items,
+            config.sequence_length,
+        )
+        return pack(documents, config.sequence_length, seed)
+
+    def validation_rows(
+        self, data: PreparedData, config: DataConfig, examples: int, length_multiple: int
+    ) -> Batch:
+        validation = data.split.validation
+        sample = validation.take(fixed_sample(len(validation), examples))
+        documents = example_documents(sample, data.item_tokens, data.vocabulary, config.max_items)
+        length = 1 + data.vocabulary.levels * (config.max_items + 1)
+        return one_per_row(documents, length + -length % length_multiple)
+
+    def predicted(self, model: nnx.Module, batch: Batch) -> jax.Array:
+        """Weight float32 [B, S] of the prediction made at each position."""
+        del model
+        return batch.loss_mask
+
+    def loss_sums(
+        self, model: nnx.Module, batch: Batch, rows: jax.Array | None, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """Cross-entropy and hits, as sums over the batch.
+
+        Returns:
+          loss: float32 [], summed over predicted positions; count: their number.
+          hits, level_count: float32 [levels], by level of the predicted token (top-1 over the whole
+          vocabulary).
+        """
+        del key
+        logits_BSV = model.next_token_logits(batch, rows)
+        mask_BS = self.predicted(model, batch)
+        with jax.named_scope("loss"):
+            return _cross_entropy_sums(logits_BSV, batch.tokens, mask_BS, model.vocabulary)
+
+    def summarize(self, sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
+        """Mean loss and accuracy per level; levels with nothing to predict are left out."""
+        summary = {f"{prefix}loss": float(sums["loss"]) / max(float(sums["count"]), 1.0)}
+        hits, counts = np.asarray(sums["hits"]), np.asarray(sums["level_count"])
+        for level, (hit, count) in enumerate(zip(hits, counts, strict=True), start=1):
+            if count > 0:
+                summary[f"{prefix}accuracy/level_{level}"] = float(hit) / float(count)
+        return summary
 
 
 def _cross_entropy_sums(
-    logits_BSV: jax.Array, tokens_BS: jax.Array, mask_BS: jax.Array, space: SidSpace
+    logits_BSV: jax.Array, tokens_BS: jax.Array, mask_BS: jax.Array, vocabulary: Vocabulary
 ) -> dict[str, jax.Array]:
     target_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
     # Reductions over the vocabulary only, which may be sharded: no gather of the target's logit.
@@ -65,8 +106,8 @@ def _cross_entropy_sums(
     # Top-1 alone: a tie is a miss, or a model that says nothing would score full marks.
     at_least_BS = jnp.sum(logits_BSV >= target_logit_BS[..., None], axis=-1)
     hit_BS = (at_least_BS == 1) * mask_BS
-    target_level_BS, _ = space.level_and_code(target_BS)
-    by_level = [(target_level_BS == level) for level in range(1, space.levels + 1)]
+    target_level_BS, _ = vocabulary.level_and_code(target_BS)
+    by_level = [(target_level_BS == level) for level in range(1, vocabulary.levels + 1)]
     return {
         "loss": jnp.sum(loss_BS * mask_BS),
         "count": jnp.sum(mask_BS),

@@ -1,8 +1,9 @@
-"""How arrays lie on the mesh: one table of logical axes, one of rules.
+"""How arrays lie on the mesh: one table of rules from logical axes to mesh axes.
 
-Dense parameters are stored sharded over `fsdp` and `tensor` and gathered over `fsdp` where they
-are used; the batch is sharded over `data` and `fsdp`; the memory table's rows, and everything
-with one entry a row, over every axis.
+Each parameter declares its logical axes beside its shape (`parallel.parameters`). Dense parameters
+are stored sharded over `fsdp` and `tensor` and gathered over `fsdp` where they are used; the batch
+is sharded over `data` and `fsdp`; the memory table's rows, and everything with one entry a row, over
+every axis.
 
 `einsum` and `constrain` take logical axes, so that models name no mesh axis. Where there is no
 explicit mesh (one device without a mesh, or inside `shard_map`, where each device computes on
@@ -11,6 +12,7 @@ its own) they do nothing more than the plain operation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from prefixmem_jax.parallel.mesh import AXES
 
 BATCH_AXES = ("data", "fsdp")
 
-# Mesh axes by logical axis; a logical axis that is not here is not sharded.
+# Mesh axes by logical axis; None stands for a dimension that is not sharded.
 RULES = {
     "batch": BATCH_AXES,
     "shared_length": "tensor",  # positions that tensor-parallel devices divide among them
@@ -34,45 +36,15 @@ RULES = {
     "stored_embedded": ("tensor", "fsdp"),
 }
 
-# Logical axes of every dense parameter as it is stored, by its name in the model.
-PARAMETERS = {
-    "embedding": (None, "stored_embedded"),
-    "head": ("stored_model", "vocabulary"),
-    "query": ("stored_model", "heads", None),
-    "key": ("stored_model", "heads", None),
-    "value": ("stored_model", "heads", None),
-    "output": ("heads", None, "stored_model"),
-    "gate": ("stored_model", "feed_forward"),
-    "up": ("stored_model", "feed_forward"),
-    "down": ("feed_forward", "stored_model"),
-    "scale": (None,),
-    "projection": (None, None, None),
-}
-
 
 def spec(*logical: str | None) -> P:
     """The partition of an array with these logical axes."""
-    return P(*(RULES.get(axis) for axis in logical))
+    return P(*(None if axis is None else RULES[axis] for axis in logical))
 
 
 def row_spec() -> P:
     """The partition of the memory table: rows over every mesh axis."""
     return P(AXES)
-
-
-def parameter_spec(path: tuple, shape: tuple[int, ...]) -> P:
-    """The stored partition of a parameter, or of an optimizer leaf that mirrors one.
-
-    Args:
-      path: its path in the tree; the innermost name that PARAMETERS knows decides. Leaves of
-        another rank than that parameter (counters) are on every device.
-    """
-    for key in reversed(path):
-        logical = PARAMETERS.get(jax.tree_util.keystr((key,), simple=True))
-        if logical is not None:
-            stacked = len(shape) - len(logical)  # layers are stacked along a leading axis
-            return spec(*(None,) * stacked, *logical) if 0 <= stacked <= 1 else P()
-    return P()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -138,11 +110,16 @@ def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:
     return table.at[index].get(out_sharding=sharding)
 
 
-def by_heads(function: Any, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array):
-    """Runs attention on each device's own part of the batch and heads."""
+def by_heads(function: Callable, heads: tuple, batch: tuple, window: jax.Array) -> jax.Array:
+    """Runs attention on each device's own part of the batch and heads.
+
+    Args:
+      function: of (heads, batch, window).
+      heads: arrays [B, any, heads, size]; batch: arrays [B, any]; window: a number.
+    """
     if not _explicit_mesh():
-        return function(query, key, value, mask)
-    heads, whole = spec("batch", None, "heads", None), spec("batch", None, None)
-    return jax.shard_map(function, in_specs=(heads, heads, heads, whole), out_specs=heads)(
-        query, key, value, mask
-    )
+        return function(heads, batch, window)
+    per_head, per_batch = spec("batch", None, "heads", None), spec("batch", None)
+    return jax.shard_map(
+        function, in_specs=(per_head, per_batch, P()), out_specs=per_head
+    )(heads, batch, window)

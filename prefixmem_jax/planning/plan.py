@@ -11,17 +11,22 @@ from typing import Any
 import jax
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.data.prepare import data_space
-from prefixmem_jax.sid_encoders.prefix_memory import tables_of
-from prefixmem_jax.planning.hlo import Collective, Program
+from prefixmem_jax.data.prepare import data_vocabulary
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.planning.hlo import Collective, Program
 from prefixmem_jax.planning.topology import Chip, mean_hops, pod_devices
 from prefixmem_jax.training.flops import matmul_flops
-from prefixmem_jax.training.loop import check_mesh
-from prefixmem_jax.training.step import Trainer
+from prefixmem_jax.training.state import abstract_state
+from prefixmem_jax.training.step import (
+    abstract_batch,
+    check_mesh,
+    compile_train_step,
+    train_step,
+)
 
 # Parts of the model, by the named scopes that the code opens.
-PARTS = ("table", "encoder", "embedding", "attention", "mlp", "head", "loss", "optimizer")
+PARTS = ("table", "sid_encoder", "embedding", "attention", "mlp", "head", "loss", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,22 @@ def plan(
     """Compiles the whole train step for a TPU pod, or for this process's CPU devices.
 
     Args:
-      topology: such as `v5e:16x16`, see `parallel.topology`; `slices` of them.
+      topology: such as `v5e:16x16`, see `planning.topology`; `slices` of them.
       devices: number of local devices to use instead.
     """
     chip = None
     if topology is not None:
-        chip, found = pod_devices(topology, slices)
+        chip, pod = pod_devices(topology, slices)
     else:
-        found = jax.devices()[:devices]
-    mesh = make_mesh(config.mesh, found)
-    space = data_space(config.data)
-    check_mesh(config, space, mesh)
-    trainer = Trainer.create(config, space, mesh)
-    state, batch = trainer.abstract_state(), trainer.abstract_batch()
+        pod = jax.devices()[:devices]
+    mesh = make_mesh(config.mesh, pod)
+    vocabulary = data_vocabulary(config.data)
+    check_mesh(config, vocabulary, mesh)
+    spec = ModelSpec.create(config, vocabulary, mesh)
+    state, batch = abstract_state(spec), abstract_batch(spec)
     with jax.set_mesh(mesh):
-        flops = matmul_flops(trainer.train_step, state, batch) / len(found)
+        flops = matmul_flops(lambda *arguments: train_step(spec, *arguments), state, batch)
+    flops /= len(pod)
     sizes = {
         "parameters": _device_bytes(state.params),
         "table": _device_bytes(state.memory),
@@ -87,13 +93,13 @@ def plan(
     }
     shape = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     try:
-        compiled = trainer.compile_train_step()
+        compiled = compile_train_step(spec)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sizes |= {"temporary": None, "total": _bytes_asked_for(str(error))}
         capacity = chip.hbm_bytes if chip else None
-        return Plan(len(found), shape, sizes, capacity, False, flops, [], {}, 0, None)
+        return Plan(len(pod), shape, sizes, capacity, False, flops, [], {}, 0, None)
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -110,11 +116,14 @@ def plan(
         part = _part(collective.scope)
         by_part[part] = by_part.get(part, 0) + collective.bytes
     gathered = 0
-    if trainer.table is not None:
-        positions = config.data.batch_size * config.data.sequence_length // len(found)
-        gathered = trainer.table.bytes_served(positions * tables_of(config.encoder), len(found))
+    if spec.table is not None:
+        with jax.set_mesh(mesh):
+            addresses = jax.eval_shape(
+                lambda params, batch: spec.model(params).memory_addresses(batch), spec.params, batch
+            )
+        gathered = spec.table.bytes_served(addresses.size // len(pod), len(pod))
     return Plan(
-        devices=len(found),
+        devices=len(pod),
         mesh=shape,
         hbm_bytes=sizes,
         hbm_capacity=chip and chip.hbm_bytes,

@@ -20,7 +20,7 @@ class SidEncoder(nnx.Module):
     """Token ids and segment ids to a vector per position, zero where it is not active.
 
     It may own dense parameters (part `sid_encoder`), rows of a memory table (part `memory`), or both.
-    Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
+    What reads a prefix looks back levels - 1 tokens at most. Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
     the caller fetches them and hands them to `__call__`. Training, prefill and cached decoding all
     go this way.
     """
@@ -29,6 +29,10 @@ class SidEncoder(nnx.Module):
         """Rows to fetch: int32 [B, S, any], negative for none; None if it owns no table."""
         del tokens_BS, segment_ids_BS
         return None
+
+    def active(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        """Where it has something to say: bool [B, S]."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -56,9 +60,13 @@ class SidEncoderConfig(Kind, ABC):
 
     @abstractmethod
     def build(
-        self, vocabulary: Vocabulary, d_model: int, output_std: float, rngs: nnx.Rngs
+        self, vocabulary: Vocabulary, d_model: int, output_std: float | None, rngs: nnx.Rngs
     ) -> SidEncoder:
-        """The encoder, its output projection drawn with standard deviation `output_std`."""
+        """The encoder.
+
+        Args:
+          output_std: standard deviation of a fresh output projection; None keeps the vector's scale.
+        """
 
     def check(self, space: SidSpace) -> None:
         """Raises UserError where it does not fit the SIDs."""

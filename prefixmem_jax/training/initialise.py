@@ -11,20 +11,21 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import Config, InitConfig, PrefixMemoryConfig
-from prefixmem_jax.config_files import load_config
+from prefixmem_jax.config_groups import InitConfig
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.sid_encoders.prefix_memory import make_hash
+from prefixmem_jax.hf.load import load_parts, load_rows
+from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import TOKEN_AXIS
 from prefixmem_jax.models.new_tokens import add_tokens, directions, read_codebooks
-from prefixmem_jax.runs.checkpoint import Checkpoints, has_checkpoint
-from prefixmem_jax.training.step import Trainer, TrainState
+from prefixmem_jax.runs.checkpoint import Checkpoints, abstract_memory_part, has_checkpoint
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.training.state import TrainState, init_sharded
 
 
-def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainState:
+def initial_state(spec: ModelSpec, options: InitConfig, seed: int) -> TrainState:
     """Every part from exactly one place: `init.run`, `init.from_huggingface`, or fresh."""
-    abstract = trainer.abstract_state()
-    parts = [*abstract.params, *(["memory"] if abstract.memory is not None else [])]
+    parts = spec.parts
     for name in (*options.take, *options.fresh):
         if name not in parts:
             raise UserError(f"init: no part {name!r} in this model; it has {', '.join(parts)}")
@@ -38,7 +39,7 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
                 f"init.fresh names part {options.fresh[0]!r} but init.run and "
                 "init.from_huggingface are none"
             )
-        return trainer.init_sharded(seed)
+        return init_sharded(spec, seed)
     for part in parts:
         named = (part in options.take) + (part in options.fresh)
         if named > 1 or (named == 0 and options.from_huggingface is None):
@@ -47,75 +48,68 @@ def initial_state(trainer: Trainer, options: InitConfig, seed: int) -> TrainStat
             )
     loaded: dict[str, Any] = {}
     if options.run is not None:
-        loaded |= _parts_of_run(trainer, options)
+        run = Run(options.run)
+        if not run.has_checkpoint:
+            raise UserError(
+                f"init.run={options.run}: not a run directory with a checkpoint; train that stage "
+                "first, or name another run"
+            )
+        loaded |= run.load(spec, options.take)
     if options.from_huggingface is not None:
         others = [part for part in parts if part not in (*options.take, *options.fresh)]
-        loaded |= parts_of_folder(trainer, options, others, seed)
-    state = trainer.init_sharded(seed, without=loaded)
+        loaded |= parts_of_folder(spec, options, others, seed)
+    state = init_sharded(spec, seed, without=loaded)
     memory = loaded.pop("memory", {"rows": state.memory})["rows"]
-    params = {part: loaded.get(part, state.params.get(part)) for part in abstract.params}
+    params = {part: loaded.get(part, state.params.get(part)) for part in spec.params}
     return state._replace(params=params, memory=memory)
 
 
-def _parts_of_run(trainer: Trainer, options: InitConfig) -> dict[str, Any]:
-    if not has_checkpoint(Path(options.run)):
-        raise UserError(
-            f"init.run={options.run}: not a run directory with a checkpoint; train that stage "
-            "first, or name another run"
-        )
-    with Checkpoints(Path(options.run), trainer) as source:
-        return source.load(_abstract(trainer, source, options.take))
-
-
-def _abstract(trainer: Trainer, source: Checkpoints, parts: tuple[str, ...]) -> dict[str, Any]:
-    params = trainer.abstract_state().params
-    return {part: source.abstract_memory() if part == "memory" else params[part] for part in parts}
-
-
 def parts_of_folder(
-    trainer: Trainer, options: InitConfig, parts: list[str], seed: int
+    spec: ModelSpec, options: InitConfig, parts: list[str], seed: int
 ) -> dict[str, Any]:
     """Parts of a Hugging Face folder, or of what `prefixmem import` made of one.
 
     SID tokens that `llm` lacks there are added to it; `memory` comes as {"rows": array}.
     """
     from prefixmem_jax.hf.families import read_folder  # only here: transformers is slow to import
-    from prefixmem_jax.hf.load import load_parts, load_rows
-    from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 
     folder, where = options.from_huggingface, f"init.from_huggingface={options.from_huggingface}"
     if "llm" not in parts:
         raise UserError(f"{where}: part 'llm' comes from there; this run has none, or names it too")
     described = read_folder(folder)
-    has = ["llm"] + (["encoder", "memory"] if described.encoder is not None else [])
+    has = ["llm"] + (["sid_encoder", "memory"] if described.sid_encoder is not None else [])
     for part in parts:
         if part not in has:
             raise UserError(f"{where}: has no part {part!r}; name it in init.take or init.fresh")
-    _check_folder(trainer, described, where)
-    if "encoder" in parts or "memory" in parts:
-        _check_encoder(trainer, described, where)
+    _check_folder(spec, described, where)
+    if "sid_encoder" in parts or "memory" in parts:
+        _check_sid_encoder(spec, described, where)
 
-    abstract = dict(trainer.abstract_state().params)
-    abstract["llm"] = _with_vocabulary(abstract["llm"], described.vocabulary)
+    dense = {part: spec.params[part] for part in parts if part != "memory"}
+    dense["llm"] = _with_vocabulary(dense["llm"], described.vocabulary)
     if has_checkpoint(Path(folder)):
-        with Checkpoints(Path(folder), trainer) as source:
-            loaded = source.load({**_abstract(trainer, source, parts), "llm": abstract["llm"]})
+        abstract = dict(dense)
+        if "memory" in parts:
+            abstract["memory"] = abstract_memory_part(spec)
+        with Checkpoints(Path(folder)) as source:
+            loaded = source.load(abstract, spec)
     else:
         files = SafetensorsFolder(folder)
-        dense = {part: abstract[part] for part in parts if part != "memory"}
-        loaded = load_parts(files, described.decoder, described.encoder, dense)
+        loaded = load_parts(files, described.decoder, described.sid_encoder, dense)
         if "memory" in parts:
-            rows = load_rows(files, described.encoder, trainer.abstract_state().memory)
+            rows = load_rows(files, described.sid_encoder, spec.memory)
             loaded["memory"] = {"rows": rows}
 
-    known, space = described.vocabulary, trainer.space
-    if known == space.vocabulary_size:
+    known, vocabulary = described.vocabulary, spec.vocabulary
+    if known == vocabulary.size:
         if options.codebooks is not None:
             raise UserError(f"init.codebooks: {folder} has its SID tokens already")
         return loaded
-    codebooks = None if options.codebooks is None else read_codebooks(options.codebooks, space)
-    new = directions(known, trainer.config.model.d_model, space, seed, codebooks)
-    targets = trainer.abstract_state().params["llm"]
+    codebooks = None
+    if options.codebooks is not None:
+        codebooks = read_codebooks(options.codebooks, vocabulary.space)
+    new = directions(known, spec.config.model.d_model, vocabulary, seed, codebooks)
+    targets = spec.params["llm"]
     for name, axis in TOKEN_AXIS.items():
         if name in loaded["llm"]:
             table = loaded["llm"][name]
@@ -135,54 +129,42 @@ def _with_vocabulary(llm: dict[str, Any], tokens: int) -> dict[str, Any]:
     return changed
 
 
-def _check_folder(trainer: Trainer, described: Any, where: str) -> None:
+def _check_folder(spec: ModelSpec, described: Any, where: str) -> None:
     """Raises UserError where a folder is another model, or has another vocabulary."""
     from prefixmem_jax.hf.families import differing_key
 
-    model, space = trainer.config.model, trainer.space
+    model, vocabulary = spec.config.model, spec.vocabulary
     key = differing_key(described.decoder, model)
     if key is not None:
         raise UserError(
             f"{where}: its {key} is {getattr(described.decoder, key)}, model.{key} is "
             f"{getattr(model, key)}"
         )
-    if described.text_tokens != space.text_tokens:
+    if described.text_tokens != vocabulary.text_tokens:
         raise UserError(
             f"{where}: its vocabulary has {described.text_tokens} text tokens, data.text_tokens is "
-            f"{space.text_tokens}"
+            f"{vocabulary.text_tokens}"
         )
-    if described.codebook_sizes not in (None, space.codebook_sizes):
+    if described.codebook_sizes not in (None, vocabulary.space.codebook_sizes):
         raise UserError(
             f"{where}: its SID tokens have codebooks {described.codebook_sizes}, the data's are "
-            f"{space.codebook_sizes}"
+            f"{vocabulary.space.codebook_sizes}"
         )
-    if described.codebook_sizes and described.vocabulary != space.vocabulary_size:
+    if described.codebook_sizes and described.vocabulary != vocabulary.size:
         raise UserError(
             f"{where}: its vocabulary has {described.vocabulary} tokens, here it has "
-            f"{space.vocabulary_size}; see data.vocabulary_multiple"
+            f"{vocabulary.size}; see data.vocabulary_multiple"
         )
 
 
-def _check_encoder(trainer: Trainer, described: Any, where: str) -> None:
-    config = trainer.config.encoder
-    for item in dataclasses.fields(PrefixMemoryConfig):
-        theirs, ours = getattr(described.encoder, item.name), getattr(config, item.name)
-        if theirs != ours and item.name != "dtype":
-            raise UserError(f"{where}: its {item.name} is {theirs}, encoder.{item.name} is {ours}")
-    ours = make_hash(config, trainer.space)["multipliers"]
-    if not np.array_equal(np.asarray(described.multipliers, np.uint32), ours):
+def _check_sid_encoder(spec: ModelSpec, described: Any, where: str) -> None:
+    ours, theirs = spec.config.sid_encoder, described.sid_encoder
+    if type(ours) is not type(theirs):
+        raise UserError(f"{where}: its SID encoder is {type(theirs).__name__}, not this run's")
+    for item in dataclasses.fields(theirs):
+        its, own = getattr(theirs, item.name), getattr(ours, item.name)
+        if its != own and item.name != "dtype":
+            raise UserError(f"{where}: its {item.name} is {its}, sid_encoder.{item.name} is {own}")
+    multipliers = ours.multipliers(spec.vocabulary.space)
+    if not np.array_equal(np.asarray(described.multipliers, np.uint32), multipliers):
         raise UserError(f"{where}: its memory has other hash multipliers; tables mean nothing here")
-
-
-def text_model_of(config: Config) -> str | None:
-    """The Hugging Face folder that a run's LLM came from, through the runs it was taken from."""
-    for _ in range(100):
-        if config.init.from_huggingface is not None:
-            return config.init.from_huggingface
-        if config.init.run is None or "llm" not in config.init.take:
-            return None
-        earlier = Path(config.init.run) / "config.json"
-        if not earlier.is_file():
-            return None
-        config = load_config(earlier)
-    return None

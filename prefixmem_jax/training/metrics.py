@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from tensorboardX import SummaryWriter
 
 from prefixmem_jax.files import write_text
-
-
-def summarize(sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Mean loss and accuracy per level from `objectives.next_token_sums`, as flat names.
-
-    Levels with nothing to predict are left out.
-    """
-    summary = {f"{prefix}loss": float(sums["loss"]) / max(float(sums["count"]), 1.0)}
-    hits, counts = np.asarray(sums["hits"]), np.asarray(sums["level_count"])
-    for level, (hit, count) in enumerate(zip(hits, counts, strict=True), start=1):
-        if count > 0:
-            summary[f"{prefix}accuracy/level_{level}"] = float(hit) / float(count)
-    return summary
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

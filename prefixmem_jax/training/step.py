@@ -1,240 +1,190 @@
-"""The train state and the train step, the same for every objective."""
+"""The train step, the same for every objective.
+
+An objective gives loss sums of a batch (`objectives.objective`); everything else is here: gradients
+of what learns and of the memory's fetched rows, one clipped update of both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import Config, Scope
-from prefixmem_jax.sid_encoders.prefix_memory import make_table
-from prefixmem_jax.memory.table import Fetched, Table, spread
-from prefixmem_jax.parallel.sharding import batch_sharding, parameter_spec
-from prefixmem_jax.semantic_ids.space import SidSpace
-from prefixmem_jax.objectives.next_token import Model, build_model, next_token_sums
+from prefixmem_jax.config import Config
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.memory.table import Fetched, spread
+from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.parallel.sharding import batch_sharding
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
-from prefixmem_jax.training.trainable import merged_with, trained_part, trained_values
+from prefixmem_jax.training.state import TrainState, abstract_state
+from prefixmem_jax.training.trainable import merged_with, only_trainable, trainable_tree
 
 
-class TrainState(NamedTuple):
-    """Everything a step changes.
+def abstract_batch(spec: ModelSpec) -> Any:
+    """Shapes, dtypes and shardings of a global batch."""
+    return spec.config.objective.abstract_batch(spec.config.data, batch_sharding(spec.mesh))
 
-    Attributes:
-      step: int32 [], updates so far.
-      params: dense parameters by part (`llm`, `encoder`, `head`), nested dicts of float32.
-      optimizer: optax state of the `params` that are trained (`training.scopes`).
-      memory: the table's rows, or None without an encoder.
-      memory_optimizer: optax state of `memory`, or None.
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The random key of a step: a resumed run and any mesh draw alike."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def train_step(
+    spec: ModelSpec, state: TrainState, batch: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. Gradients are taken of the fetched rows, never of the table.
+
+    Returns:
+      The new state: the old one, bit for bit, where loss or gradients are not finite.
+      Metrics: `loss`, `gradient_norm`, `finite`, the objective's `sums`, and with a table
+      `memory_rounds` (exchanges that the batch needed).
     """
+    config, table = spec.config, spec.table
+    key = step_key(config.seed, state.step)
+    fetched = None
+    if table is not None:
+        addresses = spec.model(state.params).memory_addresses(batch)
+        fetched = table.fetch(state.memory, addresses)
 
-    step: jax.Array
-    params: dict[str, Any]
-    optimizer: Any
-    memory: jax.Array | None
-    memory_optimizer: Any
+    sums, (gradients, row_gradients) = _gradients(spec, state.params, fetched, batch, key)
+    squared_norm = optax.tree.norm(gradients, squared=True)
+    merged = None
+    if fetched is not None:
+        merged = table.merge(fetched, row_gradients)
+        squared_norm = squared_norm + merged.squared_norm
+    loss = sums["loss"] / jnp.maximum(sums["count"], 1)
+    finite = jnp.isfinite(squared_norm) & jnp.isfinite(loss)
+    scale = clip_scale(squared_norm, config.optimizer.clip_norm)
 
-
-@dataclass(frozen=True)
-class Trainer:
-    """The functions of one stage, closed over its config, space and mesh."""
-
-    config: Config
-    space: SidSpace
-    mesh: Mesh
-    graphdef: nnx.GraphDef
-
-    @classmethod
-    def create(cls, config: Config, space: SidSpace, mesh: Mesh) -> Trainer:
-        abstract = nnx.eval_shape(lambda: build_model(config, space, nnx.Rngs(0)))
-        return cls(config, space, mesh, nnx.split(abstract, nnx.Param)[0])
-
-    def model(self, params: dict[str, Any]) -> Model:
-        return nnx.merge(self.graphdef, nnx.State(params))
-
-    @property
-    def table(self) -> Table | None:
-        encoder = self.config.encoder
-        return None if encoder is None else make_table(encoder, self.space)
-
-    @property
-    def scope(self) -> Scope:
-        return self.config.optimizer.trainable
-
-    def init(self, key: jax.Array) -> TrainState:
-        """A fresh state; traceable, so that `abstract_state` can say its shapes."""
-        model_key, memory_key = jax.random.split(key)
-        model = build_model(self.config, self.space, nnx.Rngs(model_key))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        memory = memory_state = None
-        if self.table is not None:
-            memory = self.table.init(memory_key)
-            memory_state = self.table.init_optimizer(memory_optimizer(self.config))
-        optimizer = dense_optimizer(self.config).init(trained_part(params, self.scope))
-        return TrainState(jnp.int32(0), params, optimizer, memory, memory_state)
-
-    def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state; no memory is taken."""
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
-
-        def placed(leaf: jax.ShapeDtypeStruct, partition: P) -> jax.ShapeDtypeStruct:
-            sharding = NamedSharding(self.mesh, partition)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        def dense(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return placed(leaf, parameter_spec(path, leaf.shape))
-
-        def by_row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return placed(leaf, self.table.partition(leaf))
-
-        return TrainState(
-            placed(shapes.step, P()),
-            jax.tree_util.tree_map_with_path(dense, shapes.params),
-            jax.tree_util.tree_map_with_path(dense, shapes.optimizer),
-            jax.tree.map(by_row, shapes.memory),
-            jax.tree.map(by_row, shapes.memory_optimizer),
+    params, optimizer = _update_dense(spec, state, gradients, scale, finite)
+    memory, memory_state = state.memory, state.memory_optimizer
+    metrics = {
+        "loss": loss,
+        "gradient_norm": jnp.sqrt(squared_norm),
+        "finite": finite,
+        "sums": sums,
+    }
+    if merged is not None:
+        memory, memory_state = table.apply(
+            memory,
+            memory_state,
+            merged,
+            memory_optimizer(config),
+            jnp.where(finite, scale, jnp.nan),
+            key,
         )
+        metrics["memory_rounds"] = fetched.rounds
+    step = state.step + finite.astype(jnp.int32)
+    return TrainState(step, params, optimizer, memory, memory_state), metrics
 
-    def init_sharded(self, seed: int, without: Collection[str] = ()) -> TrainState:
-        """A fresh state on the mesh; the same numbers on any mesh.
 
-        Args:
-          without: parts that come from elsewhere; they are left out, and take no memory here.
-        """
+@jax.named_scope("optimizer")
+def _update_dense(
+    spec: ModelSpec, state: TrainState, gradients: Any, scale: jax.Array, finite: jax.Array
+) -> tuple[dict[str, Any], Any]:
+    """Dense parameters and their optimizer's state after an update, if it is finite."""
+    trainable = spec.config.optimizer.trainable
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    old = trainable_tree(state.params, trainable)
+    updates, optimizer = dense_optimizer(spec.config).update(gradients, state.optimizer, old)
+    new = only_trainable(optax.apply_updates(old, updates), old, trainable, spec.vocabulary)
+    new, optimizer = jax.tree.map(
+        lambda changed, before: jnp.where(finite, changed, before),
+        (new, optimizer),
+        (old, state.optimizer),
+    )
+    return merged_with(state.params, new), optimizer
 
-        def keep(state: TrainState) -> TrainState:
-            params = {part: tree for part, tree in state.params.items() if part not in without}
-            memory = None if "memory" in without else state.memory
-            return state._replace(params=params, memory=memory)
 
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, keep(self.abstract_state()))
-        with jax.set_mesh(self.mesh):
-            init = jax.jit(lambda key: keep(self.init(key)), out_shardings=shardings)
-            return init(jax.random.key(seed))
+def _gradients(
+    spec: ModelSpec, params: dict[str, Any], fetched: Fetched | None, batch: Any, key: jax.Array
+) -> tuple[dict[str, jax.Array], tuple]:
+    """Sums over the batch; gradients of its mean loss for what learns and for fetched rows."""
+    options = spec.config.optimizer
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        data = self.config.data
-        sharding = batch_sharding(self.mesh)
-        shape = (data.batch_size, data.sequence_length)
-        dtypes = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
-        dtypes["loss_mask"] = jnp.float32
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, dtype in dtypes.items()
-        }
-
-    def train_step(
-        self, state: TrainState, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update. Gradients are taken of the fetched rows, never of the table."""
-        fetched = None
-        if self.table is not None:
-            encoder = self.model(state.params).encoder
-            addresses = encoder.addresses(batch["tokens"], batch["segment_ids"])
-            fetched = self.table.fetch(state.memory, addresses)
-
-        sums, (gradients, row_gradients) = self._gradients(state.params, fetched, batch)
-        squared_norm = optax.tree.norm(gradients, squared=True)
-        if fetched is not None:
-            merged = self.table.merge_gradients(fetched, row_gradients)
-            squared_norm = squared_norm + merged.squared_norm
-        scale = clip_scale(squared_norm, self.config.optimizer.clip_norm)
-
-        with jax.named_scope("optimizer"):
-            gradients = jax.tree.map(lambda g: g * scale, gradients)
-            old = trained_part(state.params, self.scope)
-            updates, optimizer = dense_optimizer(self.config).update(
-                gradients, state.optimizer, old
-            )
-            new = self._trained_values(optax.apply_updates(old, updates), old)
-            params = merged_with(state.params, new)
-        memory, memory_state = state.memory, state.memory_optimizer
-        metrics = {
-            "loss": sums["loss"] / jnp.maximum(sums["count"], 1),
-            "gradient_norm": jnp.sqrt(squared_norm),
-            "sums": sums,
-        }
-        if fetched is not None:
-            memory, memory_state = self.table.update(
-                memory,
-                memory_state,
-                memory_optimizer(self.config),
-                fetched,
-                row_gradients,
-                merged,
-                scale,
-                jax.random.fold_in(jax.random.key(self.config.seed), state.step),
-            )
-            metrics["memory_rounds"] = fetched.rounds
-        return TrainState(state.step + 1, params, optimizer, memory, memory_state), metrics
-
-    def _gradients(
-        self, params: dict[str, Any], fetched: Fetched | None, batch: dict[str, jax.Array]
-    ) -> tuple[dict[str, jax.Array], tuple]:
-        """Sums over the batch; gradients of its mean loss for what is trained and fetched rows."""
-
-        def summed_loss(trained: dict[str, Any], rows: jax.Array | None, part: tuple) -> tuple:
-            batch, place = part
-            memory_rows = None
-            if rows is not None:
-                memory_rows = spread(fetched._replace(rows=rows, place=place))
-            model = self.model(merged_with(params, trained))
-            sums = next_token_sums(model, batch, memory_rows)
-            return sums["loss"], sums
-
-        def one_part(part: tuple) -> tuple:
-            gradients, sums = jax.grad(summed_loss, argnums=(0, 1), has_aux=True)(
-                trained, rows, part
-            )
-            return sums, gradients
-
-        trained = trained_part(params, self.scope)
-        rows, place = (None, None) if fetched is None else (fetched.rows, fetched.place)
-        parts = self.config.optimizer.accumulation_steps
-        if parts == 1:
-            sums, gradients = one_part((batch, place))
-        else:
-            # Each device keeps its own rows of the batch: part i takes every parts-th of them.
-            cut = jax.tree.map(lambda x: _cut(x, parts), (batch, place))
-            first = one_part(jax.tree.map(lambda x: x[0], cut))
-            rest = jax.tree.map(lambda x: x[1:], cut)
-            (sums, gradients), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, one_part(part)), None),
-                first,
-                rest,
-            )
-        count = jnp.maximum(sums["count"], 1)
-        dense, by_row = jax.tree.map(lambda g: g / count, gradients)
-        return sums, (self._trained_values(dense, jax.tree.map(jnp.zeros_like, dense)), by_row)
-
-    def _trained_values(self, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-        return trained_values(new, old, self.scope, self.space.text_tokens)
-
-    def evaluation_step(
-        self, params: dict[str, Any], memory: jax.Array | None, batch: dict[str, jax.Array]
-    ) -> dict[str, jax.Array]:
-        """Teacher-forced loss and hits on a batch, as sums (`objectives.next_token_sums`)."""
-        model = self.model(params)
+    def summed_loss(learning: dict[str, Any], rows: jax.Array | None, piece: tuple) -> tuple:
+        batch, index, number = piece
         memory_rows = None
-        if memory is not None:
-            addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
-            memory_rows = self.table.read(memory, addresses)
-        return next_token_sums(model, batch, memory_rows)
+        if rows is not None:
+            memory_rows = spread(fetched._replace(rows=rows, index=index))
+        model = spec.model(merged_with(params, learning))
+        # A key of its own: the step's key itself rounds the memory's rows.
+        piece_key = jax.random.fold_in(key, number)
+        sums = spec.config.objective.loss_sums(model, batch, memory_rows, piece_key)
+        return sums["loss"], sums
 
-    def compile_train_step(self) -> Callable:
-        """The compiled step; it takes over (donates) the state it is given."""
-        with jax.set_mesh(self.mesh):
-            jitted = jax.jit(self.train_step, donate_argnums=0)
-            return jitted.lower(self.abstract_state(), self.abstract_batch()).compile()
+    def one_piece(piece: tuple) -> tuple:
+        gradients, sums = jax.grad(summed_loss, argnums=(0, 1), has_aux=True)(learning, rows, piece)
+        return sums, gradients
+
+    learning = trainable_tree(params, options.trainable)
+    rows, index = (None, None) if fetched is None else (fetched.rows, fetched.index)
+    pieces = options.accumulation_steps
+    if pieces == 1:
+        sums, gradients = one_piece((batch, index, jnp.int32(0)))
+    else:
+        # Each device keeps its own rows of the batch: piece i takes every pieces-th of them.
+        cut = jax.tree.map(lambda x: _cut(x, pieces), (batch, index))
+        numbered = (*cut, jnp.arange(pieces, dtype=jnp.int32))
+        first = one_piece(jax.tree.map(lambda x: x[0], numbered))
+        rest = jax.tree.map(lambda x: x[1:], numbered)
+        (sums, gradients), _ = jax.lax.scan(
+            lambda total, piece: (jax.tree.map(jnp.add, total, one_piece(piece)), None),
+            first,
+            rest,
+        )
+    count = jnp.maximum(sums["count"], 1)
+    dense, by_row = jax.tree.map(lambda g: g / count, gradients)
+    zeros = jax.tree.map(jnp.zeros_like, dense)
+    return sums, (only_trainable(dense, zeros, options.trainable, spec.vocabulary), by_row)
 
 
-def _cut(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] to [parts, B / parts, ...], without moving anything between devices."""
-    cut = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+def _cut(x: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] to [pieces, B / pieces, ...], without moving anything between devices."""
+    cut = jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0)
     return jax.sharding.reshard(cut, P(None, *jax.typeof(x).sharding.spec))
+
+
+def validation_step(
+    spec: ModelSpec, params: dict[str, Any], memory: jax.Array | None, batch: Any
+) -> dict[str, jax.Array]:
+    """The objective's sums on a batch, on the mesh, without gradients."""
+    model = spec.model(params)
+    memory_rows = None
+    if spec.table is not None:
+        memory_rows = spread(spec.table.fetch(memory, model.memory_addresses(batch)))
+    return spec.config.objective.loss_sums(model, batch, memory_rows, None)
+
+
+def compile_train_step(spec: ModelSpec) -> Callable:
+    """The compiled step of (state, batch); it takes over (donates) the state it is given."""
+    with jax.set_mesh(spec.mesh):
+        jitted = jax.jit(lambda state, batch: train_step(spec, state, batch), donate_argnums=0)
+        return jitted.lower(abstract_state(spec), abstract_batch(spec)).compile()
+
+
+def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
+    """Raises UserError where the config's sizes do not divide over the mesh."""
+    data, fsdp, tensor = mesh.devices.shape
+    accumulated = config.optimizer.accumulation_steps
+    for key, size, shares in (
+        ("data.batch_size", config.data.batch_size, data * fsdp * accumulated),
+        ("data.sequence_length", config.data.sequence_length, tensor),
+        ("model.kv_heads", config.model.kv_heads, tensor),
+        ("model.d_ff", config.model.d_ff, tensor),
+        ("model.d_model", config.model.d_model, fsdp * tensor),
+        ("vocabulary (see data.vocabulary_multiple)", vocabulary.size, tensor),
+        ("devices of one process", jax.local_device_count(), tensor),
+    ):
+        if size % shares:
+            raise UserError(
+                f"mesh data={data} fsdp={fsdp} tensor={tensor}, accumulation_steps={accumulated}: "
+                f"{key}={size} does not divide by {shares}"
+            )

@@ -1,4 +1,4 @@
-"""Which dense parameters a run trains: `config.OptimizerConfig.scope`.
+"""Which dense parameters learn: `config_groups.OptimizerConfig.trainable`.
 
 What is frozen gets no gradient and has no optimizer state. Of the token tables, `new_tokens` trains
 the SID tokens only: their optimizer state spans the table, their text rows stay as they are.
@@ -11,38 +11,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prefixmem_jax.config import Scope
+from prefixmem_jax.config_groups import Trainable
 from prefixmem_jax.models.decoder import TOKEN_AXIS
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
-def trained_part(params: dict[str, Any], scope: Scope) -> dict[str, Any]:
-    """The subtree of `params` (by part) that the scope trains, at least in part."""
-    if scope == "everything" or "llm" not in params:
+def trainable_tree(params: dict[str, Any], trainable: Trainable) -> dict[str, Any]:
+    """The subtree of `params` (by part) that learns, at least in part of its numbers."""
+    if trainable == "everything" or "llm" not in params:
         return params
-    trained = {part: tree for part, tree in params.items() if part != "llm"}
-    if scope == "new_tokens":
+    chosen = {part: tree for part, tree in params.items() if part != "llm"}
+    if trainable == "new_tokens":
         llm = params["llm"]
-        trained["llm"] = {name: llm[name] for name in TOKEN_AXIS if name in llm}
-    return trained
+        chosen["llm"] = {name: llm[name] for name in TOKEN_AXIS if name in llm}
+    return chosen
 
 
-def merged_with(params: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """`params` with the leaves of a `trained_part` in their places."""
+def merged_with(params: dict[str, Any], learned: dict[str, Any]) -> dict[str, Any]:
+    """`params` with the leaves of a `trainable_tree` in their places."""
     if "llm" not in params:
-        return trained
-    return {**params, **trained, "llm": {**params["llm"], **trained.get("llm", {})}}
+        return learned
+    return {**params, **learned, "llm": {**params["llm"], **learned.get("llm", {})}}
 
 
-def trained_values(
-    new: dict[str, Any], old: dict[str, Any], scope: Scope, text_tokens: int
+def only_trainable(
+    new: dict[str, Any], old: dict[str, Any], trainable: Trainable, vocabulary: Vocabulary
 ) -> dict[str, Any]:
-    """A `trained_part` with `new` values, but for text tokens that the scope freezes."""
-    if scope != "new_tokens" or "llm" not in new:
+    """A `trainable_tree` with `new` values, but for text tokens that are frozen."""
+    if trainable != "new_tokens" or "llm" not in new:
         return new
 
     def choose(name: str) -> jax.Array:
         axis = TOKEN_AXIS[name]
-        trained = jnp.arange(new["llm"][name].shape[axis]) >= text_tokens
-        return jnp.where(jnp.expand_dims(trained, 1 - axis), new["llm"][name], old["llm"][name])
+        frozen = vocabulary.is_text(jnp.arange(new["llm"][name].shape[axis]))
+        return jnp.where(jnp.expand_dims(frozen, 1 - axis), old["llm"][name], new["llm"][name])
 
     return {**new, "llm": {name: choose(name) for name in new["llm"]}}

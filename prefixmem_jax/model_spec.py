@@ -1,0 +1,84 @@
+"""A config's model on a mesh, without a trainer: what it is made of, before any number exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.memory.table import Table
+from prefixmem_jax.parallel.parameters import abstract_parameters
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model that a config's objective builds; training, inference and export begin here.
+
+    Attributes:
+      graphdef: the module without its parameters.
+      params: by part (`llm`, `sid_encoder`, `head`, ...), nested dicts of `jax.ShapeDtypeStruct`
+        with their shardings.
+      table: the memory table that belongs to the SID encoder, or None.
+    """
+
+    config: Config
+    vocabulary: Vocabulary
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    table: Table | None
+
+    @classmethod
+    def create(cls, config: Config, vocabulary: Vocabulary, mesh: Mesh) -> ModelSpec:
+        """Raises UserError where the SID encoder does not fit the SIDs."""
+        sid_encoder, table = config.sid_encoder, None
+        if sid_encoder is not None:
+            sid_encoder.check(vocabulary.space)
+            table = sid_encoder.table(vocabulary.space)
+        abstract = nnx.eval_shape(lambda: _build(config, vocabulary, nnx.Rngs(0)))
+        graphdef = nnx.split(abstract, nnx.Param)[0]
+        params = abstract_parameters(abstract, mesh)
+        return cls(config, vocabulary, mesh, graphdef, params, table)
+
+    def model(self, params: dict[str, Any]) -> nnx.Module:
+        """The module with these parameters, by part."""
+        return nnx.merge(self.graphdef, nnx.State(params))
+
+    def init_params(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh dense parameters; traceable."""
+        model = _build(self.config, self.vocabulary, nnx.Rngs(key))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that a checkpoint of this model has."""
+        return [*self.params, *([] if self.table is None else ["memory"])]
+
+    @property
+    def memory(self) -> jax.ShapeDtypeStruct | None:
+        """The memory's rows, abstract."""
+        if self.table is None:
+            return None
+        sharding = NamedSharding(self.mesh, self.table.partition(self.table))
+        return jax.ShapeDtypeStruct(
+            self.table.shape, jnp.dtype(self.table.dtype), sharding=sharding
+        )
+
+    def replicated(self) -> dict[str, Any]:
+        """`params` as inference wants them: whole on every device."""
+        everywhere = NamedSharding(self.mesh, P())
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            self.params,
+        )
+
+
+def _build(config: Config, vocabulary: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
+    return config.objective.build_model(config.model, config.sid_encoder, vocabulary, rngs)

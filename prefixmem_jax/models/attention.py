@@ -1,0 +1,101 @@
+"""Attention: one entry for whole sequences and caches, one for beams that share a prompt.
+
+What a query may attend to is described by data, positions and segments, never by a mask that the
+caller builds, so that a fused kernel can be chosen here. Dimension letters: see `models.decoder`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prefixmem_jax.parallel.sharding import by_heads
+
+NO_WINDOW = 2**30  # further back than any position
+
+
+class Place(NamedTuple):
+    """Where tokens stand: position within their document, and the document's segment, [B, T]."""
+
+    positions: jax.Array
+    segments: jax.Array
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of tokens, [B, T, K, H] each (with a leading [L] where of all layers)."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def visible(queries: Place, keys: Place, window: jax.Array | int) -> jax.Array:
+    """Whether query s may attend to key t, [B, S, T]: causal, within the document and the window."""
+    back_BST = queries.positions[:, :, None] - keys.positions[:, None]
+    same_BST = queries.segments[:, :, None] == keys.segments[:, None]
+    return same_BST & (back_BST >= 0) & (back_BST < window)
+
+
+def attention(
+    query_BSNH: jax.Array,
+    queries: Place,
+    past: KeyValues,
+    keys: Place,
+    window: jax.Array | int,
+    scale: float | None,
+) -> jax.Array:
+    """Grouped-query attention: [B, S, N, H].
+
+    Args:
+      past: [B, T, K, H]; `keys` says where they stand.
+      window: how many positions back a query sees, itself included; may be traced.
+      scale: of queries; None means H ** -0.5.
+    """
+
+    def local(heads: tuple, batch: tuple, window: jax.Array) -> jax.Array:
+        (query, key, value), (queries, keys) = heads, batch
+        mask = visible(queries, keys, window)[:, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+
+    return by_heads(local, (query_BSNH, *past), (queries, keys), jnp.asarray(window))
+
+
+def beam_attention(
+    query_BSNH: jax.Array,
+    queries: Place,
+    prompt: KeyValues,
+    prompt_keys: Place,
+    own: KeyValues,
+    window: jax.Array | int,
+    scale: float | None,
+) -> jax.Array:
+    """One softmax over a prompt that all queries share and each query's own tokens: [B, S, N, H].
+
+    Args:
+      prompt: [B, T, K, H], read once for all queries (the beams of a user).
+      own: the last A tokens of each beam, the query's token last, [B, S, A, K, H].
+    """
+    batch, length, heads, size = query_BSNH.shape
+    kv_heads, count = own.keys.shape[3], own.keys.shape[2]
+    scale = size**-0.5 if scale is None else scale
+    query = query_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    wide = {"preferred_element_type": jnp.float32}
+    to_prompt = jnp.einsum("BSKGH,BTKH->BKGST", query, prompt.keys, **wide) * scale
+    to_own = (query[:, :, None] * own.keys[:, :, :, :, None]).astype(jnp.float32).sum(-1) * scale
+    to_own = jnp.moveaxis(to_own, (1, 2), (3, 4))  # [B, K, G, S, A]
+    lowest = jnp.finfo(jnp.float32).min
+    near_A = count - 1 - jnp.arange(count) < window
+    logits = jnp.concatenate(
+        [
+            jnp.where(visible(queries, prompt_keys, window)[:, None, None], to_prompt, lowest),
+            jnp.where(near_A, to_own, lowest),
+        ],
+        axis=-1,
+    )
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    shared = prompt.keys.shape[1]
+    attended = jnp.einsum("BKGST,BTKH->BSKGH", weights[..., :shared], prompt.values)
+    own_weights = jnp.moveaxis(weights[..., shared:], (3, 4), (1, 2))  # [B, S, A, K, G]
+    attended += (own_weights[..., None] * own.values[:, :, :, :, None]).sum(axis=2)
+    return attended.reshape(batch, length, heads, size)

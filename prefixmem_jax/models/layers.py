@@ -1,0 +1,138 @@
+"""One transformer layer: pre-norm attention with rotary embeddings, gated feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
+from prefixmem_jax.models.attention import KeyValues
+from prefixmem_jax.parallel.parameters import normal, parameter
+from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp
+
+WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
+
+# Attends with a layer's queries, keys and values of the same tokens; returns [B, S, N, H] and what
+# of the keys and values to keep.
+Attend = Callable[[jax.Array, KeyValues], tuple[jax.Array, KeyValues]]
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, config: DecoderConfig):
+        self.offset = 1.0 if config.norm_plus_one else 0.0
+        self.scale = parameter(jnp.full(size, 1.0 - self.offset, jnp.float32), None)
+        self.epsilon = config.norm_epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * (self.offset + self.scale[...])).astype(x.dtype)
+
+
+def rope_frequencies(
+    head_dim: int, base: float, scaling: RopeScalingConfig | None = None
+) -> np.ndarray:
+    """Radians per position of each pair of a head's numbers, float32 [head_dim / 2]."""
+    frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return frequency.astype(np.float32)
+    stretched = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return stretched.astype(np.float32)
+    turns = scaling.original_length * frequency / (2 * np.pi)  # within the original context
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (kept * frequency + (1 - kept) * stretched).astype(np.float32)
+
+
+def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array) -> jax.Array:
+    """Rotary position embedding, rotate-half form, computed in float32."""
+    angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency_H
+    cos, sin = jnp.cos(angle_BSH)[:, :, None], jnp.sin(angle_BSH)[:, :, None]
+    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BSNH.dtype)
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        model, feed_forward = (config.d_model, "stored_model"), (config.d_ff, "feed_forward")
+        heads, kv_heads = (config.query_heads, "heads"), (config.kv_heads, "heads")
+        size, std = (config.head_dim, None), config.init_std
+        self.attention_norm = RMSNorm(config.d_model, config)
+        self.query = normal(rngs, std, model, heads, size)
+        self.key = normal(rngs, std, model, kv_heads, size)
+        self.value = normal(rngs, std, model, kv_heads, size)
+        self.output = normal(rngs, std, heads, size, model)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_dim, config)
+            self.key_norm = RMSNorm(config.head_dim, config)
+        self.mlp_norm = RMSNorm(config.d_model, config)
+        if config.post_norms:
+            self.attention_post_norm = RMSNorm(config.d_model, config)
+            self.mlp_post_norm = RMSNorm(config.d_model, config)
+        self.gate = normal(rngs, std, model, feed_forward)
+        self.up = normal(rngs, std, model, feed_forward)
+        self.down = normal(rngs, std, feed_forward, model)
+        self.config = config
+
+    def __call__(
+        self, x_BSD: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, KeyValues]:
+        """The layer's output, and what `attend` keeps."""
+        attended, kept = self._attention(
+            self.attention_norm(x_BSD), positions_BS, frequency_H, attend
+        )
+        if self.config.post_norms:
+            attended = self.attention_post_norm(attended)
+        x_BSD = x_BSD + attended
+        y = self._feed_forward(self.mlp_norm(x_BSD))
+        if self.config.post_norms:
+            y = self.mlp_post_norm(y)
+        return x_BSD + y, kept
+
+    @jax.named_scope("attention")
+    def _attention(
+        self, x_BSD: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, KeyValues]:
+        dtype, heads = x_BSD.dtype, ("batch", None, "heads", None)
+        query, key, value = (
+            einsum(
+                "BSD,DNH->BSNH",
+                x_BSD,
+                gather_over_fsdp(w[...], dtype, None, "heads", None),
+                out=heads,
+            )
+            for w in (self.query, self.key, self.value)
+        )
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = rotate(query, positions_BS, frequency_H)
+        key = rotate(key, positions_BS, frequency_H)
+        attended, kept = attend(query, KeyValues(key, value))
+        output = gather_over_fsdp(self.output[...], dtype, "heads", None, None)
+        return einsum("BSNH,NHD->BSD", attended, output, out=WHOLE), kept
+
+    @jax.named_scope("mlp")
+    def _feed_forward(self, x_BSD: jax.Array) -> jax.Array:
+        dtype = x_BSD.dtype
+        gate, up = (
+            einsum(
+                "BSD,DF->BSF",
+                x_BSD,
+                gather_over_fsdp(w[...], dtype, None, "feed_forward"),
+                out=("batch", None, "feed_forward"),
+            )
+            for w in (self.gate, self.up)
+        )
+        down = gather_over_fsdp(self.down[...], dtype, "feed_forward", None)
+        activated = _ACTIVATIONS[self.config.activation](gate)
+        return einsum("BSF,FD->BSD", activated * up, down, out=WHOLE)

@@ -1,0 +1,79 @@
+"""What a stage learns: the interface that step and loop know, and nothing more of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from prefixmem_jax.config_groups import DataConfig, DecoderConfig
+from prefixmem_jax.data.batch import Rows
+from prefixmem_jax.data.prepare import PreparedData
+from prefixmem_jax.kinds import Kind
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
+
+
+@dataclass(frozen=True)
+class Objective(Kind, ABC):
+    """Builds its model, says its batch, gives loss sums and how they are summarised.
+
+    A model is an `nnx.Module` whose attributes are the parts of a checkpoint. If a memory table
+    belongs to it, its method `memory_addresses(batch)` says which rows a batch needs.
+    """
+
+    package: ClassVar[str] = "prefixmem_jax.objectives"
+    # Whether the model is a `SidLM`, which can recommend, be evaluated and be exported.
+    generates: ClassVar[bool] = False
+
+    def check(self, config: Any) -> None:
+        """Raises UserError where another group of the `config.Config` does not go with it."""
+
+    @abstractmethod
+    def build_model(
+        self,
+        model: DecoderConfig,
+        sid_encoder: SidEncoderConfig | None,
+        vocabulary: Vocabulary,
+        rngs: nnx.Rngs,
+    ) -> nnx.Module:
+        """The model that it trains, freshly drawn."""
+
+    @abstractmethod
+    def abstract_batch(
+        self, data: DataConfig, sharding: jax.sharding.Sharding | None = None
+    ) -> Rows:
+        """Shapes and dtypes of a global batch."""
+
+    @abstractmethod
+    def training_rows(self, data: PreparedData, config: DataConfig, seed: int) -> Rows:
+        """Everything there is to learn from, on the host; batches are drawn from its rows."""
+
+    @abstractmethod
+    def validation_rows(
+        self, data: PreparedData, config: DataConfig, examples: int, length_multiple: int
+    ) -> Rows:
+        """Rows of a fixed sample of held-out examples.
+
+        Args:
+          examples: how many at most.
+          length_multiple: tensor-parallel devices divide a row's positions: fill them up to this.
+        """
+
+    @abstractmethod
+    def loss_sums(
+        self, model: nnx.Module, batch: Rows, rows: jax.Array | None, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """Sums over a batch: `loss` and the `count` to divide it by, and whatever is reported.
+
+        Args:
+          rows: the memory's rows at the model's addresses, float32 [..., width]; None without table.
+          key: of this step, for dropout and sampling; None where nothing may be random (validation).
+        """
+
+    @abstractmethod
+    def summarize(self, sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
+        """What is logged of (host) sums, by name; `{prefix}loss` is among it."""

@@ -1,0 +1,59 @@
+"""Items to recommend after a history, with their titles and SIDs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.inference.engine import Engine
+
+
+class Recommendation(NamedTuple):
+    """An item, its title and SID, and the log-probability of the SID."""
+
+    item: int
+    title: str | None
+    sid: tuple[int, ...]
+    score: float
+
+
+def recommend(
+    engine: Engine, history: str | Sequence[int], top: int, exclude_seen: bool = False
+) -> list[Recommendation]:
+    """The best next items, best first; items that share a SID follow each other by id.
+
+    Args:
+      history: item ids, oldest first, as a sequence or as text `12,55,803`.
+      top: how many items; fewer come back where the catalogue has fewer.
+      exclude_seen: leave out the history's items.
+    """
+    catalog = engine.catalog
+    items = parse_history(history, len(catalog)) if isinstance(history, str) else history
+    if top < 1:
+        raise UserError(f"--top: expected 1 or more, got {top}")
+    codes, scores = engine.search(
+        [np.asarray(items, np.int64)], top, constrained=True, exclude_seen=exclude_seen
+    )
+    best = []
+    for sid, score in zip(codes[0], scores[0], strict=True):
+        if np.isfinite(score):
+            for item in catalog.items_of_group(catalog.groups(sid[None])[0]):
+                if not (exclude_seen and item in items):
+                    title, codes_of_item = catalog.titles[item], tuple(map(int, sid))
+                    best.append(Recommendation(int(item), title, codes_of_item, float(score)))
+    return best[:top]
+
+
+def parse_history(text: str, items: int) -> list[int]:
+    """Item ids from `12,55,803`; UserError where one is no item."""
+    history = []
+    for piece in map(str.strip, text.split(",")):
+        # Digits alone, and few: int() takes much else, and refuses thousands of digits.
+        if not (piece.isascii() and piece.isdigit() and len(piece) < 19 and int(piece) < items):
+            shown = piece if len(piece) <= 30 else piece[:30] + "..."
+            raise UserError(f"--history: {shown!r} is not an item id; expected 0..{items - 1}")
+        history.append(int(piece))
+    return history

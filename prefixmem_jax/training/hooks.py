@@ -1,0 +1,177 @@
+"""What happens between steps: logging, validation, checkpoints, profiles. The loop knows no more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from prefixmem_jax.data.batch import Rows, batches
+from prefixmem_jax.data.pipeline import global_batch
+from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.parallel.sharding import batch_sharding
+from prefixmem_jax.runs.checkpoint import Checkpoints
+from prefixmem_jax.training.metrics import MetricsWriter
+from prefixmem_jax.training.parts import to_parts
+from prefixmem_jax.training.state import TrainState
+from prefixmem_jax.training.step import validation_step
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+      step: updates made; steps: to make.
+      state, metrics: of the last step, on the devices.
+      tokens, flops, seconds: spent on training steps so far, since the run's first.
+    """
+
+    step: int
+    steps: int
+    tokens: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    state: TrainState | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps
+
+    def totals(self) -> dict[str, float]:
+        """tokens, seconds and flops up to now."""
+        now = time.perf_counter()
+        self.seconds += now - self.started
+        self.started = now
+        return {"tokens": self.tokens, "seconds": self.seconds, "flops": self.flops}
+
+    def skip_time(self) -> None:
+        """What passed since `totals` was not training."""
+        self.started = time.perf_counter()
+
+
+class Hook:
+    """Runs after the steps that it is due at; the last step is always one of them.
+
+    When any hook runs, every step so far was finite.
+    """
+
+    def __init__(self, every_steps: int):
+        self.every_steps = every_steps
+
+    def due(self, progress: Progress) -> bool:
+        return progress.done or progress.step % self.every_steps == 0
+
+    def run(self, progress: Progress) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Runs once after the last step, or where the loop ends early."""
+
+
+class Logging(Hook):
+    """The objective's summary to metrics.jsonl, TensorBoard and the progress bar."""
+
+    def __init__(self, spec: ModelSpec, writer: MetricsWriter | None, bar: tqdm):
+        super().__init__(spec.config.log_every_steps)
+        self.objective = spec.config.objective
+        self.writer, self.bar = writer, bar
+
+    def run(self, progress: Progress) -> None:
+        metrics = jax.device_get(progress.metrics)  # waits for the step
+        totals = progress.totals()
+        summary = self.objective.summarize(metrics["sums"])
+        record = {**summary, "gradient_norm": float(metrics["gradient_norm"]), **totals}
+        if "memory_rounds" in metrics:
+            record["memory_rounds"] = int(metrics["memory_rounds"])
+        if self.writer:
+            self.writer.write(progress.step, record)
+        rate = totals["tokens"] / max(totals["seconds"], 1e-9)
+        text = f"loss {summary['loss']:.3f}, {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+
+class Validation(Hook):
+    """The objective's summary of held-out rows; its time is not training time."""
+
+    def __init__(self, spec: ModelSpec, writer: MetricsWriter | None, rows: Rows):
+        super().__init__(spec.config.evaluation.every_steps)
+        self.spec, self.writer, self.rows = spec, writer, rows
+        self.step = jax.jit(lambda params, memory, batch: validation_step(spec, params, memory, batch))
+
+    def run(self, progress: Progress) -> None:
+        jax.block_until_ready(progress.state)
+        totals = progress.totals()
+        sums: dict[str, np.ndarray] = {}
+        for batch in batches(self.rows, self.spec.config.data.batch_size):
+            state = progress.state
+            part = self.step(state.params, state.memory, self._placed(batch))
+            for name, value in jax.device_get(part).items():
+                sums[name] = sums.get(name, 0) + np.float64(value)
+        if self.writer:
+            summary = self.spec.config.objective.summarize(sums, "validation/")
+            self.writer.write(progress.step, {**summary, **totals})
+        progress.skip_time()
+
+    def _placed(self, batch: Rows) -> Rows:
+        """This process's share of a batch that every process holds, on the mesh."""
+        process, processes = jax.process_index(), jax.process_count()
+        own = jax.tree.map(lambda array: array[process::processes], batch)
+        return global_batch(own, batch_sharding(self.spec.mesh))
+
+
+class Checkpointing(Hook):
+    """Saves the state, and where the data stands, asynchronously."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoints: Checkpoints,
+        metadata: Callable[[], dict[str, Any]],
+    ):
+        super().__init__(spec.config.checkpoint.every_steps)
+        self.spec, self.checkpoints, self.metadata = spec, checkpoints, metadata
+
+    def run(self, progress: Progress) -> None:
+        parts = to_parts(self.spec, progress.state)
+        self.checkpoints.save(progress.step, parts, self.metadata())
+
+
+class Profiling(Hook):
+    """Writes an xprof trace of the steps after `first` up to `last` into the run."""
+
+    def __init__(self, folder: Path, first: int, last: int):
+        super().__init__(1)
+        self.folder, self.first, self.last = folder, first, last
+        self.tracing = False
+
+    def due(self, progress: Progress) -> bool:
+        return progress.step == self.first or (
+            self.tracing and (progress.done or progress.step >= self.last)
+        )
+
+    def run(self, progress: Progress) -> None:
+        jax.block_until_ready(progress.state)
+        if self.tracing:
+            self.close()
+        elif not progress.done:
+            jax.profiler.start_trace(str(self.folder))
+            self.tracing = True
+
+    def close(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
