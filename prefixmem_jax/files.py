@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -56,6 +57,12 @@ def replacing_folder(path: Path, is_older: Callable[[Path], bool]) -> Iterator[P
         os.replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> bytes:
+    """Digest of a file of any size, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def write_text(path: Path, text: str) -> None:

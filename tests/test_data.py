@@ -1,19 +1,34 @@
-"""Datasets: what is refused and how, splits, packing, the pipeline, the synthetic process."""
+"""Datasets: what is refused and how, splits, documents, packing, the pipeline, the synthetic process."""
 
 import dataclasses
 import shutil
 
+import grain
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import real_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import DataConfig, SyntheticConfig
-from prefixmem_jax.data.formats.parquet import Dataset, Histories, load_dataset, save_dataset
-from prefixmem_jax.data.pipeline import training_batches
-from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.data.sequences import batches, example_rows, pack_training_rows, prompt_rows
+from prefixmem_jax.config_groups import DataConfig, SyntheticConfig
+from prefixmem_jax.data.batch import Batch, batches
+from prefixmem_jax.data.dataset import Dataset, Histories
+from prefixmem_jax.data.documents import (
+    Documents,
+    document_length,
+    example_documents,
+    prompt_documents,
+    training_documents,
+)
+from prefixmem_jax.data.formats.parquet import read_catalog, read_dataset, write_dataset
+from prefixmem_jax.data.packing import one_per_row, pack
+from prefixmem_jax.data.pipeline import global_batch, training_batches
+from prefixmem_jax.data.prepare import data_vocabulary, fixed_sample, load_catalog, prepare_data
 from prefixmem_jax.data.splits import split_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
@@ -28,26 +43,28 @@ def folder(tmp_path):
     dataset, _ = make_synthetic(SMALL)
     times = np.sort(np.random.default_rng(0).integers(0, 1000, len(dataset.histories.items)))
     histories = dataclasses.replace(dataset.histories, timestamps=times)
-    save_dataset(tmp_path / "good", dataclasses.replace(dataset, histories=histories))
+    write_dataset(tmp_path / "good", dataclasses.replace(dataset, histories=histories))
     return tmp_path / "good"
 
 
-def test_saved_datasets_load_the_same(folder):
-    loaded = load_dataset(folder, codebook_sizes=(8, 8, 8))
+@pytest.fixture(scope="module")
+def small():
+    return prepare_data(DataConfig(synthetic=SMALL, text_tokens=5))
+
+
+def test_written_datasets_read_the_same_in_any_order_of_the_items(folder):
     dataset, _ = make_synthetic(SMALL)
-    assert np.array_equal(loaded.catalog.sids, dataset.catalog.sids)
-    assert list(loaded.catalog.titles) == list(dataset.catalog.titles)
-    assert np.array_equal(loaded.histories.items, dataset.histories.items)
-    assert np.array_equal(loaded.histories.offsets, dataset.histories.offsets)
-    assert loaded.catalog.space == dataset.catalog.space
-    assert load_dataset(folder).sha256 == loaded.sha256
-
-
-def test_items_may_come_in_any_order(folder):
+    written = read_dataset(folder, codebook_sizes=(8, 8, 8))
+    assert written.catalog.space == dataset.catalog.space
+    assert np.array_equal(written.histories.items, dataset.histories.items)
+    assert np.array_equal(written.histories.offsets, dataset.histories.offsets)
     table = pq.read_table(folder / "items.parquet")
     pq.write_table(table.take(np.random.default_rng(0).permutation(200)), folder / "items.parquet")
-    dataset, _ = make_synthetic(SMALL)
-    assert np.array_equal(load_dataset(folder).catalog.sids, dataset.catalog.sids)
+    shuffled = read_dataset(folder)
+    assert shuffled.sha256 != written.sha256
+    for catalog in (written.catalog, shuffled.catalog, read_catalog(folder)):
+        assert np.array_equal(catalog.sids, dataset.catalog.sids)
+        assert list(catalog.titles) == list(dataset.catalog.titles)
 
 
 def change(file, column, row, value):
@@ -55,7 +72,7 @@ def change(file, column, row, value):
         path = folder / file
         table = pq.read_table(path)
         values = table[column].to_pylist()
-        values[row] = value
+        values[row] = value(values[row]) if callable(value) else value
         index = table.column_names.index(column)
         array = pa.array(values, table[column].type)
         pq.write_table(table.set_column(index, column, array), path)
@@ -79,7 +96,7 @@ def drop(file, column):
         (change("histories.parquet", "item_ids", 7, [1, None]), "histories.parquet: row 7: item_ids holds a null"),
         (change("histories.parquet", "item_ids", 4, None), "histories.parquet: row 4: item_ids is null"),
         (change("histories.parquet", "timestamps", 2, [1]), "histories.parquet: row 2: 1 timestamps for"),
-        (change("histories.parquet", "timestamps", 0, list(range(100, 0, -1))), "histories.parquet: row 0: 100 timestamps for"),
+        (change("histories.parquet", "timestamps", 0, lambda times: list(range(len(times), 0, -1))), "histories.parquet: row 0: timestamps go backwards"),
         (change("items.parquet", "sid", 9, [1, 2]), "items.parquet: row 9: sid has 2 codes, row 0 has 3"),
         (change("items.parquet", "sid", 9, [1, -2, 3]), "items.parquet: row 9: sid level 2 is -2, expected 0.."),
         (change("items.parquet", "sid", 9, [1, 8, 3]), "items.parquet: row 9: sid level 2 is 8, expected 0..7"),
@@ -95,16 +112,79 @@ def drop(file, column):
 def test_bad_data_is_refused_in_one_line(folder, damage, words):
     damage(folder)
     with pytest.raises(UserError) as error:
-        load_dataset(folder, codebook_sizes=(8, 8, 8))
+        read_dataset(folder, codebook_sizes=(8, 8, 8))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_timestamps_must_go_forward(folder):
-    first = pq.read_table(folder / "histories.parquet")["item_ids"][0].as_py()
-    change("histories.parquet", "timestamps", 0, list(range(len(first), 0, -1)))(folder)
-    with pytest.raises(UserError, match="row 0: timestamps go backwards"):
-        load_dataset(folder)
+TOY_FORMAT = """
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from prefixmem_jax.data.dataset import Dataset, Histories
+from prefixmem_jax.semantic_ids.catalog import Catalog
+
+
+def read_catalog(folder, sid_column, codebook_sizes):
+    return Catalog.read_jsonl(Path(folder) / "items.jsonl", codebook_sizes)
+
+
+def read_dataset(folder, sid_column, codebook_sizes):
+    text = (Path(folder) / "histories.txt").read_text()
+    users = [[int(item) for item in line.split()] for line in text.splitlines()]
+    offsets = np.cumsum([0] + [len(user) for user in users])
+    histories = Histories(np.concatenate(users), offsets, [str(n) for n in range(len(users))])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Dataset("toy", read_catalog(folder, sid_column, codebook_sizes), histories, digest)
+"""
+
+
+def test_a_format_is_a_module_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "toy_format.py").write_text(TOY_FORMAT)
+    (tmp_path / "half_format.py").write_text("def read_dataset(*arguments): ...\n")
+    stubborn = TOY_FORMAT.replace('"items.jsonl", codebook_sizes)', '"items.jsonl")')
+    (tmp_path / "stubborn_format.py").write_text(stubborn)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = [f'{{"item": {n}, "sid": [{n % 3}, {n}], "title": null}}\n' for n in range(6)]
+    (data / "items.jsonl").write_text("".join(lines))
+    config = DataConfig(path=str(data), format="toy_format", text_tokens=10, vocabulary_multiple=8)
+    # Without its histories a dataset still has a catalogue and a vocabulary.
+    assert len(load_catalog(config)) == 6
+    vocabulary = data_vocabulary(config)
+    assert vocabulary.space.codebook_sizes == (3, 6) and vocabulary.size == 24
+    (data / "histories.txt").write_text("0 1 2 3\n4 5 0\n")
+    prepared = prepare_data(config)
+    assert prepared.vocabulary == vocabulary and prepared.process is None
+    assert prepared.split.test.targets.tolist() == [3, 0]
+    assert prepared.item_counts.tolist() == [1, 1, 0, 0, 1, 0]
+    assert prepared.item_tokens[4].tolist() == [10 + 2 + 1, 10 + 2 + 3 + 4]
+
+    def refused(**changes):
+        with pytest.raises(UserError) as error:
+            prepare_data(dataclasses.replace(config, **changes))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "half_format has no function read_catalog" in refused(format="half_format")
+    assert "data.format" in refused(format="parket") and "parquet" in refused(format="parket")
+    words = "read codebooks of (3, 6), data.codebook_sizes=(4, 9)"
+    assert words in refused(format="stubborn_format", codebook_sizes=(4, 9))
+    assert "data.path is none" in refused(path=None, codebook_sizes=(4, 9))
+
+
+def test_stated_codebooks_need_no_data_at_all():
+    for path in ("nowhere", None):
+        vocabulary = data_vocabulary(DataConfig(path=path, codebook_sizes=(4, 9), text_tokens=3))
+        assert vocabulary.space == SidSpace((4, 9)) and vocabulary.text_tokens == 3
+
+
+def test_a_sample_is_fixed():
+    assert fixed_sample(10, 4).tolist() == [2, 4, 5, 7]
+    assert fixed_sample(10, 0).tolist() == fixed_sample(10, 11).tolist() == list(range(10))
 
 
 def tiny_dataset(sequences, timestamps=None):
@@ -118,17 +198,25 @@ def tiny_dataset(sequences, timestamps=None):
     return Dataset("tiny", catalog, histories, "")
 
 
+def spelled(examples):
+    return list(
+        zip(
+            examples.users.tolist(),
+            [history.tolist() for history in examples.histories()],
+            examples.targets.tolist(),
+            strict=True,
+        )
+    )
+
+
 def test_leave_two_out():
     split = split_dataset(tiny_dataset([[1, 2, 3, 4], [5, 6], [7, 8, 9]]), "leave_two_out", 0.1)
-    assert [s.tolist() for s in split.train] == [[1, 2], [5, 6], [7]]
-    assert [(e.user, e.history.tolist(), e.target) for e in split.validation] == [
-        (0, [1, 2], 3),
-        (2, [7], 8),
-    ]
-    assert [(e.user, e.history.tolist(), e.target) for e in split.test] == [
-        (0, [1, 2, 3], 4),
-        (2, [7, 8], 9),
-    ]
+    train = zip(split.train.starts, split.train.stops, strict=True)
+    assert [split.items[start:stop].tolist() for start, stop in train] == [[1, 2], [5, 6], [7]]
+    assert spelled(split.validation) == [(0, [1, 2], 3), (2, [7], 8)]
+    assert spelled(split.test) == [(0, [1, 2, 3], 4), (2, [7, 8], 9)]
+    assert spelled(split.test.take(np.array([1]))) == spelled(split.test)[1:]
+    assert split.item_counts(20).tolist() == [0, 1, 1, 0, 0, 1, 1, 1] + [0] * 12
 
 
 def test_time_split_never_trains_on_the_held_out_period():
@@ -138,17 +226,18 @@ def test_time_split_never_trains_on_the_held_out_period():
     dataset = tiny_dataset(sequences, times)
     split = split_dataset(dataset, "time", 0.1)
     first, second = np.quantile(np.concatenate(times), [0.8, 0.9])
-    assert sum(map(len, split.train)) == sum(int((t < first).sum()) for t in times)
+    assert split.train.lengths.sum() == sum(int((t < first).sum()) for t in times)
     for examples, begin, end in (
         (split.validation, first, second),
         (split.test, second, np.inf),
     ):
-        for example in examples:
-            at = len(example.history)
-            assert begin <= times[example.user][at] < end
-            assert np.array_equal(sequences[example.user][:at], example.history)
-            assert sequences[example.user][at] == example.target
-            assert (times[example.user][:at] < begin).all()
+        assert len(examples) > 10
+        for user, history, target in spelled(examples):
+            at = len(history)
+            assert begin <= times[user][at] < end
+            assert sequences[user][:at].tolist() == history
+            assert sequences[user][at] == target
+            assert (times[user][:at] < begin).all()
     with pytest.raises(UserError, match="timestamps"):
         split_dataset(tiny_dataset(sequences), "time", 0.1)
 
@@ -157,67 +246,101 @@ def test_user_split_is_disjoint_and_depends_on_ids_alone():
     sequences = [np.array([i % 20, (i + 1) % 20, (i + 2) % 20]) for i in range(400)]
     dataset = tiny_dataset(sequences)
     split = split_dataset(dataset, "users", 0.1)
-    held_out = {e.user for e in split.validation} | {e.user for e in split.test}
-    assert not {e.user for e in split.validation} & {e.user for e in split.test}
-    assert len(held_out) + len(split.train) == 400
+    for user, history, target in spelled(split.validation) + spelled(split.test):
+        assert [*history, target] == sequences[user].tolist()
+    validation, test = set(split.validation.users.tolist()), set(split.test.users.tolist())
+    assert not validation & test
+    assert len(validation) + len(test) + len(split.train) == 400
     assert 20 < len(split.validation) < 65 and 20 < len(split.test) < 65
     reversed_histories = dataclasses.replace(
         dataset.histories, user_ids=dataset.histories.user_ids[::-1]
     )
     again = split_dataset(dataclasses.replace(dataset, histories=reversed_histories), "users", 0.1)
-    assert {399 - e.user for e in again.test} == {e.user for e in split.test}
+    assert set((399 - again.test.users).tolist()) == test
 
 
-def test_packing_keeps_every_item_once_and_documents_apart():
-    dataset, _ = make_synthetic(SMALL)
-    split = split_dataset(dataset, "leave_two_out", 0.1)
-    rows = pack_training_rows(dataset.catalog, split.train, 40, 6, seed=0)
-    documents = []
-    for tokens, segments, positions, mask in zip(
-        rows["tokens"], rows["segment_ids"], rows["positions"], rows["loss_mask"], strict=True
-    ):
+def packed(data, length, max_items, seed=0):
+    documents = training_documents(
+        data.split.items, data.split.train, data.item_tokens, data.vocabulary, max_items, length
+    )
+    return pack(documents, length, seed)
+
+
+def test_packing_keeps_every_item_once_and_documents_apart(small):
+    batch = packed(small, 40, 6)
+    read = []
+    for tokens, segments, positions, mask in zip(*batch, strict=True):
         for segment in range(1, segments.max() + 1):
             at = np.flatnonzero(segments == segment)
             assert np.array_equal(at, np.arange(at[0], at[-1] + 1))
             assert np.array_equal(positions[at], np.arange(len(at)))
-            assert tokens[at[0]] == dataset.catalog.space.bos_token
+            assert tokens[at[0]] == small.vocabulary.bos_token
             assert mask[at].tolist() == [1] * (len(at) - 1) + [0]
-            documents.append(dataset.catalog.space.decode(tokens[at[1:]].reshape(-1, 3)))
+            read.append(small.vocabulary.decode(tokens[at[1:]].reshape(-1, 3)))
         assert not tokens[segments == 0].any() and not mask[segments == 0].any()
     expected = []
-    for items in split.train:
-        for end in range(len(items), 0, -6):
-            expected.append(dataset.catalog.sids[items[max(0, end - 6) : end]])
-    assert sorted(d.tobytes() for d in documents) == sorted(e.tobytes() for e in expected)
-    assert (rows["segment_ids"] > 0).mean() > 0.9
-    same = pack_training_rows(dataset.catalog, split.train, 40, 6, seed=0)
-    assert all(np.array_equal(same[name], rows[name]) for name in rows)
-    with pytest.raises(UserError, match="sequence_length=3"):
-        pack_training_rows(dataset.catalog, split.train, 3, 6, seed=0)
+    for start, stop in zip(small.split.train.starts, small.split.train.stops, strict=True):
+        for end in range(stop, start, -6):
+            expected.append(small.catalog.sids[small.split.items[max(start, end - 6) : end]])
+    assert sorted(d.tobytes() for d in read) == sorted(e.tobytes() for e in expected)
+    same, other = packed(small, 40, 6), packed(small, 40, 6, seed=1)
+    assert all(map(np.array_equal, same, batch))
+    assert not np.array_equal(other.tokens, batch.tokens)
+    with pytest.raises(UserError, match="sequence_length=3 is too short: one item needs 4 tokens"):
+        packed(small, 3, 6)
 
 
-def test_examples_predict_only_the_target_and_prompts_stop_before_it():
-    dataset, _ = make_synthetic(SMALL)
-    examples = split_dataset(dataset, "leave_two_out", 0.1).test[:7]
-    rows = example_rows(dataset.catalog, examples, 5)
-    prompts = prompt_rows(dataset.catalog, [e.history for e in examples], 5)
-    for row, example in enumerate(examples):
-        predicted = np.flatnonzero(rows["loss_mask"][row]) + 1
-        assert np.array_equal(
-            rows["tokens"][row, predicted], dataset.catalog.tokens[example.target]
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=40), seed=st.integers(0, 3))
+def test_packing_is_best_fit_in_decreasing_length(lengths, seed):
+    space_left: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in space_left if space >= length]
+        space = min(fitting, default=12)
+        if fitting:
+            space_left.remove(space)
+        space_left.append(space - length)
+    offsets = np.cumsum([0, *lengths])
+    tokens = np.arange(offsets[-1], dtype=np.int32)
+    documents = Documents(tokens, np.ones(len(tokens), np.float32), offsets)
+    batch = pack(documents, 12, seed)
+    assert sorted((batch.segment_ids == 0).sum(axis=1)) == sorted(space_left)
+    with pytest.raises(UserError, match=f"a document has {max(lengths)}"):
+        pack(documents, max(lengths) - 1, seed)
+
+
+def test_examples_predict_only_the_target_and_prompts_stop_before_it(small):
+    examples, vocabulary = small.split.test.take(slice(7)), small.vocabulary
+    whole = one_per_row(
+        example_documents(examples, small.item_tokens, vocabulary, 5), document_length(3, 6)
+    )
+    histories = [*examples.histories(), []]
+    prompts = one_per_row(
+        prompt_documents(histories, small.item_tokens, vocabulary, 5), document_length(3, 5)
+    )
+    assert not prompts.loss_mask.any()
+    assert prompts.tokens[7].tolist() == [vocabulary.bos_token] + [0] * 15
+    assert prompts.segment_ids[7].tolist() == [1] + [0] * 15
+    for row, (_, history, target) in enumerate(spelled(examples)):
+        predicted = np.flatnonzero(whole.loss_mask[row]) + 1
+        assert np.array_equal(whole.tokens[row, predicted], small.item_tokens[target])
+        length = (prompts.segment_ids[row] > 0).sum()
+        assert length == 1 + 3 * min(5, len(history)) == predicted[0]
+        assert np.array_equal(prompts.tokens[row, :length], whole.tokens[row, :length])
+        assert vocabulary.decode(prompts.tokens[row, 1:length].reshape(-1, 3)).tolist() == (
+            small.catalog.sids[history[-5:]].tolist()
         )
-        length = (prompts["segment_ids"][row] > 0).sum()
-        assert length == 1 + 3 * min(5, len(example.history)) == predicted[0]
-        assert np.array_equal(prompts["tokens"][row, :length], rows["tokens"][row, :length])
-    pieces = batches(rows, 4)
-    assert [len(p["tokens"]) for p in pieces] == [4, 4] and not pieces[1]["loss_mask"][3].any()
+    pieces = batches(whole, 4)
+    assert [piece.tokens.shape for piece in pieces] == [(4, 19)] * 2
+    assert not any(array[3].any() for array in pieces[1])
 
 
 def test_pipeline_reshuffles_each_epoch_and_resumes_anywhere():
-    rows = {"tokens": np.arange(10)[:, None]}
+    rows = Batch.zeros(10, 3)
+    rows.tokens[:] = np.arange(10)[:, None]
 
-    def draw(iterator, count):
-        return [next(iterator)["tokens"][:, 0].tolist() for _ in range(count)]
+    def draw(iterator: grain.DatasetIterator, count: int):
+        return [next(iterator).tokens[:, 0].tolist() for _ in range(count)]
 
     whole = draw(training_batches(rows, 2, seed=0), 12)
     assert all(sorted(np.concatenate(whole[i : i + 5])) == list(range(10)) for i in (0, 5))
@@ -231,23 +354,42 @@ def test_pipeline_reshuffles_each_epoch_and_resumes_anywhere():
         training_batches(rows, 11, seed=0)
 
 
+def test_batches_stay_batches_on_their_way_to_the_devices():
+    local = next(training_batches(Batch.zeros(10, 3), 8, seed=0))
+    assert isinstance(local, Batch)
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
+    everywhere = global_batch(local, sharding)
+    abstract = Batch.abstract(8, 3, sharding)
+    assert isinstance(everywhere, Batch)
+    for array, expected in zip(everywhere, abstract, strict=True):
+        assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
+        assert array.sharding == sharding
+
+
+def test_the_synthetic_dataset_is_always_the_same():
+    dataset, _ = make_synthetic(SMALL)
+    assert dataset.sha256[:16] == "b7f05ab19c67dfdc"
+    catalog = load_catalog(DataConfig(synthetic=SMALL))
+    assert catalog.trie.checksum == dataset.catalog.trie.checksum
+
+
 def test_the_synthetic_optimum_is_the_true_distribution():
     """The stated next-item probabilities match what the process draws, and sum to one."""
     config = dataclasses.replace(SMALL, items=30, users=40_000, groups=3, max_length=4)
-    dataset, world = make_synthetic(config)
+    dataset, process = make_synthetic(config)
     seconds: dict[int, list[int]] = {}
     for user in range(len(dataset.histories)):
         items = dataset.histories.of(user)
         seconds.setdefault(int(items[0]), []).append(int(items[1]))
     first = max(seconds, key=lambda item: len(seconds[item]))
-    expected = world.next_item_distribution([first])
+    expected = process.next_item_distribution([first])
     assert abs(expected.sum() - 1) < 1e-9
     drawn = np.bincount(seconds[first], minlength=30) / len(seconds[first])
     deviation = np.sqrt(expected * (1 - expected) / len(seconds[first]))
     assert (np.abs(drawn - expected) < 5 * deviation + 1e-9).all()
     # The history tells the taste group: the same last item, other earlier ones, other odds.
-    liked = np.argmax(world.base, axis=1)
-    one, other = (world.next_item_distribution([liked[g]] * 3 + [first]) for g in (0, 1))
+    liked = np.argmax(process.base, axis=1)
+    one, other = (process.next_item_distribution([liked[g]] * 3 + [first]) for g in (0, 1))
     assert np.abs(one - other).max() > 0.01
 
 

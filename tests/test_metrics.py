@@ -8,16 +8,16 @@ from conftest import real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixmem_jax.config import DataConfig, SyntheticConfig
+from prefixmem_jax.config_groups import DataConfig, SyntheticConfig
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.evaluation import heuristics
 from prefixmem_jax.evaluation.metrics import (
     beam_scores,
-    bleu,
     catalogue_metrics,
     diversity_scores,
     expected_scores,
     groups_of,
+    prefix_popularity,
     teacher_forced_scores,
 )
 from prefixmem_jax.evaluation.statistics import compare, intervals, means
@@ -34,10 +34,10 @@ def test_expected_item_metrics_average_over_every_order_of_the_group(before, siz
         recalls.append(rank <= cutoff)
         gains.append(1 / np.log2(rank + 1) if rank <= cutoff else 0)
         reciprocal.append(1 / rank if rank <= cutoff else 0)
-    found = expected_scores(np.array([before]), np.array([size]), cutoff)
-    assert np.isclose(found["recall"][0], np.mean(recalls))
-    assert np.isclose(found["ndcg"][0], np.mean(gains))
-    assert np.isclose(found["mrr"][0], np.mean(reciprocal))
+    metrics = expected_scores(np.array([before]), np.array([size]), cutoff)
+    assert np.isclose(metrics["recall"][0], np.mean(recalls))
+    assert np.isclose(metrics["ndcg"][0], np.mean(gains))
+    assert np.isclose(metrics["mrr"][0], np.mean(reciprocal))
 
 
 def test_beam_metrics_by_hand():
@@ -56,15 +56,15 @@ def test_beam_metrics_by_hand():
     assert groups[0, 0] == -1 and groups[1, 3] == -2
     scores = beam_scores(groups, np.array([2, 1, 4]), catalog, "unconstrained")
     assert scores["sid_recall@5/unconstrained"].tolist() == [1, 1, 0]
-    found = means(scores)
-    assert found["sid_mrr@5/unconstrained"] == pytest.approx((1 / 3 + 1) / 3)
-    assert found["sid_recall@5/unconstrained"] == pytest.approx(2 / 3)
-    assert found["sid_ndcg@5/unconstrained"] == pytest.approx((1 / np.log2(4) + 1) / 3)
-    assert found["item_recall@5/unconstrained"] == pytest.approx(2 / 3)
+    metrics = means(scores)
+    assert metrics["sid_mrr@5/unconstrained"] == pytest.approx((1 / 3 + 1) / 3)
+    assert metrics["sid_recall@5/unconstrained"] == pytest.approx(2 / 3)
+    assert metrics["sid_ndcg@5/unconstrained"] == pytest.approx((1 / np.log2(4) + 1) / 3)
+    assert metrics["item_recall@5/unconstrained"] == pytest.approx(2 / 3)
     expected = (1 / np.log2(4) + (1 + 1 / np.log2(3)) / 2) / 3
-    assert found["item_ndcg@5/unconstrained"] == pytest.approx(expected)
-    assert found["sid_valid@5/unconstrained"] == pytest.approx((4 + 2 + 2) / 15)
-    assert not any("@10" in name for name in found)  # the beam is narrower than 10
+    assert metrics["item_ndcg@5/unconstrained"] == pytest.approx(expected)
+    assert metrics["sid_valid@5/unconstrained"] == pytest.approx((4 + 2 + 2) / 15)
+    assert not any("@10" in name for name in metrics)  # the beam is narrower than 10
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,16 @@ def test_beam_metrics_by_hand():
         ("microlens", (0.0073, 0.0035), (0.0560, 0.0396, 0.0688, 0.0437)),
     ],
 )
-def test_floors_equal_the_published_ones(name, popularity, successor):
+def test_heuristics_equal_the_published_ones(name, popularity, successor):
     data = prepare_data(DataConfig(path=str(real_data(name))))
 
     def evaluate(scorer):
         test = data.split.test
-        found = heuristics.evaluate_scorer(scorer(data), data, test, np.arange(len(test)), 10).metrics
+        metrics = heuristics.evaluate_scorer(
+            scorer(data), data, test, np.arange(len(test)), 10
+        ).metrics
         names = ("item_recall@5", "item_ndcg@5", "item_recall@10", "item_ndcg@10")
-        return [round(found[f"{name}/constrained"], 4) for name in names]
+        return [round(metrics[f"{name}/constrained"], 4) for name in names]
 
     assert evaluate(heuristics.popularity_heuristic)[2:] == list(popularity)
     assert evaluate(heuristics.successor_heuristic) == list(successor)
@@ -95,35 +97,39 @@ def test_scorer_ranks_and_predictions_by_brute_force():
             )
         )
     )
-    catalog, examples = data.catalog, data.split.test[:40]
+    catalog, examples = data.catalog, data.split.test.take(slice(40))
     for scorer in (heuristics.popularity_heuristic(data), heuristics.optimum(data)):
-        found = heuristics.evaluate_scorer(scorer, data, examples, np.arange(40), 10).metrics
+        metrics = heuristics.evaluate_scorer(scorer, data, examples, np.arange(40), 10).metrics
         hits, ranks, sid_ranks = np.zeros(3), [], []
-        for example in examples:
-            scores = scorer(example.history)
-            order = sorted(range(60), key=lambda item: (-scores[item], item))
-            ranks.append(order.index(example.target) + 1)
-            sids = list(dict.fromkeys(tuple(catalog.sids[item]) for item in order))
-            target = tuple(catalog.sids[example.target])
+        for user, item in enumerate(examples.targets):
+            scores = scorer(examples.history(user))
+            order = sorted(range(60), key=lambda i: (-scores[i], i))
+            ranks.append(order.index(item) + 1)
+            sids = list(dict.fromkeys(tuple(catalog.sids[i]) for i in order))
+            target = tuple(catalog.sids[item])
             sid_ranks.append(sids.index(target) + 1)
             for level in range(3):
                 mass = np.zeros(4)
-                for item in range(60):
-                    if tuple(catalog.sids[item][:level]) == target[:level]:
-                        mass[catalog.sids[item][level]] += scores[item]
+                for other in range(60):
+                    if tuple(catalog.sids[other][:level]) == target[:level]:
+                        mass[catalog.sids[other][level]] += scores[other]
                 hits[level] += np.argmax(mass) == target[level]
         for level in range(3):
-            assert found[f"tf_accuracy/level_{level + 1}"] == pytest.approx(hits[level] / 40)
-        assert found["item_recall@10/constrained"] == np.mean(np.array(ranks) <= 10)
-        assert found["sid_recall@5/constrained"] == np.mean(np.array(sid_ranks) <= 5)
+            assert metrics[f"tf_accuracy/level_{level + 1}"] == pytest.approx(hits[level] / 40)
+        assert metrics["item_recall@10/constrained"] == np.mean(np.array(ranks) <= 10)
+        assert metrics["sid_recall@5/constrained"] == np.mean(np.array(sid_ranks) <= 5)
 
 
-def test_no_floor_beats_the_optimum():
+def test_no_heuristic_beats_the_optimum():
     data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=500, users=2000)))
     test = data.split.test
     best, popular, successor = (
         heuristics.evaluate_scorer(make(data), data, test, np.arange(len(test)), 10).metrics
-        for make in (heuristics.optimum, heuristics.popularity_heuristic, heuristics.successor_heuristic)
+        for make in (
+            heuristics.optimum,
+            heuristics.popularity_heuristic,
+            heuristics.successor_heuristic,
+        )
     )
     slack = 2 * np.sqrt(0.25 / len(test))
     for name in ("tf_accuracy/level_1", "tf_accuracy/level_3", "item_recall@10/constrained"):
@@ -134,9 +140,10 @@ def test_no_floor_beats_the_optimum():
 def test_item_knn_by_brute_force():
     data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=60, users=80)))
     score = heuristics.item_knn_heuristic(data)
-    history = data.split.test[3].history
-    found = score(history)
-    users = [set(items.tolist()) for items in data.split.train]
+    history = data.split.test.history(3)
+    scores = score(history)
+    ranges = zip(data.split.train.starts, data.split.train.stops, strict=True)
+    users = [set(data.split.items[start:stop].tolist()) for start, stop in ranges]
     count = np.array([sum(item in user for user in users) for item in range(60)])
     matches = []
     for decay, shrinkage in heuristics.KNN_GRID:
@@ -147,22 +154,29 @@ def test_item_knn_by_brute_force():
                 if both and other != item:
                     cosine = both / (np.sqrt(count[item] * count[other]) + shrinkage)
                     expected[other] += decay**since * cosine
-        matches.append(np.allclose(found, expected, atol=1e-8))
+        matches.append(np.allclose(scores, expected, atol=1e-8))
     assert sum(matches) == 1
 
 
 def test_teacher_forced_scores_by_hand():
     ranks = np.array([[1, 1, 1], [11, 1, 1], [2, 10, 3], [1, 1, 2], [3, 1, 1], [1, 2, 9]])
     popularity = np.array([5, 0, 7, 1, 9, 3])
-    found = means(teacher_forced_scores(ranks, popularity))
-    assert found["tf_accuracy/level_1"] == pytest.approx(3 / 6)
-    assert found["tf_accuracy/level_3"] == pytest.approx(3 / 6)
-    assert found["reachable"] == pytest.approx(5 / 6)
-    assert found["tf_accuracy/level_3/unreachable"] == 1.0
-    assert found["tf_accuracy/level_3/reachable"] == pytest.approx(2 / 5)
-    assert found["tf_accuracy/level_3/rare"] == pytest.approx(1 / 2)  # users 1, 3
-    assert found["tf_accuracy/level_3/medium"] == pytest.approx(1 / 2)  # 5, 0
-    assert found["tf_accuracy/level_3/popular"] == pytest.approx(1 / 2)  # 2, 4
+    metrics = means(teacher_forced_scores(ranks, popularity))
+    assert metrics["tf_accuracy/level_1"] == pytest.approx(3 / 6)
+    assert metrics["tf_accuracy/level_3"] == pytest.approx(3 / 6)
+    assert metrics["reachable"] == pytest.approx(5 / 6)
+    assert metrics["tf_accuracy/level_3/unreachable"] == 1.0
+    assert metrics["tf_accuracy/level_3/reachable"] == pytest.approx(2 / 5)
+    assert metrics["tf_accuracy/level_3/rare"] == pytest.approx(1 / 2)  # users 1, 3
+    assert metrics["tf_accuracy/level_3/medium"] == pytest.approx(1 / 2)  # 5, 0
+    assert metrics["tf_accuracy/level_3/popular"] == pytest.approx(1 / 2)  # 2, 4
+
+
+def test_prefix_popularity_by_hand():
+    sids = np.array([[0, 0], [0, 1], [1, 0], [0, 1], [2, 5]])
+    catalog = Catalog(sids, [None] * 5, SidSpace((3, 6)))
+    popularity = prefix_popularity(catalog, np.array([1, 10, 100, 1000, 0]), np.array([3, 2, 4, 0]))
+    assert popularity.tolist() == [1011, 100, 0, 1011]
 
 
 def test_diversity_and_catalogue_metrics_by_hand():
@@ -171,10 +185,10 @@ def test_diversity_and_catalogue_metrics_by_hand():
     sids = np.array([[0, 0], [0, 1], [1, 0], [2, 0]])
     catalog = Catalog(sids, [None] * 4, SidSpace((3, 2)))
     groups, counts = groups_of(codes, catalog), np.array([1, 4, 4, 9])
-    found = catalogue_metrics(groups, counts, catalog, cutoff=3)
-    assert found["sid_coverage@3"] == 1.0
+    metrics = catalogue_metrics(groups, counts, catalog, cutoff=3)
+    assert metrics["sid_coverage@3"] == 1.0
     assert catalogue_metrics(groups, counts, catalog) == {}  # the ranking is shorter than 10
-    assert found["popularity@3"] == pytest.approx((0.5 + 0.125 + 0.875 + 0.5) / 4)
+    assert metrics["popularity@3"] == pytest.approx((0.5 + 0.125 + 0.875 + 0.5) / 4)
 
 
 def test_intervals_cover_and_comparisons_find_what_is_there():
@@ -190,15 +204,10 @@ def test_intervals_cover_and_comparisons_find_what_is_there():
     base["part"][:50] = 1.0
     better = {"hit": base["hit"].copy(), "part": base["part"]}
     better["hit"][:60] = 1.0
-    found = compare(base, better)
-    assert found["hit"]["p"] < 0.01 and 0 < found["hit"]["low"] < found["hit"]["difference"]
-    assert found["part"]["difference"] == 0 and found["part"]["p"] == 1
+    compared = compare(base, better)
+    assert (
+        compared["hit"]["p"] < 0.01 and 0 < compared["hit"]["low"] < compared["hit"]["difference"]
+    )
+    assert compared["part"]["difference"] == 0 and compared["part"]["p"] == 1
     noise = {"hit": rng.permutation(base["hit"])}
     assert compare(base, noise)["hit"]["p"] > 0.05
-
-
-def test_bleu_is_sacrebleus():
-    texts = ["red leather shoes for running fast", "blue wool scarf"]
-    assert bleu(texts, texts) == pytest.approx(100)
-    worse = bleu(["red leather shoes for walking fast", "blue wool scarf"], texts)
-    assert 40 < worse < 100 > bleu(["nothing at all like it", "no"], texts)

@@ -1,5 +1,8 @@
-"""The space of codes, the catalogue and the trie, against plain loops."""
+"""The vocabulary, the catalogue and the trie, against plain loops."""
 
+import json
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,19 +12,21 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 SPACE = SidSpace((3, 5, 2, 4))
+VOCABULARY = Vocabulary(SPACE)
 
 
-def prefix_at(space: SidSpace, tokens: list[int], segments: list[int], at: int) -> list[int]:
+def prefix_at(tokens: list[int], segments: list[int], at: int) -> list[int]:
     """The prefix that position `at` is in, read off by hand: codes, or [] where there is none."""
-    for level in range(1, space.levels + 1):
-        start, stop = space.token_range(level)
+    for level in range(1, SPACE.levels + 1):
+        start, stop = VOCABULARY.token_range(level)
         if start <= tokens[at] < stop and segments[at] > 0:
             codes = []
             for j in range(1, level + 1):
                 where = at - level + j
-                first, last = space.token_range(j)
+                first, last = VOCABULARY.token_range(j)
                 if where < 0 or segments[where] != segments[at]:
                     return []
                 if not first <= tokens[where] < last:
@@ -34,13 +39,32 @@ def prefix_at(space: SidSpace, tokens: list[int], segments: list[int], at: int) 
 def test_tokens_and_codes_are_inverse_with_uneven_codebooks():
     rng = np.random.default_rng(0)
     codes = np.stack([rng.integers(0, size, 50) for size in SPACE.codebook_sizes], axis=1)
-    tokens = SPACE.encode(codes)
-    assert np.array_equal(SPACE.decode(tokens), codes)
-    assert tokens.min() >= SPACE.token_offset and tokens.max() < SPACE.vocabulary_size
+    vocabulary = Vocabulary(SPACE, text_tokens=11)
+    tokens = vocabulary.encode(codes)
+    assert tokens.dtype == np.int32
+    assert np.array_equal(vocabulary.decode(tokens), codes)
+    level, code = vocabulary.level_and_code(tokens)
+    assert np.array_equal(code, codes) and np.array_equal(level, [[1, 2, 3, 4]] * 50)
     for level in range(1, 5):
-        start, stop = SPACE.token_range(level)
+        start, stop = vocabulary.token_range(level)
         assert ((tokens[:, level - 1] >= start) & (tokens[:, level - 1] < stop)).all()
-    assert SPACE.token_range(4)[1] == SPACE.vocabulary_size
+        prefixes = jax.jit(vocabulary.encode_prefix)(codes[:, :level])
+        assert np.array_equal(prefixes, tokens[:, :level])
+
+
+def test_every_token_of_a_vocabulary_is_one_thing():
+    plain, filled = Vocabulary(SPACE, 11), Vocabulary(SPACE, 11, multiple=16)
+    assert plain.size == plain.used == filled.used == 11 + 2 + 14 and filled.size == 32
+    assert Vocabulary(SPACE, 13, multiple=29).size == 29  # full already
+    for vocabulary in (plain, filled):
+        tokens = np.arange(-1, vocabulary.size)
+        text = vocabulary.is_text(tokens)
+        special = np.isin(tokens, [vocabulary.pad_token, vocabulary.bos_token])
+        level = np.asarray(vocabulary.level_and_code(tokens)[0])
+        assert tokens[text].tolist() == list(range(11)) and special.sum() == 2
+        assert np.bincount(level[level > 0]).tolist() == [0, 3, 5, 2, 4]
+        kinds = text.astype(int) + special + (level > 0)
+        assert kinds.tolist() == [0] + [1] * 27 + [0] * (vocabulary.size - 27)
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,18 +76,18 @@ def test_prefixes_count_only_contiguous_codes_of_one_item_in_one_document(data):
         kind = data.draw(st.integers(0, 5))
         if kind <= 3:
             codes = [data.draw(st.integers(0, size - 1)) for size in SPACE.codebook_sizes]
-            piece = SPACE.encode(np.array(codes)).tolist()
+            piece = VOCABULARY.encode(np.array(codes)).tolist()
             piece = piece[: data.draw(st.integers(1, 4))]
         else:
-            piece = [data.draw(st.integers(0, SPACE.vocabulary_size - 1))]
+            piece = [data.draw(st.integers(0, VOCABULARY.size - 1))]
         segment += kind == 5
         tokens += piece
         segments += [segment] * len(piece)
     tokens, segments = tokens[:24], segments[:24]
     segments[22:] = [0, 0]
-    level, codes = SPACE.prefixes(np.array([tokens]), np.array([segments]))
+    level, codes = VOCABULARY.prefixes(np.array([tokens]), np.array([segments]))
     for at in range(24):
-        expected = prefix_at(SPACE, tokens, segments, at)
+        expected = prefix_at(tokens, segments, at)
         assert int(level[0, at]) == len(expected)
         assert codes[0, at].tolist() == expected + [0] * (4 - len(expected))
 
@@ -71,6 +95,63 @@ def test_prefixes_count_only_contiguous_codes_of_one_item_in_one_document(data):
 def random_catalog(rng: np.random.Generator, items: int, sizes=(3, 5, 2, 4)) -> Catalog:
     sids = np.stack([rng.integers(0, size, items) for size in sizes], axis=1)
     return Catalog(sids, [None] * items, SidSpace(sizes))
+
+
+def item_line(item: int, sid: object, title: object = None) -> str:
+    return json.dumps({"item": item, "sid": sid, "title": title}) + "\n"
+
+
+def test_exported_items_read_the_same(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(item_line(0, [1, 4], "ä") + item_line(1, [0, 2]) + item_line(2, [1, 4]))
+    catalog = Catalog.read_jsonl(path)
+    assert catalog.sids.tolist() == [[1, 4], [0, 2], [1, 4]]
+    assert catalog.titles == ["ä", None, None]
+    assert catalog.space.codebook_sizes == (2, 5)
+    assert Catalog.read_jsonl(path, (9, 9)).space.codebook_sizes == (9, 9)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (item_line(0, [1, 2]) + item_line(2, [1, 2]), "line 2: item is 2, expected 1"),  # missing
+        (item_line(0, [1, 2]) * 2, "line 2: item is 0, expected 1"),
+        (item_line(True, [1, 2]), "line 1: item is true, expected 0"),
+        ('{"sid": [1, 2]}\n', "line 1: item is null, expected 0"),
+        (item_line(0, [1, 2]) + item_line(1, [1]), "line 2: sid has 1 codes"),
+        (item_line(0, [1, 2, 3]), "line 1: sid has 3 codes, expected 2"),
+        (item_line(0, []), "line 1: sid is [], expected a list of integers"),
+        (item_line(0, [1, 2.0]), "line 1: sid is [1, 2.0], expected a list of integers"),
+        (item_line(0, "12"), 'line 1: sid is "12", expected a list of integers'),
+        (item_line(0, [1, -2]), "line 1: sid level 2 is -2, expected 0..7"),
+        (item_line(0, [1, 8]), "line 1: sid level 2 is 8, expected 0..7"),
+        (item_line(0, [1, 2], 3), "line 1: title is 3, expected a string or null"),
+        (item_line(0, [1, 2]) + "\n", "line 2: not a JSON object"),
+        (item_line(0, [1, 2])[:-9], "line 1: not a JSON object"),
+        ("[0]\n", "line 1: not a JSON object"),
+        (b"\x80\n", "line 1: not a JSON object"),
+        ("[" * 100_000, "line 1: not a JSON object"),
+        ("", "no items"),
+    ],
+)
+def test_malformed_items_are_refused_in_one_line(tmp_path, text, words):
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        Catalog.read_jsonl(path, (8, 8))
+    assert str(error.value).startswith(f"{path}: {words}") and "\n" not in str(error.value)
+
+
+def test_ragged_and_absent_items_are_refused_without_codebooks(tmp_path):
+    path = tmp_path / "items.jsonl"
+    with pytest.raises(UserError, match="not readable"):
+        Catalog.read_jsonl(path)
+    path.write_text(item_line(0, [1, 2]) + item_line(1, [1]))
+    with pytest.raises(UserError, match="line 2: sid has 1 codes, line 1 has 2"):
+        Catalog.read_jsonl(path)
+    path.write_text(item_line(0, [1, 1 << 40]))
+    with pytest.raises(UserError, match="sid level 2 is 1099511627776"):
+        Catalog.read_jsonl(path)
 
 
 @settings(max_examples=30, deadline=None)

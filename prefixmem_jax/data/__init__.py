@@ -1,1 +1,1 @@
-"""Histories to batches: dataset format, splits, token sequences, Grain pipeline."""
+"""Histories to batches: formats, splits, documents, packing, the Grain pipeline."""

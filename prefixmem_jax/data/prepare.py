@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 
-from prefixmem_jax.config import DataConfig
-from prefixmem_jax.data.formats.parquet import Dataset, load_dataset
+from prefixmem_jax.config_groups import DataConfig
+from prefixmem_jax.data.dataset import Dataset
 from prefixmem_jax.data.splits import Split, split_dataset
-from prefixmem_jax.data.synthetic import SyntheticProcess, make_synthetic
+from prefixmem_jax.data.synthetic import SyntheticProcess, make_synthetic, synthetic_catalog
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.kinds import find_module
 from prefixmem_jax.semantic_ids.catalog import Catalog
-from prefixmem_jax.semantic_ids.space import SPECIAL_TOKENS, SidSpace
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+
+FORMATS = "prefixmem_jax.data.formats"
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A dataset and its split; `world` is what made it, where it is synthetic."""
+    """A dataset, its split and its tokens; `process` is what made it, where it is synthetic."""
 
     dataset: Dataset
     split: Split
-    world: SyntheticProcess | None
+    vocabulary: Vocabulary
+    process: SyntheticProcess | None = None
 
     @property
     def catalog(self) -> Catalog:
         return self.dataset.catalog
+
+    @cached_property
+    def item_tokens(self) -> np.ndarray:
+        """SID tokens of every item, int32 [items, levels]."""
+        return self.vocabulary.encode(self.catalog.sids)
 
     @cached_property
     def item_counts(self) -> np.ndarray:
@@ -35,46 +45,78 @@ class PreparedData:
         return self.split.item_counts(len(self.catalog))
 
 
-def data_space(config: DataConfig) -> SidSpace:
-    """The data's SID space; reads the data only where the config does not state the codebooks."""
-    if config.codebook_sizes is not None:
-        sizes = config.codebook_sizes
-    elif config.path is None:
-        sizes = config.synthetic.codebook_sizes
-    else:
-        sizes = load_dataset(config.path, config.sid_column).catalog.space.codebook_sizes
-    return _in_vocabulary(config, SidSpace(tuple(sizes)))
-
-
-def _in_vocabulary(config: DataConfig, space: SidSpace) -> SidSpace:
-    return dataclasses.replace(
-        space,
-        token_offset=config.text_tokens + SPECIAL_TOKENS,
-        vocabulary_multiple=config.vocabulary_multiple,
-    )
-
-
 def prepare_data(config: DataConfig) -> PreparedData:
-    """Loads (or generates) the dataset and splits it; the config fixes every choice."""
-    world = None
+    """Reads (or generates) the dataset and splits it; the config fixes every choice."""
+    process = None
     if config.path is None:
-        if config.codebook_sizes not in (None, config.synthetic.codebook_sizes):
-            raise UserError(
-                f"data.path is none, but data.codebook_sizes={config.codebook_sizes}: set "
-                "data.path to the dataset that has these SIDs (docs/data.md)"
-            )
-        dataset, world = make_synthetic(config.synthetic)
+        _check_synthetic(config)
+        dataset, process = make_synthetic(config.synthetic)
     else:
-        dataset = load_dataset(config.path, config.sid_column, config.codebook_sizes)
-    catalog = dataset.catalog
-    catalog = catalog.in_space(_in_vocabulary(config, catalog.space))
-    dataset = dataclasses.replace(dataset, catalog=catalog)
-    return PreparedData(dataset, split_dataset(dataset, config.split, config.holdout), world)
+        dataset = _format(config).read_dataset(
+            config.path, config.sid_column, config.codebook_sizes
+        )
+        _check_codebooks(config, dataset.catalog)
+    split = split_dataset(dataset, config.split, config.holdout)
+    return PreparedData(dataset, split, _vocabulary(config, dataset.catalog.space), process)
 
 
-def fixed_sample(examples: list, count: int) -> list:
-    """At most `count` examples (0: all), the same ones for every run and seed, in order."""
-    if count == 0 or count >= len(examples):
-        return examples
-    chosen = np.random.default_rng(0).choice(len(examples), count, replace=False)
-    return [examples[i] for i in sorted(chosen)]
+def load_catalog(config: DataConfig) -> Catalog:
+    """The catalogue alone; no history is read."""
+    if config.path is None:
+        _check_synthetic(config)
+        return synthetic_catalog(config.synthetic)
+    catalog = _format(config).read_catalog(config.path, config.sid_column, config.codebook_sizes)
+    _check_codebooks(config, catalog)
+    return catalog
+
+
+def data_vocabulary(config: DataConfig) -> Vocabulary:
+    """The data's tokens; reads the catalogue only where the config does not state codebooks."""
+    if config.codebook_sizes is not None:
+        space = SidSpace(tuple(config.codebook_sizes))
+    elif config.path is None:
+        space = SidSpace(tuple(config.synthetic.codebook_sizes))
+    else:
+        space = load_catalog(config).space
+    return _vocabulary(config, space)
+
+
+def _vocabulary(config: DataConfig, space: SidSpace) -> Vocabulary:
+    return Vocabulary(space, config.text_tokens, config.vocabulary_multiple)
+
+
+def _format(config: DataConfig) -> ModuleType:
+    """The module that reads the dataset."""
+    module = find_module(FORMATS, config.format, "data.format")
+    for name in ("read_dataset", "read_catalog"):
+        if not callable(getattr(module, name, None)):
+            raise UserError(
+                f"data.format={config.format}: {module.__name__} has no function {name}; a format "
+                "is a module with read_dataset and read_catalog (docs/data.md)"
+            )
+    return module
+
+
+def _check_synthetic(config: DataConfig) -> None:
+    if config.codebook_sizes not in (None, config.synthetic.codebook_sizes):
+        raise UserError(
+            f"data.path is none, but data.codebook_sizes={config.codebook_sizes}: set "
+            "data.path to the dataset that has these SIDs (docs/data.md)"
+        )
+
+
+def _check_codebooks(config: DataConfig, catalog: Catalog) -> None:
+    """Whether a format kept to the codebooks that it was given: `data_vocabulary` relies on it."""
+    sizes = catalog.space.codebook_sizes
+    if config.codebook_sizes not in (None, sizes):
+        raise UserError(
+            f"data.format={config.format}: read codebooks of {sizes}, "
+            f"data.codebook_sizes={config.codebook_sizes}"
+        )
+
+
+def fixed_sample(examples: int, count: int) -> np.ndarray:
+    """Indices of at most `count` examples (0: all), int64: for every run and seed the same."""
+    if count == 0 or count >= examples:
+        return np.arange(examples)
+    return np.sort(np.random.default_rng(0).choice(examples, count, replace=False))

@@ -1,4 +1,8 @@
-"""Splits of user histories into training sequences and held-out next-item examples."""
+"""Splits of user histories into training sequences and held-out next-item examples.
+
+All are index ranges over the one flat array of interactions: nothing is copied, and nothing is
+kept in Python objects by user.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,68 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixmem_jax.data.formats.parquet import Dataset, Histories
+from prefixmem_jax.data.dataset import Dataset, Histories
 from prefixmem_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Example:
-    """Predict `target` from the history before it, oldest item first."""
+class Ranges:
+    """Sequences as index ranges: sequence i is items[starts[i]:stops[i]]; int64 both."""
 
-    user: int
-    history: np.ndarray
-    target: int
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Items of every sequence, int64 [sequences]."""
+        return self.stops - self.starts
+
+    def indices(self) -> np.ndarray:
+        """Indices of all sequences, one after the other, int64 [sum of lengths]."""
+        before = np.cumsum(self.lengths) - self.lengths
+        return np.repeat(self.starts - before, self.lengths) + np.arange(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Predict an item from the history right before it, oldest first.
+
+    Attributes:
+      items: all interactions, int64.
+      users: int64 [examples].
+      starts: where each history starts in items, int64 [examples].
+      targets_at: where each target is, which is where its history ends, int64 [examples].
+    """
+
+    items: np.ndarray
+    users: np.ndarray
+    starts: np.ndarray
+    targets_at: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Items to predict, int64 [examples]."""
+        return self.items[self.targets_at]
+
+    def history(self, example: int) -> np.ndarray:
+        """The items before an example's target: a view."""
+        return self.items[self.starts[example] : self.targets_at[example]]
+
+    def histories(self) -> list[np.ndarray]:
+        """Every example's history: views."""
+        return [self.history(example) for example in range(len(self))]
+
+    def take(self, indices: np.ndarray | slice) -> Examples:
+        """Some of the examples, in the order of `indices`."""
+        return Examples(
+            self.items, self.users[indices], self.starts[indices], self.targets_at[indices]
+        )
 
 
 @dataclass(frozen=True)
@@ -25,17 +80,19 @@ class Split:
     """What a model may learn from, and what it is evaluated on.
 
     Attributes:
+      items: all interactions, which the others are ranges of.
       train: item sequences, oldest first.
       validation, test: at most one example per user.
     """
 
-    train: list[np.ndarray]
-    validation: list[Example]
-    test: list[Example]
+    items: np.ndarray
+    train: Ranges
+    validation: Examples
+    test: Examples
 
-    def item_counts(self, items: int) -> np.ndarray:
-        """Occurrences of every item in the training sequences, int64 [items]."""
-        return np.bincount(np.concatenate(self.train), minlength=items)
+    def item_counts(self, size: int) -> np.ndarray:
+        """Occurrences in the training sequences of every item of a catalogue, int64 [size]."""
+        return np.bincount(self.items[self.train.indices()], minlength=size)
 
 
 def split_dataset(dataset: Dataset, kind: str, holdout: float) -> Split:
@@ -54,7 +111,7 @@ def split_dataset(dataset: Dataset, kind: str, holdout: float) -> Split:
         dataset.histories, holdout
     )
     for name in ("train", "validation", "test"):
-        if not getattr(split, name):
+        if not len(getattr(split, name)):
             need = "three items" if kind == "leave_two_out" else "enough items and users"
             raise UserError(
                 f"dataset {dataset.name}: data.split={kind} leaves {name} empty; it needs users "
@@ -65,45 +122,54 @@ def split_dataset(dataset: Dataset, kind: str, holdout: float) -> Split:
 
 def _leave_two_out(histories: Histories, holdout: float) -> Split:
     del holdout
-    train, validation, test = [], [], []
-    for user in range(len(histories)):
-        items = histories.of(user)
-        if len(items) < 3:
-            train.append(items)
-            continue
-        train.append(items[:-2])
-        validation.append(Example(user, items[:-2], int(items[-2])))
-        test.append(Example(user, items[:-1], int(items[-1])))
-    return Split(train, validation, test)
+    starts, stops = histories.offsets[:-1], histories.offsets[1:]
+    enough = stops - starts >= 3
+    return Split(
+        histories.items,
+        Ranges(starts, stops - 2 * enough),
+        _examples(histories, enough, stops - 2),
+        _examples(histories, enough, stops - 1),
+    )
 
 
 def _by_time(histories: Histories, holdout: float) -> Split:
     if histories.timestamps is None:
         raise UserError("data.split=time needs a 'timestamps' column in histories.parquet")
+    starts, stops = histories.offsets[:-1], histories.offsets[1:]
+
+    def first_from(cut: float) -> np.ndarray:
+        """Where each user's first interaction at or after a time is; `stops` if there is none."""
+        earlier = np.concatenate([[0], np.cumsum(histories.timestamps < cut)])
+        return starts + earlier[stops] - earlier[starts]
+
     first_cut, second_cut = np.quantile(histories.timestamps, [1 - 2 * holdout, 1 - holdout])
-    train, validation, test = [], [], []
-    for user in range(len(histories)):
-        items = histories.of(user)
-        times = histories.timestamps[histories.offsets[user] : histories.offsets[user + 1]]
-        begin, middle = np.searchsorted(times, [first_cut, second_cut])
-        if begin > 0:
-            train.append(items[:begin])
-        if 0 < begin < middle:
-            validation.append(Example(user, items[:begin], int(items[begin])))
-        if 0 < middle < len(items):
-            test.append(Example(user, items[:middle], int(items[middle])))
-    return Split(train, validation, test)
+    begin, middle = first_from(first_cut), first_from(second_cut)
+    known = begin > starts
+    return Split(
+        histories.items,
+        Ranges(starts[known], begin[known]),
+        _examples(histories, known & (begin < middle), begin),
+        _examples(histories, (middle > starts) & (middle < stops), middle),
+    )
 
 
 def _by_users(histories: Histories, holdout: float) -> Split:
-    train, validation, test = [], [], []
-    for user in range(len(histories)):
-        items = histories.of(user)
-        digest = hashlib.sha256(histories.user_ids[user].encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        if place >= 2 * holdout:
-            train.append(items)
-        elif len(items) > 1:
-            part = validation if place < holdout else test
-            part.append(Example(user, items[:-1], int(items[-1])))
-    return Split(train, validation, test)
+    starts, stops = histories.offsets[:-1], histories.offsets[1:]
+    digests = (hashlib.sha256(user.encode()).digest() for user in histories.user_ids)
+    place = np.fromiter(
+        (int.from_bytes(digest[:8], "big") / 2**64 for digest in digests), float, len(histories)
+    )
+    train = place >= 2 * holdout
+    held_out = ~train & (stops - starts > 1)
+    return Split(
+        histories.items,
+        Ranges(starts[train], stops[train]),
+        _examples(histories, held_out & (place < holdout), stops - 1),
+        _examples(histories, held_out & (place >= holdout), stops - 1),
+    )
+
+
+def _examples(histories: Histories, chosen: np.ndarray, targets_at: np.ndarray) -> Examples:
+    """One example for each chosen user, whose history is all before the target."""
+    users = np.flatnonzero(chosen)
+    return Examples(histories.items, users, histories.offsets[users], targets_at[users])

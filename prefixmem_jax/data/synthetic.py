@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prefixmem_jax.config import SyntheticConfig
-from prefixmem_jax.data.formats.parquet import Dataset, Histories
+from prefixmem_jax.config_groups import SyntheticConfig
+from prefixmem_jax.data.dataset import Dataset, Histories
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 
@@ -66,6 +66,17 @@ class SyntheticProcess:
         return probability
 
 
+def synthetic_catalog(config: SyntheticConfig) -> Catalog:
+    """The catalogue of `make_synthetic` alone."""
+    return _catalog(config, np.random.default_rng(config.seed))
+
+
+def _catalog(config: SyntheticConfig, rng: np.random.Generator) -> Catalog:
+    sids = _random_tree(config, rng)
+    titles = [f"synthetic {number}" for number in range(len(sids))]
+    return Catalog(sids, titles, SidSpace(config.codebook_sizes))
+
+
 def _random_tree(config: SyntheticConfig, rng: np.random.Generator) -> np.ndarray:
     """SIDs of the items, int32 [items, levels]: leaves of a tree with random child codes."""
     child_codes: dict[tuple[int, ...], np.ndarray] = {}
@@ -84,9 +95,8 @@ def _random_tree(config: SyntheticConfig, rng: np.random.Generator) -> np.ndarra
 def make_synthetic(config: SyntheticConfig) -> tuple[Dataset, SyntheticProcess]:
     """Draws a catalogue and histories; the same config gives the same bytes."""
     rng = np.random.default_rng(config.seed)
-    sids = _random_tree(config, rng)
-    titles = [f"synthetic {number}" for number in range(len(sids))]
-    catalog = Catalog(sids, titles, SidSpace(config.codebook_sizes))
+    catalog = _catalog(config, rng)
+    sids = catalog.sids
     popularity = np.empty(config.items)
     popularity[rng.permutation(config.items)] = np.arange(1, config.items + 1.0) ** (
         -config.zipf_exponent
@@ -98,7 +108,7 @@ def make_synthetic(config: SyntheticConfig) -> tuple[Dataset, SyntheticProcess]:
         liked = rng.choice(config.codebook_sizes[0], config.liked_codes, replace=False)
         base[group, np.isin(sids[:, 0], liked)] *= config.liking
     base /= base.sum(axis=1, keepdims=True)
-    world = SyntheticProcess(
+    process = SyntheticProcess(
         config, catalog, base, popularity, family, np.bincount(family, popularity)
     )
 
@@ -125,4 +135,4 @@ def make_synthetic(config: SyntheticConfig) -> tuple[Dataset, SyntheticProcess]:
     flat = np.concatenate(sequences).astype(np.int64)
     histories = Histories(flat, offsets, [str(user) for user in range(config.users)])
     digest = hashlib.sha256(sids.tobytes() + flat.tobytes() + offsets.tobytes()).hexdigest()
-    return Dataset("synthetic", catalog, histories, digest), world
+    return Dataset("synthetic", catalog, histories, digest), process

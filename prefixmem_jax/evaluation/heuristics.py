@@ -9,20 +9,21 @@ These systems only ever name catalogue items, so constrained and unconstrained a
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from scipy import sparse
 from tqdm import tqdm
 
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
-from prefixmem_jax.data.splits import Example
-from prefixmem_jax.evaluation.evaluator import Evaluated, prefix_popularity, spread
+from prefixmem_jax.data.splits import Examples
 from prefixmem_jax.evaluation.metrics import (
+    Evaluated,
     Scores,
     cutoffs,
+    over_users,
     popularity_thirds,
+    prefix_popularity,
     rank_scores,
 )
 from prefixmem_jax.semantic_ids.catalog import Catalog
@@ -42,18 +43,23 @@ def successor_heuristic(data: PreparedData) -> Scorer:
     Equal counts keep the order in which training showed them; items that never followed come
     after, by popularity.
     """
-    follows: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for items in data.split.train:
-        for last, following in itertools.pairwise(items):
-            follows[int(last)][int(following)] += 1
+    items, train, size = data.split.items, data.split.train, len(data.catalog)
+    at = train.indices()
+    ends = np.cumsum(train.lengths)[train.lengths > 0] - 1
+    at = np.delete(at, ends)  # where something follows
+    pairs, first, counts = np.unique(
+        items[at] * size + items[at + 1], return_index=True, return_counts=True
+    )
+    order = np.lexsort((first, pairs // size))
+    successors, counts = pairs[order] % size, counts[order]
+    bounds = np.searchsorted(pairs, np.arange(size + 1) * size)
     popularity = data.item_counts / (data.item_counts.sum() + 1.0)  # below any single count
 
     def score(history: np.ndarray) -> np.ndarray:
         scores = popularity.copy()
-        successors = follows.get(int(history[-1]))
-        if successors:
-            counts = np.array(list(successors.values()), np.float64)
-            scores[list(successors)] = counts + 0.5 / np.arange(1, len(counts) + 1)
+        own = slice(*bounds[history[-1] : history[-1] + 2])
+        earlier_first = 0.5 / np.arange(1, own.stop - own.start + 1)
+        scores[successors[own]] = counts[own] + earlier_first
         return scores
 
     return score
@@ -70,11 +76,10 @@ def item_knn_heuristic(data: PreparedData) -> Scorer:
     the sum over the history of decay ** (items since) * sim; items without any come after, by
     popularity. Decay and shrinkage are those of `KNN_GRID` with the best Recall@10 on validation.
     """
-    items, counts = len(data.catalog), data.item_counts
-    rows = np.repeat(np.arange(len(data.split.train)), [len(s) for s in data.split.train])
+    items, counts, train = len(data.catalog), data.item_counts, data.split.train
+    user = np.repeat(np.arange(len(train)), train.lengths)
     seen = sparse.csr_array(
-        (np.ones(len(rows)), (rows, np.concatenate(data.split.train))),
-        shape=(len(data.split.train), items),
+        (np.ones(len(user)), (user, data.split.items[train.indices()])), shape=(len(train), items)
     )
     seen.data[:] = 1.0  # an item counts once a user
     together = (seen.T @ seen).tocsr()
@@ -82,8 +87,8 @@ def item_knn_heuristic(data: PreparedData) -> Scorer:
     together.eliminate_zeros()
     users = np.asarray(seen.sum(axis=0)).reshape(-1)
     popularity = 1e-9 * counts / (counts.sum() + 1.0)
-    row_of = np.repeat(np.arange(items), np.diff(together.indptr))
-    norm = np.sqrt(users[row_of] * users[together.indices])
+    item = np.repeat(np.arange(items), np.diff(together.indptr))
+    norm = np.sqrt(users[item] * users[together.indices])
 
     def scorer(decay: float, shrinkage: float) -> Scorer:
         similar = together.copy()
@@ -95,12 +100,13 @@ def item_knn_heuristic(data: PreparedData) -> Scorer:
 
         return score
 
-    tuning = fixed_sample(data.split.validation, TUNING_USERS)
+    everyone = data.split.validation
+    tuning = everyone.take(fixed_sample(len(everyone), TUNING_USERS))
 
     def recall(options: tuple[float, float]) -> float:
         score = scorer(*options)
-        ranked = [score(e.history) for e in tuning]
-        better = [np.sum(s > s[e.target]) for s, e in zip(ranked, tuning, strict=True)]
+        ranked = map(score, tuning.histories())
+        better = [np.sum(s > s[target]) for s, target in zip(ranked, tuning.targets, strict=True)]
         return float(np.mean(np.array(better) < 10))
 
     return scorer(*max(KNN_GRID, key=recall))
@@ -108,7 +114,7 @@ def item_knn_heuristic(data: PreparedData) -> Scorer:
 
 def optimum(data: PreparedData) -> Scorer:
     """Scores items by their exact probability under the process that made synthetic data."""
-    return data.world.next_item_distribution
+    return data.process.next_item_distribution
 
 
 class _PrefixSums:
@@ -139,12 +145,12 @@ class _PrefixSums:
 def evaluate_scorer(
     score: Scorer,
     data: PreparedData,
-    examples: Sequence[Example],
+    examples: Examples,
     sample: np.ndarray,
     depth: int,
     progress: str = "",
 ) -> Evaluated:
-    """The scores of `evaluator.judge` that a system which ranks items has.
+    """The scores of `evaluator` that a system which ranks items has.
 
     Args:
       sample: which of the examples retrieval is evaluated on.
@@ -154,26 +160,27 @@ def evaluate_scorer(
     prefix_sums = _PrefixSums(catalog)
     chosen = set(sample.tolist())
     hits, ranks = [], []
-    shown = tqdm(examples, desc=progress, unit="user", disable=not progress)
-    for user, example in enumerate(shown):
-        values = score(example.history)
-        hits.append(prefix_sums.hits(values, example.target))
+    for user, target in enumerate(
+        tqdm(examples.targets.tolist(), desc=progress, unit="user", disable=not progress)
+    ):
+        values = score(examples.history(user))
+        hits.append(prefix_sums.hits(values, target))
         if user in chosen:
-            ranks.append(_ranks(values, example.target, catalog))
+            ranks.append(_ranks(values, target, catalog))
     levels = np.array(hits).T
     scores: Scores = {f"tf_accuracy/level_{n}": hit for n, hit in enumerate(levels, start=1)}
-    third = popularity_thirds(prefix_popularity(data, examples))
-    for name, values in third.items():
+    thirds = popularity_thirds(prefix_popularity(catalog, data.item_counts, examples.targets))
+    for name, values in thirds.items():
         scores[f"tf_accuracy/level_{len(levels)}/{name}"] = np.where(values, levels[-1], np.nan)
     retrieved: Scores = {"sid_hit_rate": np.ones(len(ranks))}
-    found = np.array(ranks)
+    sid_rank, item_rank = np.array(ranks).T
     for suffix in ("unconstrained", "constrained"):
         # Items are ranked one by one: the target shares its place with no other.
-        alone = np.ones(len(found), np.int64)
-        retrieved |= rank_scores(found[:, 0], found[:, 1] - 1, alone, depth, suffix)
+        alone = np.ones_like(sid_rank)
+        retrieved |= rank_scores(sid_rank, item_rank - 1, alone, depth, suffix)
         for cutoff in cutoffs(depth):
-            retrieved[f"sid_valid@{cutoff}/{suffix}"] = np.ones(len(found))
-    return Evaluated(scores | spread(retrieved, sample, len(examples)), {})
+            retrieved[f"sid_valid@{cutoff}/{suffix}"] = np.ones(len(ranks))
+    return Evaluated(scores | over_users(retrieved, sample, len(examples)), {})
 
 
 def _ranks(scores: np.ndarray, target: int, catalog: Catalog) -> tuple[int, int]:

@@ -11,8 +11,11 @@ metric is their mean (`statistics.means`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from prefixmem_jax.evaluation.statistics import means
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 CUTOFFS = (5, 10, 20, 30, 50, 100)
@@ -20,6 +23,26 @@ REACHABLE_RANK = 10
 NOT_FOUND = 1 << 40
 
 Scores = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A system's scores by user (in the order of the split), and what is not a mean over users."""
+
+    scores: Scores
+    overall: dict[str, float]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return means(self.scores) | self.overall
+
+
+def over_users(scores: Scores, sample: np.ndarray, users: int) -> Scores:
+    """Scores of a sample as scores of all users, NaN for the others."""
+    spread = {name: np.full(users, np.nan) for name in scores}
+    for name, values in scores.items():
+        spread[name][sample] = values
+    return spread
 
 
 def groups_of(codes: np.ndarray, catalog: Catalog) -> np.ndarray:
@@ -115,7 +138,7 @@ def expected_scores(before: np.ndarray, group_size: np.ndarray, cutoff: int) -> 
     }
 
 
-def teacher_forced_scores(ranks: np.ndarray, prefix_popularity: np.ndarray) -> Scores:
+def teacher_forced_scores(ranks: np.ndarray, popularity: np.ndarray) -> Scores:
     """`tf_accuracy/level_l`; for the last level also by reachability and by prefix popularity.
 
     A target is *reachable* where its code is among the 10 likeliest at every level but the last:
@@ -124,7 +147,7 @@ def teacher_forced_scores(ranks: np.ndarray, prefix_popularity: np.ndarray) -> S
 
     Args:
       ranks: [users, levels] of the target's codes, from 1.
-      prefix_popularity: [users].
+      popularity: `prefix_popularity`, [users].
     """
     levels = ranks.shape[1]
     hits = (ranks == 1).astype(np.float64)
@@ -133,15 +156,27 @@ def teacher_forced_scores(ranks: np.ndarray, prefix_popularity: np.ndarray) -> S
     reachable = (ranks[:, :-1] <= REACHABLE_RANK).all(axis=1)
     scores["reachable"] = reachable.astype(np.float64)
     parts = {"reachable": reachable, "unreachable": ~reachable}
-    for name, chosen in (parts | popularity_thirds(prefix_popularity)).items():
+    for name, chosen in (parts | popularity_thirds(popularity)).items():
         scores[f"tf_accuracy/level_{levels}/{name}"] = np.where(chosen, last, np.nan)
     return scores
 
 
-def popularity_thirds(prefix_popularity: np.ndarray) -> dict[str, np.ndarray]:
+def prefix_popularity(catalog: Catalog, item_counts: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Occurrences in training of items that share all codes but the last with each target.
+
+    Args:
+      item_counts: occurrences in training by item.
+      targets: int [users], the target items.
+    """
+    _, prefix_of_item = np.unique(catalog.sids[:, :-1], axis=0, return_inverse=True)
+    prefix_of_item = prefix_of_item.reshape(-1)
+    return np.bincount(prefix_of_item, item_counts)[prefix_of_item[targets]]
+
+
+def popularity_thirds(popularity: np.ndarray) -> dict[str, np.ndarray]:
     """Whether each user's target prefix is rare, medium or popular; equal ones stay together."""
-    thirds = np.quantile(prefix_popularity, [1 / 3, 2 / 3])
-    third = np.searchsorted(thirds, prefix_popularity, side="left")
+    thirds = np.quantile(popularity, [1 / 3, 2 / 3])
+    third = np.searchsorted(thirds, popularity, side="left")
     return {name: third == n for n, name in enumerate(("rare", "medium", "popular"))}
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie
+
+MAX_CODES = 1 << 24  # of one level, where nobody states how many there are
 
 
 class Catalog:
@@ -18,10 +22,11 @@ class Catalog:
     lexicographic order of their SIDs.
 
     Attributes:
-      sids: int32 [items, levels], codes without offset.
+      sids: int32 [items, levels].
       titles: one string or None per item.
       space: the codebook sizes that the codes lie in.
       trie: of the SIDs; its leaves are the groups.
+      group_of_item: int64 [items].
     """
 
     def __init__(self, sids: np.ndarray, titles: Sequence[str | None], space: SidSpace):
@@ -33,12 +38,42 @@ class Catalog:
         self._items_by_group = np.argsort(self.group_of_item, kind="stable")
         self._group_starts = np.concatenate([[0], np.cumsum(self.trie.counts)])
 
+    @classmethod
+    def read_jsonl(cls, path: str | Path, codebook_sizes: tuple[int, ...] | None = None) -> Catalog:
+        """Reads what an exported model has as `items.jsonl`.
+
+        One line an item, in order: {"item": 0, "sid": [3, 1, 4], "title": "..." or null}.
+
+        Args:
+          codebook_sizes: codes per level; the largest code + 1 of each where None.
+
+        Raises:
+          UserError: one line that names the file, the line (from 1) and the cause.
+        """
+        path = Path(path)
+        sids: list[list[int]] = []
+        titles: list[str | None] = []
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    try:
+                        sid, title = _parse_line(line, len(sids), codebook_sizes)
+                        if sids and len(sid) != len(sids[0]):
+                            raise ValueError(f"sid has {len(sid)} codes, line 1 has {len(sids[0])}")
+                    except ValueError as error:
+                        raise UserError(f"{path}: line {number}: {error}") from None
+                    sids.append(sid)
+                    titles.append(title)
+        except OSError as error:
+            raise UserError(f"{path}: not readable ({error.strerror})") from None
+        if not sids:
+            raise UserError(f"{path}: no items")
+        array = np.array(sids)
+        sizes = codebook_sizes or tuple(int(size) for size in array.max(axis=0) + 1)
+        return cls(array, titles, SidSpace(tuple(sizes)))
+
     def __len__(self) -> int:
         return len(self.sids)
-
-    def in_space(self, space: SidSpace) -> Catalog:
-        """The same items, with tokens elsewhere in the vocabulary."""
-        return Catalog(self.sids, self.titles, space)
 
     @property
     def group_sids(self) -> np.ndarray:
@@ -50,11 +85,6 @@ class Catalog:
         """Number of items per distinct SID, int64 [groups]."""
         return self.trie.counts
 
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """SID tokens of every item, int32 [items, levels]."""
-        return self.space.encode(self.sids)
-
     def groups(self, sids: np.ndarray) -> np.ndarray:
         """Numbers of the groups that SIDs [n, levels] name, -1 where no item has one."""
         return self.trie.find(sids)
@@ -62,3 +92,34 @@ class Catalog:
     def items_of_group(self, group: int) -> np.ndarray:
         """Items that share the group's SID, in ascending order."""
         return self._items_by_group[self._group_starts[group] : self._group_starts[group + 1]]
+
+
+def _parse_line(
+    line: bytes, item: int, codebook_sizes: tuple[int, ...] | None
+) -> tuple[list[int], str | None]:
+    """SID and title of the item that a line of `items.jsonl` must hold; ValueError says why not."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not a JSON object") from None
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    if type(entry.get("item")) is not int or entry["item"] != item:
+        raise ValueError(f"item is {_shown(entry.get('item'))}, expected {item}: 0, 1, 2, ...")
+    sid, title = entry.get("sid"), entry.get("title")
+    if not isinstance(sid, list) or not sid or any(type(code) is not int for code in sid):
+        raise ValueError(f"sid is {_shown(sid)}, expected a list of integers")
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"title is {_shown(title)}, expected a string or null")
+    if codebook_sizes is not None and len(sid) != len(codebook_sizes):
+        raise ValueError(f"sid has {len(sid)} codes, expected {len(codebook_sizes)}")
+    for level, code in enumerate(sid, start=1):
+        size = MAX_CODES if codebook_sizes is None else codebook_sizes[level - 1]
+        if not 0 <= code < size:
+            raise ValueError(f"sid level {level} is {code}, expected 0..{size - 1}")
+    return sid, title
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -78,16 +78,16 @@ class Trie:
     def _set(self, sids: np.ndarray, counts: np.ndarray) -> None:
         self.sids, self.counts = sids, counts
         self.levels: list[TrieLevel] = []
-        node_of_row = np.zeros(len(sids), np.int64)
+        node_of_sid = np.zeros(len(sids), np.int64)
         new = np.zeros(len(sids), bool)
         new[0] = True
         for level, size in enumerate(self.codebook_sizes):
             new[1:] |= sids[1:, level] != sids[:-1, level]
-            children = np.bincount(node_of_row[new])
+            children = np.bincount(node_of_sid[new])
             first_child = np.concatenate([[0], np.cumsum(children)]).astype(np.int32)
             code = sids[new, level].astype(np.uint16 if size <= 1 << 16 else np.int32)
             self.levels.append(TrieLevel(first_child, code, int(children.max())))
-            node_of_row = np.cumsum(new) - 1
+            node_of_sid = np.cumsum(new) - 1
 
     def __len__(self) -> int:
         return len(self.sids)
@@ -127,9 +127,9 @@ class Trie:
                 open_ = low < high
                 less = open_ & (level.code[np.where(open_, middle, 0)] < wanted)
                 low, high = np.where(less, middle + 1, low), np.where(open_ & ~less, middle, high)
-            found = low < stop
-            low = np.where(found, low, 0)
-            known &= found & (level.code[low] == wanted)
+            within = low < stop
+            low = np.where(within, low, 0)
+            known &= within & (level.code[low] == wanted)
             depth += known
             node = np.where(known, low, 0)
         return node, depth
@@ -137,12 +137,12 @@ class Trie:
     def added(self, sids: np.ndarray) -> Trie:
         """A trie with more items [n, levels]; those whose SID is there already join its group."""
         more = Trie(sids, self.codebook_sizes)
-        place = self.find(more.sids)
+        leaf = self.find(more.sids)
         counts = self.counts.copy()
-        counts[place[place >= 0]] += more.counts[place >= 0]
-        both = np.concatenate([self.sids, more.sids[place < 0]])
+        counts[leaf[leaf >= 0]] += more.counts[leaf >= 0]
+        both = np.concatenate([self.sids, more.sids[leaf < 0]])
         order = _lexicographic(both, self.codebook_sizes)
-        return self._with(both[order], np.concatenate([counts, more.counts[place < 0]])[order])
+        return self._with(both[order], np.concatenate([counts, more.counts[leaf < 0]])[order])
 
     def removed(self, sids: np.ndarray) -> Trie:
         """A trie without one item for each of these SIDs [n, levels].
@@ -151,11 +151,11 @@ class Trie:
           UserError: more items are to go than a SID has, or none would be left.
         """
         less = Trie(sids, self.codebook_sizes)
-        place = self.find(less.sids)
+        leaf = self.find(less.sids)
         counts = self.counts.copy()
-        counts[place[place >= 0]] -= less.counts[place >= 0]
-        if (place < 0).any() or counts.min() < 0:
-            bad = (place < 0) | (counts[place] < 0)
+        counts[leaf[leaf >= 0]] -= less.counts[leaf >= 0]
+        if (leaf < 0).any() or counts.min() < 0:
+            bad = (leaf < 0) | (counts[leaf] < 0)
             sid = "-".join(map(str, less.sids[np.argmax(bad)]))
             raise UserError(f"SID {sid} does not have as many items as are to be removed")
         if not counts.any():
@@ -170,14 +170,14 @@ class Trie:
 
 
 def _new(ordered: np.ndarray) -> np.ndarray:
-    """Whether each row differs from the one before."""
+    """Whether each SID differs from the one before."""
     new = np.ones(len(ordered), bool)
     new[1:] = np.any(ordered[1:] != ordered[:-1], axis=1)
     return new
 
 
 def _lexicographic(sids: np.ndarray, codebook_sizes: Sequence[int]) -> np.ndarray:
-    """The stable order of rows: by as few sorts as their codes, packed into 63 bits, allow."""
+    """The stable order of SIDs: by as few sorts as their codes, packed into 63 bits, allow."""
     keys: list[np.ndarray] = []
     room = 1
     for size, column in zip(codebook_sizes, sids.T, strict=True):

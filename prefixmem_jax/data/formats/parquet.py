@@ -11,55 +11,23 @@ A dataset is a folder with two Parquet files (documented in docs/data.md):
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefixmem_jax.data.dataset import Dataset, Histories
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.files import replacing
-from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.files import replacing, sha256_of
+from prefixmem_jax.semantic_ids.catalog import MAX_CODES, Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 
-MAX_CODE = 1 << 24
+ITEMS = "items.parquet"
+HISTORIES = "histories.parquet"
 
 
-@dataclass(frozen=True)
-class Histories:
-    """User histories, oldest item first, as one flat array and offsets into it.
-
-    Attributes:
-      items: int64 [interactions].
-      offsets: int64 [users + 1]; user u has items[offsets[u]:offsets[u + 1]].
-      user_ids: one string per user.
-      timestamps: int64 [interactions], ascending within a user, or None.
-    """
-
-    items: np.ndarray
-    offsets: np.ndarray
-    user_ids: list[str]
-    timestamps: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.user_ids)
-
-    def of(self, user: int) -> np.ndarray:
-        return self.items[self.offsets[user] : self.offsets[user + 1]]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A catalogue, the histories over it, and the digest of the files they came from."""
-
-    name: str
-    catalog: Catalog
-    histories: Histories
-    sha256: str
-
-
-def load_dataset(
+def read_dataset(
     folder: str | Path, sid_column: str = "sid", codebook_sizes: tuple[int, ...] | None = None
 ) -> Dataset:
     """Reads and checks a dataset folder.
@@ -73,55 +41,72 @@ def load_dataset(
       UserError: one line that names the file, the row (0-based) and the cause.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder with items.parquet and histories.parquet")
-    items_path, histories_path = folder / "items.parquet", folder / "histories.parquet"
-    catalog = _read_catalog(items_path, sid_column, codebook_sizes)
-    histories = _read_histories(histories_path, len(catalog))
-    digest = hashlib.sha256()
-    for path in (items_path, histories_path):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    catalog = read_catalog(folder, sid_column, codebook_sizes)
+    histories = _read_histories(folder / HISTORIES, len(catalog))
+    digest = hashlib.sha256(sha256_of(folder / ITEMS) + sha256_of(folder / HISTORIES))
     return Dataset(folder.resolve().name, catalog, histories, digest.hexdigest())
 
 
-def save_dataset(folder: str | Path, dataset: Dataset) -> None:
-    """Writes a dataset in the format `load_dataset` reads."""
+def read_catalog(
+    folder: str | Path, sid_column: str = "sid", codebook_sizes: tuple[int, ...] | None = None
+) -> Catalog:
+    """Reads and checks items.parquet alone; as `read_dataset`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder with {ITEMS} and {HISTORIES}")
+    path = folder / ITEMS
+    table = _read_table(
+        path, {"item_id": "int, 0..N-1", sid_column: "list of codes by level"}, optional="title"
+    )
+    row_of_item = _row_of_item(path, table)
+    sids = _read_sids(path, table, sid_column, codebook_sizes)[row_of_item]
+    titles: list[str | None] = [None] * len(sids)
+    if "title" in table.column_names:
+        titles = table["title"].take(row_of_item).to_pylist()
+    sizes = codebook_sizes or tuple(int(size) for size in sids.max(axis=0) + 1)
+    return Catalog(sids, titles, SidSpace(tuple(sizes)))
+
+
+def write_dataset(folder: str | Path, dataset: Dataset) -> None:
+    """Writes a dataset in the format that `read_dataset` reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     catalog, histories = dataset.catalog, dataset.histories
-    items = pa.table(
-        {
-            "item_id": np.arange(len(catalog)),
-            "title": pa.array(catalog.titles, pa.string()),
-            "sid": pa.array(list(catalog.sids), pa.list_(pa.int32())),
-        }
-    )
-    columns = {
+    codes = np.arange(len(catalog) + 1) * catalog.space.levels
+    items = {
+        "item_id": np.arange(len(catalog)),
+        "title": pa.array(catalog.titles, pa.string()),
+        "sid": _lists(codes, catalog.sids.reshape(-1)),
+    }
+    users = {
         "user_id": histories.user_ids,
-        "item_ids": pa.ListArray.from_arrays(histories.offsets.astype(np.int32), histories.items),
+        "item_ids": _lists(histories.offsets, histories.items),
     }
     if histories.timestamps is not None:
-        columns["timestamps"] = pa.ListArray.from_arrays(
-            histories.offsets.astype(np.int32), histories.timestamps
-        )
-    for name, table in (("items", items), ("histories", pa.table(columns))):
-        with replacing(folder / f"{name}.parquet") as beside:
-            pq.write_table(table, beside)
+        users["timestamps"] = _lists(histories.offsets, histories.timestamps)
+    for name, columns in ((ITEMS, items), (HISTORIES, users)):
+        with replacing(folder / name) as beside:
+            pq.write_table(pa.table(columns), beside)
 
 
-def _read_table(path: Path, required: dict[str, str]) -> pa.Table:
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(offsets.astype(np.int32), values)
+
+
+def _read_table(path: Path, required: dict[str, str], optional: str) -> pa.Table:
+    """The columns that are asked for; others may be large (embeddings) and are not read."""
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; a dataset needs items.parquet and histories.parquet"
-        )
+        raise UserError(f"{path}: no such file; a dataset needs {ITEMS} and {HISTORIES}")
     try:
-        table = pq.read_table(path)
+        parquet = pq.ParquetDataset(path)
+        names = parquet.schema.names
+        for column, meaning in required.items():
+            if column not in names:
+                has = ", ".join(names)
+                raise UserError(f"{path}: no column {column!r} ({meaning}); the file has: {has}")
+        table = parquet.read([name for name in names if name in (*required, optional)])
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
-    for column, meaning in required.items():
-        if column not in table.column_names:
-            found = ", ".join(table.column_names)
-            raise UserError(f"{path}: no column {column!r} ({meaning}); the file has: {found}")
     if table.num_rows == 0:
         raise UserError(f"{path}: the file has no rows")
     return table
@@ -155,22 +140,33 @@ def _integer_lists(path: Path, table: pa.Table, column: str) -> tuple[np.ndarray
     return values.to_numpy(zero_copy_only=False).astype(np.int64), offsets
 
 
-def _read_catalog(path: Path, sid_column: str, codebook_sizes: tuple[int, ...] | None) -> Catalog:
-    table = _read_table(path, {"item_id": "int, 0..N-1", sid_column: "list of codes by level"})
+def _row_of_item(path: Path, table: pa.Table) -> np.ndarray:
+    """The row of every item 0..N-1, int64 [items]."""
     count = table.num_rows
     if not pa.types.is_integer(table["item_id"].type) or table["item_id"].null_count:
         raise UserError(f"{path}: column 'item_id' must hold integers without nulls")
     ids = table["item_id"].to_numpy().astype(np.int64)
-    seen = np.full(count, -1, np.int64)
-    for row, item in enumerate(ids):
-        if not 0 <= item < count:
-            raise UserError(
-                f"{path}: row {row}: item_id {item} is outside 0..{count - 1}; "
-                "ids must be dense from 0"
-            )
-        if seen[item] >= 0:
-            raise UserError(f"{path}: row {row}: item_id {item} is already in row {seen[item]}")
-        seen[item] = row
+    row_of_item = np.argsort(ids, kind="stable")
+    ordered = ids[row_of_item]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    outside = (ids < 0) | (ids >= count)
+    bad = np.concatenate([np.flatnonzero(outside), row_of_item[again]])
+    if not len(bad):
+        return row_of_item
+    row = int(bad.min())
+    item = ids[row]
+    if outside[row]:
+        raise UserError(
+            f"{path}: row {row}: item_id {item} is outside 0..{count - 1}; ids must be dense from 0"
+        )
+    first = row_of_item[np.searchsorted(ordered, item)]
+    raise UserError(f"{path}: row {row}: item_id {item} is already in row {first}")
+
+
+def _read_sids(
+    path: Path, table: pa.Table, sid_column: str, codebook_sizes: tuple[int, ...] | None
+) -> np.ndarray:
+    """The SID of every row, int64 [rows, levels]."""
     codes, offsets = _integer_lists(path, table, sid_column)
     lengths = np.diff(offsets)
     levels = int(lengths[0])
@@ -182,13 +178,13 @@ def _read_catalog(path: Path, sid_column: str, codebook_sizes: tuple[int, ...] |
         )
     if levels == 0:
         raise UserError(f"{path}: row 0: {sid_column} is empty")
-    sids = codes.reshape(count, levels)
+    sids = codes.reshape(len(lengths), levels)
     if codebook_sizes is not None and len(codebook_sizes) != levels:
         raise UserError(
             f"{path}: {sid_column} has {levels} levels, data.codebook_sizes names "
             f"{len(codebook_sizes)}"
         )
-    limits = np.full(levels, MAX_CODE) if codebook_sizes is None else np.asarray(codebook_sizes)
+    limits = np.full(levels, MAX_CODES) if codebook_sizes is None else np.asarray(codebook_sizes)
     bad = np.argwhere((sids < 0) | (sids >= limits))
     if len(bad):
         row, level = map(int, bad[0])
@@ -196,16 +192,13 @@ def _read_catalog(path: Path, sid_column: str, codebook_sizes: tuple[int, ...] |
             f"{path}: row {row}: {sid_column} level {level + 1} is {sids[row, level]}, "
             f"expected 0..{limits[level] - 1}"
         )
-    titles: list[str | None] = [None] * count
-    if "title" in table.column_names:
-        titles = table["title"].to_pylist()
-    order = np.argsort(ids)
-    sizes = codebook_sizes or tuple(int(size) for size in sids.max(axis=0) + 1)
-    return Catalog(sids[order], [titles[i] for i in order], SidSpace(tuple(sizes)))
+    return sids
 
 
 def _read_histories(path: Path, items: int) -> Histories:
-    table = _read_table(path, {"user_id": "string", "item_ids": "list of item ids, oldest first"})
+    table = _read_table(
+        path, {"user_id": "string", "item_ids": "list of item ids, oldest first"}, "timestamps"
+    )
     flat, offsets = _integer_lists(path, table, "item_ids")
     lengths = np.diff(offsets)
     empty = np.flatnonzero(lengths == 0)

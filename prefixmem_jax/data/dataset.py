@@ -1,0 +1,43 @@
+"""What every dataset format is read into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefixmem_jax.semantic_ids.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class Histories:
+    """User histories, oldest item first, as one flat array and offsets into it.
+
+    Attributes:
+      items: int64 [interactions].
+      offsets: int64 [users + 1]; user u has items[offsets[u]:offsets[u + 1]].
+      user_ids: one string per user.
+      timestamps: int64 [interactions], ascending within a user, or None.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    user_ids: Sequence[str]
+    timestamps: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def of(self, user: int) -> np.ndarray:
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A catalogue, the histories over it, and the digest of the files they came from."""
+
+    name: str
+    catalog: Catalog
+    histories: Histories
+    sha256: str
