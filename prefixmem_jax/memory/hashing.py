@@ -13,13 +13,13 @@ p is indexed by the level of the code, so equal codes of different levels hash d
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefixmem_jax.config import AddressScheme
+AddressScheme = Literal["prefix", "suffix", "full_prefix"]
 
 SCHEMES: tuple[str, ...] = get_args(AddressScheme)
 NO_ADDRESS = -1

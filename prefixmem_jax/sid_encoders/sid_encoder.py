@@ -60,6 +60,9 @@ class SidEncoderConfig(Kind, ABC):
     ) -> SidEncoder:
         """The encoder, its output projection drawn with standard deviation `output_std`."""
 
+    def check_keys(self) -> None:
+        """Raises UserError where its keys contradict each other, whatever the SIDs."""
+
     def check(self, space: SidSpace) -> None:
         """Raises UserError where it does not fit the SIDs."""
 
