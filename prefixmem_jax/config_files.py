@@ -83,9 +83,7 @@ def _run_config_file(path: Path) -> Config:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path}: {where}{reason}") from None
     if not isinstance(config, Config):
-        raise UserError(
-            f"{path}: get_config() returned {type(config).__name__}, expected prefixmem_jax.Config"
-        )
+        raise UserError(f"{path}: get_config() returned {type(config).__name__}, expected a Config")
     return config
 
 
