@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pydantic import PositiveInt, with_config
+
 from prefixmem_jax.config_groups import (
     CheckpointConfig,
     DataConfig,
@@ -17,12 +19,16 @@ from prefixmem_jax.config_groups import (
     InitConfig,
     MeshConfig,
     OptimizerConfig,
+    Seed,
 )
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.kinds import STRICT
 from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.objectives.objective import Objective
 from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Config:
     """One training run of one objective (a stage).
@@ -35,9 +41,9 @@ class Config:
 
     name: str
     objective: Objective = field(default_factory=NextToken)
-    steps: int = 1000
-    seed: int = 0
-    log_every_steps: int = 10
+    steps: PositiveInt = 1000
+    seed: Seed = 0
+    log_every_steps: PositiveInt = 10
     data: DataConfig = field(default_factory=DataConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     sid_encoder: SidEncoderConfig | None = None
@@ -46,3 +52,16 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check(self) -> None:
+        """Raises UserError where keys contradict each other; single keys are checked on loading."""
+        self.data.synthetic.check()
+        self.model.check()
+        if self.sid_encoder is not None:
+            self.sid_encoder.check_keys()
+        elif self.optimizer.trainable == "sid_encoder":
+            raise UserError(
+                "optimizer.trainable=sid_encoder trains the SID encoder alone, and sid_encoder is "
+                "none"
+            )
+        self.objective.check(self)

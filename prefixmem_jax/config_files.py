@@ -1,29 +1,32 @@
 """Config files: load one, override it strictly, check it, save it resolved.
 
-A config file is Python with `get_config() -> Config`; it inherits by calling another file's
-`get_config()` and `dataclasses.replace`. A run saves its resolved config as `config.json`, which
-can be trained again like any config file.
+A config file is Python with `get_config() -> Config`; it starts from another one by `inherit` and
+`dataclasses.replace`. A run saves its resolved config as `config.json`, which can be trained again
+like any config file. Wherever a config comes from, pydantic validates what its JSON says.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
-import importlib.util
 import json
-import sys
 import traceback
-import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.errors import UserError
+from prefixmem_jax.errors import UserError, nearest
+from prefixmem_jax.kinds import Kind, find_kind, kind_name
+
+_CONFIG = TypeAdapter(Config)
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Loads a config file (.py with get_config(), or a saved .json) and applies overrides.
 
     Args:
@@ -37,208 +40,154 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise UserError(f"{path}: no such config file")
     if path.suffix == ".json":
         try:
-            config = _from_json(Config, json.loads(path.read_text()), str(path), "")
-        except json.JSONDecodeError as error:
+            data = from_json(path.read_bytes())
+        except ValueError as error:
             raise UserError(f"{path}: not JSON ({error})") from None
     elif path.suffix == ".py":
-        config = _run_config_file(path)
+        data = _plain(_run_config_file(path))
     else:
         raise UserError(f"{path}: a config file ends in .py or .json")
+    try:
+        config = _validate(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     for text in overrides:
         config = override(config, text)
-    _check_values(config)
+    try:
+        config.check()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
+def inherit(file: str, name: str) -> Config:
+    """The config of another file, relative to this one: `inherit(__file__, "baseline.py")`."""
+    return load_config(Path(file).parent / name)
+
+
 def _run_config_file(path: Path) -> Config:
-    folder = str(path.resolve().parent)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    known = set(sys.modules)
-    sys.path.insert(0, folder)  # a config imports its parent by name
+    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), names)
+        if "get_config" not in names:
             raise UserError(f"{path}: defines no get_config()")
-        config = module.get_config()
+        config = names["get_config"]()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        inside = [frame for frame in frames if frame.filename.startswith(folder)]
-        line = getattr(error, "lineno", None) or (inside[-1].lineno if inside else "?")
-        raise UserError(f"{path}: line {line}: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove(folder)
-        for name in set(sys.modules) - known:  # another folder may have a config of that name
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
-                del sys.modules[name]
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        where = f"line {lines[-1]}: " if lines else ""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path}: {where}{reason}") from None
     if not isinstance(config, Config):
-        raise UserError(
-            f"{path}: get_config() returned {type(config).__name__}, expected prefixmem_jax.Config"
-        )
+        raise UserError(f"{path}: get_config() returned {type(config).__name__}, expected a Config")
     return config
 
 
 def override(config: Config, text: str) -> Config:
     """Applies one `dotted.key=value`; the value is a Python literal, or text for strings."""
-    key, equals, value = text.partition("=")
-    if not equals:
+    key, equals, written = text.partition("=")
+    if not (key and equals):
         raise UserError(f"{text!r}: an override is key=value, such as optimizer.learning_rate=3e-4")
-    return _override(config, key.split("."), value, key)
+    data = _plain(config)
+    *groups, name = key.split(".")
+    node = data
+    for depth, group in enumerate(groups, 1):
+        node = node.setdefault(group, {})
+        if not isinstance(node, dict):
+            what = "none in this config" if node is None else "a value, not a group of keys"
+            raise UserError(f"{key}: {'.'.join(groups[:depth])} is {what}")
+    node[name] = value = _literal(written)
+    try:
+        return _CONFIG.validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"] == (*groups, name):
+            if first["type"] == "string_type":
+                node[name] = written  # a path may look like a number
+            elif first["type"] == "tuple_type":
+                node[name] = [value]
+            elif first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
+                node[name] = int(value)  # steps=1e3
+    return _validate(data)
 
 
-def _override(node: Any, path: list[str], text: str, key: str) -> Any:
-    hints = typing.get_type_hints(type(node))
-    name = path[0]
-    if name not in hints:
-        raise UserError(f"{key}: no such key{_nearest(name, hints, key[: -len('.'.join(path))])}")
-    if len(path) == 1:
-        return dataclasses.replace(node, **{name: _parse(text, hints[name], key)})
-    child = getattr(node, name)
-    if not dataclasses.is_dataclass(child):
-        where = key[: len(key) - len(".".join(path[1:])) - 1]
-        what = "none in this config" if child is None else "a value, not a group of keys"
-        raise UserError(f"{key}: {where} is {what}")
-    return dataclasses.replace(node, **{name: _override(child, path[1:], text, key)})
-
-
-def _nearest(name: str, valid: typing.Iterable[str], prefix: str = "") -> str:
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; valid here: {', '.join(valid)}"
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    if text.lower() in ("none", "null"):
-        value = None
-    elif text.lower() in ("true", "false"):
-        value = text.lower() == "true"
-    else:
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-    optional_text = _is_union(hint) and str in typing.get_args(hint)
-    if hint is str or (optional_text and value is not None):
-        value = text  # a path may look like a number
-    return _coerce(value, hint, key)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (Union, types.UnionType)
-
-
-def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """The value as the annotated type, or UserError; ints become floats, lists tuples."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if _is_union(hint):
-        if value is None and type(None) in arguments:
-            return None
-        return _coerce(value, next(a for a in arguments if a is not type(None)), key)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(item, arguments[0], key) for item in items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, bool):
-        raise UserError(f"{key}: expected int, got {value}")
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        example = f"{key}.{dataclasses.fields(hint)[0].name}"
-        raise UserError(f"{key} is a group of keys; set one of them, such as {example}")
-    if not isinstance(value, hint):
-        raise UserError(f"{key}: expected {hint.__name__}, got {value!r}")
-    return value
+def _literal(text: str) -> Any:
+    words = {"none": None, "null": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = json.loads(json.dumps(ast.literal_eval(text)))
+    except (ValueError, SyntaxError, TypeError):
+        return text
+    return text if isinstance(value, dict) else value
 
 
 def to_json(config: Config) -> str:
-    """The resolved config, every key present."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    """The resolved config, every key present; `kind` first where a group comes in kinds."""
+    return json.dumps(config, indent=2, default=_keys) + "\n"
 
 
-def _from_json(kind: Any, value: Any, file: str, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: {key or 'the file'} must hold an object of keys")
-    hints = typing.get_type_hints(kind)
-    unknown = next((name for name in value if name not in hints), None)
-    if unknown is not None:
-        raise UserError(f"{file}: {key}{unknown}: no such key{_nearest(unknown, hints, key)}")
-    fields = {}
-    for name, item in value.items():
-        hint = hints[name]
-        nested = next(
-            (h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None
-        )
-        if nested is not None and item is not None:
-            fields[name] = _from_json(nested, item, file, f"{key}{name}.")
-        else:
-            fields[name] = _coerce(item, hint, f"{file}: {key}{name}")
+def _plain(config: Config) -> dict[str, Any]:
+    return json.loads(to_json(config))
+
+
+def _keys(value: Any) -> dict[str, Any]:
+    """The keys of a group; of anything else that JSON cannot say, an object that no key accepts."""
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return {type(value).__name__: str(value)}
+    kind = {"kind": kind_name(type(value))} if isinstance(value, Kind) else {}
+    return kind | {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+
+
+def _validate(data: Any) -> Config:
+    """The config that JSON data says, or UserError about the first key that is wrong."""
     try:
-        return kind(**fields)
-    except TypeError as error:
-        raise UserError(f"{file}: {key or 'top level'}: {error}") from None
+        return _CONFIG.validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+    path = [step for step in first["loc"] if isinstance(step, str)]
+    key, what, value = ".".join(path), first["type"], first["input"]
+    if what == "unexpected_keyword_argument":
+        group = "".join(f"{step}." for step in path[:-1])
+        hint = nearest(path[-1], _names(data, path[:-1]), group)
+        raise UserError(f"{key}: no such key{hint}")
+    if what == "missing":
+        raise UserError(f"{key} is missing")
+    if what == "dataclass_type" and not path:
+        raise UserError(f"expected an object of keys, got {value!r}")
+    if what == "dataclass_type":
+        example = f"{key}.{_names(data, path)[0]}"
+        raise UserError(f"{key} is a group of keys; set one of them, such as {example}")
+    if what == "literal_error":
+        valid = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+        raise UserError(f"{key}: {value!r} is not one of {valid}")
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if what in _TYPES:
+        reason = f"expected {_TYPES[what]}"
+    raise UserError(f"{key}: {reason}, got {value!r}")
 
 
-# Keys, by group, whose value must be more than 0.
-_POSITIVE = {
-    "data": ("vocabulary_multiple", "max_items", "sequence_length", "batch_size"),
-    "model": ("layers", "d_model", "d_ff", "query_heads", "kv_heads", "head_dim"),
-    "encoder": ("orders", "heads", "rows", "d_mem"),
-    "optimizer": ("learning_rate", "clip_norm", "accumulation_steps"),
-    "optimizer.memory": ("rate",),
-    "checkpoint": ("every_steps", "keep"),
-    "evaluation": ("every_steps", "validation_examples", "beam", "batch_size"),
-    "": ("steps", "log_every_steps"),
+# What was expected, by pydantic's type of error.
+_TYPES = {
+    "int_type": "int",
+    "float_type": "float",
+    "bool_type": "bool",
+    "string_type": "str",
+    "tuple_type": "a list",
 }
 
 
-def _check_values(config: Config) -> None:
-    """Types (a config file is Python and may hold anything) and ranges of every value."""
-
-    def walk(node: Any, prefix: str) -> None:
-        hints = typing.get_type_hints(type(node))
-        for item in dataclasses.fields(node):
-            value, key = getattr(node, item.name), prefix + item.name
-            _coerce(value, hints[item.name], key)
-            if dataclasses.is_dataclass(value):
-                walk(value, key + ".")
-            elif item.name in _POSITIVE.get(prefix[:-1], ()) and not value > 0:
-                raise UserError(f"{key}: expected more than 0, got {value}")
-
-    walk(config, "")
-    if not 0 < config.data.holdout < 0.5:
-        raise UserError(f"data.holdout: expected between 0 and 0.5, got {config.data.holdout}")
-    model = config.model
-    if model.query_heads % model.kv_heads:
-        raise UserError(
-            f"model.query_heads={model.query_heads} is not a multiple of "
-            f"model.kv_heads={model.kv_heads}"
-        )
-    if model.sliding_layers and model.sliding_window < 1:
-        raise UserError(
-            f"model.sliding_window={model.sliding_window}: layers {model.sliding_layers} slide; "
-            "expected 1 or more"
-        )
-    if any(not 0 <= layer < model.layers for layer in model.sliding_layers):
-        raise UserError(
-            f"model.sliding_layers={model.sliding_layers}: layers are 0..{model.layers - 1}"
-        )
-    if model.head_dim % 2:
-        raise UserError(f"model.head_dim={model.head_dim} is odd; rotary embeddings need pairs")
-    if config.encoder is not None and config.encoder.d_mem % config.encoder.heads:
-        raise UserError(
-            f"encoder.d_mem={config.encoder.d_mem} does not divide by "
-            f"encoder.heads={config.encoder.heads}"
-        )
-    if config.optimizer.trainable == "encoder" and config.encoder is None:
-        raise UserError("optimizer.trainable=encoder trains the encoder alone, and encoder is none")
-    if config.objective == "classification" and config.encoder is None:
-        raise UserError("objective=classification trains the encoder, and encoder is none")
+def _names(data: Any, path: Sequence[str]) -> list[str]:
+    """Keys of the group that stands at a path."""
+    group: Any = Config
+    for step in path:
+        hint = typing.get_type_hints(group)[step]
+        group = next(t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
+        data = data[step]
+        if issubclass(group, Kind):
+            group = find_kind(group, data["kind"], step)
+    return [item.name for item in dataclasses.fields(group)]

@@ -1,33 +1,70 @@
 """The groups of keys that a config is made of, with their defaults; `config.Config` joins them.
 
-Groups that come in kinds (objectives, SID encoders) stand beside their code instead.
+Groups that come in kinds (objectives, SID encoders) stand beside their code instead. A key's type
+says what values it may have; this is checked where configs are loaded, not where they are made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from prefixmem_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
 Trainable = Literal["everything", "new_tokens", "sid_encoder"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _mesh_size(size: int) -> int:
+    if size < 1 and size != -1:
+        raise ValueError("expected 1 or more, or -1 for the devices that are left")
+    return size
+
+
+MeshSize = Annotated[int, AfterValidator(_mesh_size)]
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
     """Size and shape of the synthetic dataset; `data.synthetic` says what each means."""
 
-    items: int = 20_000
-    users: int = 20_000
-    codebook_sizes: tuple[int, ...] = (32, 64, 64, 64)
-    children: tuple[int, ...] = (32, 10, 10, 10)
-    zipf_exponent: float = 0.8
-    groups: int = 12
-    liked_codes: int = 3
-    liking: float = 30.0
-    loyalty: float = 0.5
-    mean_length: float = 10.0
-    max_length: int = 40
-    seed: int = 0
+    items: PositiveInt = 20_000
+    users: PositiveInt = 20_000
+    codebook_sizes: Sizes = (32, 64, 64, 64)
+    children: Sizes = (32, 10, 10, 10)
+    zipf_exponent: NonNegativeFloat = 0.8
+    groups: PositiveInt = 12
+    liked_codes: PositiveInt = 3
+    liking: PositiveFloat = 30.0
+    loyalty: Annotated[float, Field(ge=0, le=1)] = 0.5
+    mean_length: Annotated[float, Field(ge=3)] = 10.0
+    max_length: PositiveInt = 40
+    seed: Seed = 0
+
+    def check(self) -> None:
+        """Raises UserError where keys contradict each other."""
+        if len(self.children) != len(self.codebook_sizes):
+            raise UserError(
+                f"data.synthetic.children={self.children}: expected a number for each of the "
+                f"{len(self.codebook_sizes)} levels of data.synthetic.codebook_sizes"
+            )
+        if self.liked_codes > self.codebook_sizes[0]:
+            raise UserError(
+                f"data.synthetic.liked_codes={self.liked_codes}: level 1 has "
+                f"{self.codebook_sizes[0]} codes"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,14 +89,14 @@ class DataConfig:
     path: str | None = None
     format: str = "parquet"
     sid_column: str = "sid"
-    codebook_sizes: tuple[int, ...] | None = None
+    codebook_sizes: Sizes | None = None
     split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
-    holdout: float = 0.1
-    text_tokens: int = 0
-    vocabulary_multiple: int = 1
-    max_items: int = 20
-    sequence_length: int = 128
-    batch_size: int = 40
+    holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    text_tokens: NonNegativeInt = 0
+    vocabulary_multiple: PositiveInt = 1
+    max_items: PositiveInt = 20
+    sequence_length: PositiveInt = 128
+    batch_size: PositiveInt = 40
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -74,10 +111,10 @@ class RopeScalingConfig:
     """
 
     kind: Literal["linear", "llama3"]
-    factor: float
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int = 8192
+    factor: PositiveFloat
+    low_frequency_factor: PositiveFloat = 1.0
+    high_frequency_factor: PositiveFloat = 4.0
+    original_length: PositiveInt = 8192
 
 
 @dataclass(frozen=True)
@@ -98,29 +135,55 @@ class DecoderConfig:
       remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
-    layers: int = 2
-    d_model: int = 96
-    d_ff: int = 256
-    query_heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 24
+    layers: PositiveInt = 2
+    d_model: PositiveInt = 96
+    d_ff: PositiveInt = 256
+    query_heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    head_dim: PositiveInt = 24
     activation: Literal["silu", "gelu_tanh"] = "silu"
     qk_norm: bool = True
     norm_plus_one: bool = False
     post_norms: bool = False
-    query_scale: float | None = None
+    query_scale: PositiveFloat | None = None
     scale_embedding: bool = False
-    logit_softcap: float | None = None
+    logit_softcap: PositiveFloat | None = None
     tied_embeddings: bool = False
-    rope_base: float = 10_000.0
+    rope_base: PositiveFloat = 10_000.0
     rope_scaling: RopeScalingConfig | None = None
-    sliding_layers: tuple[int, ...] = ()
-    sliding_window: int = 0
-    sliding_rope_base: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    init_std: float = 0.02
+    sliding_layers: tuple[NonNegativeInt, ...] = ()
+    sliding_window: NonNegativeInt = 0
+    sliding_rope_base: PositiveFloat = 10_000.0
+    norm_epsilon: PositiveFloat = 1e-6
+    init_std: PositiveFloat = 0.02
     compute_dtype: DType = "float32"
     remat: bool = False
+
+    def check(self) -> None:
+        """Raises UserError where keys contradict each other."""
+        if self.query_heads % self.kv_heads:
+            raise UserError(
+                f"model.query_heads={self.query_heads} is not a multiple of "
+                f"model.kv_heads={self.kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} is odd; rotary embeddings need pairs")
+        if self.sliding_layers and self.sliding_window < 1:
+            raise UserError(
+                f"model.sliding_window={self.sliding_window}: layers {self.sliding_layers} slide; "
+                "expected 1 or more"
+            )
+        if any(layer >= self.layers for layer in self.sliding_layers):
+            raise UserError(
+                f"model.sliding_layers={self.sliding_layers}: layers are 0..{self.layers - 1}"
+            )
+        scaling = self.rope_scaling
+        if scaling and scaling.low_frequency_factor >= scaling.high_frequency_factor:
+            raise UserError(
+                f"model.rope_scaling.low_frequency_factor={scaling.low_frequency_factor}: expected "
+                "less than model.rope_scaling.high_frequency_factor="
+                f"{scaling.high_frequency_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -136,10 +199,10 @@ class MemoryOptimizerConfig:
     """
 
     kind: Literal["adam", "row_adam", "adagrad", "sgd"] = "adam"
-    rate: float = 5.0
-    warmup_steps: int | None = None
-    final_rate: float | None = None
-    weight_decay: float = 0.0
+    rate: PositiveFloat = 5.0
+    warmup_steps: NonNegativeInt | None = None
+    final_rate: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,15 +219,15 @@ class OptimizerConfig:
         the other and applied once, which needs less memory and gives the same step.
     """
 
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    final_rate: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    accumulation_steps: int = 1
+    learning_rate: PositiveFloat = 3e-3
+    warmup_steps: NonNegativeInt = 50
+    final_rate: NonNegativeFloat = 0.1
+    beta1: Beta = 0.9
+    beta2: Beta = 0.99
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0
+    accumulation_steps: PositiveInt = 1
     trainable: Trainable = "everything"
     memory: MemoryOptimizerConfig = field(default_factory=MemoryOptimizerConfig)
 
@@ -176,8 +239,9 @@ class InitConfig:
     Attributes:
       from_huggingface: model folder, or what `prefixmem import` made of one. Parts come from there
         that neither `take` nor `fresh` names: `llm`, and if `prefixmem export` wrote it with one,
-        `sid_encoder` and `memory`. `hf.families.read_folder` gives the `model` and `data.text_tokens`
-        that it needs. SID tokens that it lacks start around the mean of its vocabulary.
+        `sid_encoder` and `memory`. `hf.families.read_folder` gives the `model` and
+        `data.text_tokens` that it needs. SID tokens that it lacks start around the mean of its
+        vocabulary.
       codebooks: .npz of code centroids by level that those SID tokens start from; none means noise.
       run: run directory whose newest checkpoint to read; none means start from scratch.
       take: parts to read from it.
@@ -203,17 +267,17 @@ class MeshConfig:
       tensor: devices that divide heads, feed-forward and vocabulary of one part of the batch.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: MeshSize = -1
+    fsdp: MeshSize = 1
+    tensor: MeshSize = 1
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and how many checkpoints to keep (the newest)."""
 
-    every_steps: int = 200
-    keep: int = 2
+    every_steps: PositiveInt = 200
+    keep: PositiveInt = 2
 
 
 @dataclass(frozen=True)
@@ -228,8 +292,8 @@ class EvaluationConfig:
       batch_size: users per beam-search batch.
     """
 
-    every_steps: int = 100
-    validation_examples: int = 1000
-    users: int = 0
-    beam: int = 20
-    batch_size: int = 64
+    every_steps: PositiveInt = 100
+    validation_examples: PositiveInt = 1000
+    users: NonNegativeInt = 0
+    beam: PositiveInt = 20
+    batch_size: PositiveInt = 64

@@ -147,7 +147,15 @@ def model_card(run: Run) -> str:
         "## Metrics",
         "",
     ]
-    lines += [*_metrics(run.path, step), "", "## Config", "", "```json", to_json(config).strip(), "```"]
+    lines += [
+        *_metrics(run.path, step),
+        "",
+        "## Config",
+        "",
+        "```json",
+        to_json(config).strip(),
+        "```",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,53 +1,86 @@
 """Config groups that come in several kinds, one file each: objectives, SID encoders.
 
 There is no registry: a kind is called by its file, and a kind of somebody else's package by
-`module:Class`.
+`module:Class`. In JSON, key `kind` says which one it is, and its other keys stand beside it.
 """
 
 from __future__ import annotations
 
-import difflib
+import functools
 import importlib
-import importlib.util
+import json
 import pkgutil
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from prefixmem_jax.errors import UserError
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from prefixmem_jax.errors import UserError, nearest
+
+# How configs are checked: no silent conversions but int to float and list to tuple.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always")
 
 
 class Kind:
     """Base of the frozen dataclasses that a config chooses among.
 
     A group's base class names the `package` of its own kinds; each file there defines one subclass.
+    A field of a base class's type takes an instance of any of its kinds, or in JSON an object with
+    `kind`, or the kind's name alone for one with its defaults.
     """
 
     package: ClassVar[str]
+    __pydantic_config__ = STRICT
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if "package" not in vars(cls):  # a kind: a dataclass like any other
+            return handler(source)
+        return core_schema.with_info_plain_validator_function(functools.partial(_validate, cls))
+
+
+def _validate(base: type[Kind], value: Any, info: ValidationInfo) -> Kind:
+    if isinstance(value, base):
+        return _adapter(type(value)).validate_python(value)
+    keys = {"kind": value} if isinstance(value, str) else value
+    name = keys.get("kind") if isinstance(keys, dict) else None
+    if not isinstance(name, str):
+        raise PydanticCustomError("kind", "expected the name of a kind, or keys with `kind`")
+    kind = find_kind(base, name, info.field_name or base.__name__)
+    others = {key: item for key, item in keys.items() if key != "kind"}
+    return _adapter(kind).validate_json(json.dumps(others))
+
+
+@functools.cache
+def _adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+    return TypeAdapter(kind)
 
 
 def find_module(package: str, name: str, key: str) -> ModuleType:
     """A file of `package`, or any importable module.
 
+    Args:
+      key: of the config, named in errors.
+
     Raises:
       UserError: neither; names the files of the package.
     """
-    own = f"{package}.{name}"
+    own = files_of(package)
     try:
-        if "." not in name and importlib.util.find_spec(own) is not None:
-            return importlib.import_module(own)
-        return importlib.import_module(name)
+        if all(part.isidentifier() for part in name.split(".")):
+            return importlib.import_module(f"{package}.{name}" if name in own else name)
     except ImportError as error:
-        if error.name and not name.startswith(error.name):  # the module is there, and fails
+        absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+        if not absent:  # the module is there, and fails
             raise UserError(f"{key}: {name}: {error}") from None
-        siblings = siblings_of(package)
-        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"valid here: {', '.join(siblings)}"
-        raise UserError(f"{key}: no kind {name!r}; {hint}") from None
+    raise UserError(f"{key}: no kind {name!r}{nearest(name, own)}")
 
 
-def siblings_of(package: str) -> list[str]:
-    """Files of a package."""
-    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+def files_of(package: str) -> list[str]:
+    """Files of a package, but for the one that is named like it: `objectives/objective.py`."""
+    names = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+    return [name for name in names if not package.endswith(f".{name}s")]
 
 
 def find_kind(base: type[Kind], name: str, key: str) -> type[Kind]:

@@ -132,9 +132,7 @@ def describe_data(data: PreparedData) -> str:
     )
 
 
-def costs(
-    out: Path, name: str, engine: Engine, configs: dict[str, Config]
-) -> dict[str, Any]:
+def costs(out: Path, name: str, engine: Engine, configs: dict[str, Config]) -> dict[str, Any]:
     """What a system took to train, and what it was; stage 1 is counted where it was used."""
     config = configs[name]
     last = read_metrics(out / name)[-1]

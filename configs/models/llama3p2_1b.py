@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from qwen3_1p7b import get_config as paper_default
-
-from prefixmem_jax.config import Config, RopeScalingConfig
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import inherit
+from prefixmem_jax.config_groups import RopeScalingConfig
 
 
 def get_config() -> Config:
-    config = paper_default()
+    config = inherit(__file__, "qwen3_1p7b.py")
     return dataclasses.replace(
         config,
         name="llama3p2_1b",

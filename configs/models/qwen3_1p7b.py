@@ -4,9 +4,9 @@ The batch is 4 rows of 1024 tokens a chip on 16 chips; set data.batch_size for o
 for your data, and init.from_huggingface to start from its weights.
 """
 
-from prefixmem_jax.config import (
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import (
     CheckpointConfig,
-    Config,
     DataConfig,
     DecoderConfig,
     MeshConfig,

@@ -1,23 +1,24 @@
 """A small decoder on SID tokens alone: what PrefixMem is compared with."""
 
-from prefixmem_jax.config import (
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import (
     CheckpointConfig,
-    Config,
     DataConfig,
     DecoderConfig,
     EvaluationConfig,
     OptimizerConfig,
 )
+from prefixmem_jax.objectives.next_token import NextToken
 
 
 def get_config() -> Config:
     return Config(
         name="baseline",
-        objective="next_token",
+        objective=NextToken(),
         steps=300,
         data=DataConfig(max_items=20, sequence_length=128, batch_size=40),
         model=DecoderConfig(layers=2, d_model=96, d_ff=256, query_heads=4, kv_heads=2, head_dim=24),
-        encoder=None,
+        sid_encoder=None,
         # The best of docs/results.md's grid for this system, as in prefixmem.py for that one.
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
         checkpoint=CheckpointConfig(every_steps=250),

@@ -2,16 +2,16 @@
 
 import dataclasses
 
-import baseline
-
-from prefixmem_jax.config import Config, PrefixMemoryConfig
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import inherit
+from prefixmem_jax.objectives.classification import Classification
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
 def get_config() -> Config:
-    parent = baseline.get_config()
     return dataclasses.replace(
-        parent,
+        inherit(__file__, "baseline.py"),
         name="classification",
-        objective="classification",
-        encoder=PrefixMemoryConfig(target_levels=(3, 4), orders=3, rows=2**14, d_mem=64),
+        objective=Classification(),
+        sid_encoder=PrefixMemoryConfig(target_levels=(3, 4), orders=3, rows=2**14, d_mem=64),
     )

@@ -2,18 +2,17 @@
 
 import dataclasses
 
-import baseline
-import classification
-
-from prefixmem_jax.config import Config, InitConfig
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import inherit
+from prefixmem_jax.config_groups import InitConfig
 
 
 def get_config() -> Config:
-    parent = baseline.get_config()
+    parent = inherit(__file__, "baseline.py")
     return dataclasses.replace(
         parent,
         name="prefixmem",
-        encoder=classification.get_config().encoder,
+        sid_encoder=inherit(__file__, "classification.py").sid_encoder,
         optimizer=dataclasses.replace(parent.optimizer, learning_rate=3e-3),
-        init=InitConfig(run="runs/classification", take=("memory",), fresh=("llm", "encoder")),
+        init=InitConfig(run="runs/classification", take=("memory",), fresh=("llm", "sid_encoder")),
     )

@@ -6,14 +6,14 @@ data.path for your data.
 
 import dataclasses
 
-from prefixmem_jax.configs.models.qwen3_1p7b import get_config as baseline
-
-from prefixmem_jax.config import Config, PrefixMemoryConfig
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import inherit
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
 def get_config() -> Config:
     return dataclasses.replace(
-        baseline(),
+        inherit(__file__, "../models/qwen3_1p7b.py"),
         name="qwen3_1p7b_prefixmem",
-        encoder=PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=5_000_000),
+        sid_encoder=PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=5_000_000),
     )

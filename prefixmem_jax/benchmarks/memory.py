@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.benchmarks.fixtures import (
     batch_addresses,
     dense_training,
@@ -20,12 +19,13 @@ from prefixmem_jax.benchmarks.fixtures import (
     table_training,
     training,
 )
+from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.memory.table import ADDRESSES, Table, spread
 from prefixmem_jax.model_spec import ModelSpec
-from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
+from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 BATCH, LENGTH, CODES = 40, 128, 256  # 5,120 tokens, as in the quickstart

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.benchmarks.fixtures import one_device_model, random_batches, training
+from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 # Batch, length and codes per level by decoder: what fits the machines they are meant for.

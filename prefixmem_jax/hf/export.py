@@ -25,9 +25,9 @@ from prefixmem_jax.hf.families import differing_key, huggingface_config, read_fo
 from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsWriter
 from prefixmem_jax.hf.tokenizer import sid_tokenizer
-from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 CODE = ("configuration_prefixmem.py", "modeling_prefixmem.py", "sid_catalog.py")
 STOCK_CODE = ("sid_catalog.py",)
@@ -80,7 +80,9 @@ def write_folder(
         stock.vocab_size = vocabulary.size
     else:
         stock = huggingface_config(decoder, vocabulary.size, max_positions)
-    tokenizer = sid_tokenizer(vocabulary, text_model, None if described is None else described.config)
+    tokenizer = sid_tokenizer(
+        vocabulary, text_model, None if described is None else described.config
+    )
     tokenizer.save_pretrained(folder)
     stock.pad_token_id = tokenizer.pad_token_id
     _write_configs(folder, parameters.sid_encoder, vocabulary, stock, dtype or "float32")
@@ -178,7 +180,9 @@ def write_weights(
         tensors[name] = (weight.hf_shape(array.shape if layer is None else array.shape[1:]), kept)
     if sid_encoder is not None:
         shape = (sid_encoder.rows, sid_encoder.row_width)
-        tensors |= dict.fromkeys(table_names(sid_encoder), (shape, DTYPES[dtype or sid_encoder.dtype]))
+        tensors |= dict.fromkeys(
+            table_names(sid_encoder), (shape, DTYPES[dtype or sid_encoder.dtype])
+        )
     writer = SafetensorsWriter(folder, tensors, max_shard_bytes)
     for weight, name, array, layer in _dense(parameters):
         one = array if layer is None else array[layer]

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from prefixmem_jax.data.batch import Batch, batches
-from prefixmem_jax.data.documents import prompt_documents
+from prefixmem_jax.data.documents import document_length, prompt_documents
 from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.inference.beam_search import Beams, beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, rows_for
@@ -190,7 +190,7 @@ class Engine:
                 if targets is not None:
                     cut = [np.append(h, targets[u]) for h, u in zip(cut, users, strict=True)]
                 documents = prompt_documents(cut, self.item_tokens, vocabulary, room + extra)
-                length = 1 + vocabulary.levels * (room + extra)
+                length = document_length(vocabulary.levels, room + extra)
                 for start, batch in enumerate(batches(one_per_row(documents, length), size)):
                     part = users[start * size : (start + 1) * size]
                     yield part, batch

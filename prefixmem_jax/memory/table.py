@@ -341,9 +341,9 @@ class Table:
             first_row = jax.lax.axis_index(axes()) * local_rows
             rows = round_stochastically(rows, first_row + ids, key)
         new_state = jax.tree.map(
-            lambda mine, leaf, old, new: lines.write(leaf, ids, new)
-            if mine
-            else jnp.where(finite, new, old),
+            lambda mine, leaf, old, new: (
+                lines.write(leaf, ids, new) if mine else jnp.where(finite, new, old)
+            ),
             per_row,
             new_state,
             state,

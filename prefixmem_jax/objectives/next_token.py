@@ -12,7 +12,11 @@ from flax import nnx
 
 from prefixmem_jax.config_groups import DataConfig, DecoderConfig
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.data.documents import example_documents, training_documents
+from prefixmem_jax.data.documents import (
+    document_length,
+    example_documents,
+    training_documents,
+)
 from prefixmem_jax.data.packing import one_per_row, pack
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.models.sid_lm import SidLM
@@ -43,13 +47,12 @@ class NextToken(Objective):
         return Batch.abstract(data.batch_size, data.sequence_length, sharding)
 
     def training_rows(self, data: PreparedData, config: DataConfig, seed: int) -> Batch:
-        max_items = config.max_items
         documents = training_documents(
             data.split.items,
             data.split.train,
             data.item_tokens,
             data.vocabulary,
-            max_items,
+            config.max_items,
             config.sequence_length,
         )
         return pack(documents, config.sequence_length, seed)
@@ -60,7 +63,7 @@ class NextToken(Objective):
         validation = data.split.validation
         sample = validation.take(fixed_sample(len(validation), examples))
         documents = example_documents(sample, data.item_tokens, data.vocabulary, config.max_items)
-        length = 1 + data.vocabulary.levels * (config.max_items + 1)
+        length = document_length(data.vocabulary.levels, config.max_items + 1)
         return one_per_row(documents, length + -length % length_multiple)
 
     def predicted(self, model: nnx.Module, batch: Batch) -> jax.Array:

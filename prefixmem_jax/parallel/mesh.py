@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from prefixmem_jax.config import MeshConfig
+from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")

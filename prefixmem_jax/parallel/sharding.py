@@ -120,6 +120,6 @@ def by_heads(function: Callable, heads: tuple, batch: tuple, window: jax.Array) 
     if not _explicit_mesh():
         return function(heads, batch, window)
     per_head, per_batch = spec("batch", None, "heads", None), spec("batch", None)
-    return jax.shard_map(
-        function, in_specs=(per_head, per_batch, P()), out_specs=per_head
-    )(heads, batch, window)
+    return jax.shard_map(function, in_specs=(per_head, per_batch, P()), out_specs=per_head)(
+        heads, batch, window
+    )

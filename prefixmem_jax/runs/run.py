@@ -168,7 +168,9 @@ class Run:
         self.check_generates()
         spec = self.spec(devices)
         catalog = self.catalog() if catalog is None else self.checked(catalog)
-        parts = self._load(spec, {**spec.replicated(), **dict.fromkeys(spec.parts[len(spec.params):])})
+        parts = self._load(
+            spec, {**spec.replicated(), **dict.fromkeys(spec.parts[len(spec.params) :])}
+        )
         memory = parts.pop("memory", {"rows": None})["rows"]
         return Engine(spec, parts, memory, catalog, self.config.evaluation.batch_size)
 

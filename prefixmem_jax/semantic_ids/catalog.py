@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,13 @@ class Catalog:
 
     def __len__(self) -> int:
         return len(self.sids)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of codebook sizes and every item's SID, in hex: other SIDs make a model name other items."""
+        digest = hashlib.sha256(np.asarray(self.space.codebook_sizes, np.int64).tobytes())
+        digest.update(self.sids.tobytes())
+        return digest.hexdigest()
 
     @property
     def group_sids(self) -> np.ndarray:

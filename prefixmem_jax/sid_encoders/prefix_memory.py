@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from annotated_types import Ge, Gt
 from flax import nnx
+from pydantic import PositiveInt
 
-from prefixmem_jax.config_groups import DType
+from prefixmem_jax.config_groups import DType, Seed
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import hashing
 from prefixmem_jax.memory.hashing import AddressScheme
@@ -38,14 +37,14 @@ class PrefixMemoryConfig(SidEncoderConfig):
       seed: fixes the hash multipliers. Tables mean nothing under other multipliers.
     """
 
-    target_levels: tuple[int, ...] = (4, 5)
-    orders: Annotated[int, Gt(0)] = 4
-    heads: Annotated[int, Gt(0)] = 4
-    rows: Annotated[int, Gt(0)] = 2_000_000
-    d_mem: Annotated[int, Gt(0)] = 256
+    target_levels: tuple[PositiveInt, ...] = (4, 5)
+    orders: PositiveInt = 4
+    heads: PositiveInt = 4
+    rows: PositiveInt = 2_000_000
+    d_mem: PositiveInt = 256
     dtype: DType = "float32"
     address: AddressScheme = "prefix"
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
 
     @property
     def tables(self) -> int:
@@ -57,10 +56,18 @@ class PrefixMemoryConfig(SidEncoderConfig):
         """Numbers in a row of a table."""
         return self.d_mem // self.heads
 
+    def check_keys(self) -> None:
+        if self.d_mem % self.heads:
+            raise UserError(
+                f"sid_encoder.d_mem={self.d_mem} does not divide by sid_encoder.heads={self.heads}"
+            )
+
     def check(self, space: SidSpace) -> None:
         """Raises UserError where the sizes do not fit the SIDs."""
         if not self.target_levels:
-            raise UserError("sid_encoder.target_levels is empty; name at least one level to predict")
+            raise UserError(
+                "sid_encoder.target_levels is empty; name at least one level to predict"
+            )
         for level in self.target_levels:
             if not 2 <= level <= space.levels:
                 raise UserError(

@@ -19,8 +19,8 @@ from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 class SidEncoder(nnx.Module):
     """Token ids and segment ids to a vector per position, zero where it is not active.
 
-    It may own dense parameters (part `sid_encoder`), rows of a memory table (part `memory`), or both.
-    What reads a prefix looks back levels - 1 tokens at most. Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
+    It may own dense parameters (part `sid_encoder`), rows of a memory table (part `memory`), or
+    both. What reads a prefix looks back levels - 1 tokens at most. Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
     the caller fetches them and hands them to `__call__`. Training, prefill and cached decoding all
     go this way.
     """
@@ -44,10 +44,10 @@ class SidEncoder(nnx.Module):
         """Vectors float32 [B, P, d_model].
 
         Args:
-          rows_BPAW: rows at the `addresses` of the last P positions, zero where there was none; None
-            if it owns no table.
-          last: P, how many positions at the end are asked for; None means all. Decoding asks for one,
-            and gives the tokens that a prefix can reach back to.
+          rows_BPAW: rows at the `addresses` of the last P positions, zero where there was none;
+            None if it owns no table.
+          last: P, how many positions at the end are asked for; None means all. Decoding asks for
+            one, and gives the tokens that a prefix can reach back to.
         """
         raise NotImplementedError
 
@@ -65,8 +65,12 @@ class SidEncoderConfig(Kind, ABC):
         """The encoder.
 
         Args:
-          output_std: standard deviation of a fresh output projection; None keeps the vector's scale.
+          output_std: standard deviation of a fresh output projection; None keeps the vector's
+            scale.
         """
+
+    def check_keys(self) -> None:
+        """Raises UserError where its keys contradict each other, whatever the SIDs."""
 
     def check(self, space: SidSpace) -> None:
         """Raises UserError where it does not fit the SIDs."""

@@ -1,10 +1,11 @@
-"""What happens between steps: logging, validation, checkpoints, profiles. The loop knows no more."""
+"""What happens between steps: logging, validation, checkpoints, profiles."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Validation(Hook):
     def __init__(self, spec: ModelSpec, writer: MetricsWriter | None, rows: Rows):
         super().__init__(spec.config.evaluation.every_steps)
         self.spec, self.writer, self.rows = spec, writer, rows
-        self.step = jax.jit(lambda params, memory, batch: validation_step(spec, params, memory, batch))
+        self.sums = jax.jit(partial(validation_step, spec))
 
     def run(self, progress: Progress) -> None:
         jax.block_until_ready(progress.state)
@@ -118,7 +119,7 @@ class Validation(Hook):
         sums: dict[str, np.ndarray] = {}
         for batch in batches(self.rows, self.spec.config.data.batch_size):
             state = progress.state
-            part = self.step(state.params, state.memory, self._placed(batch))
+            part = self.sums(state.params, state.memory, self._placed(batch))
             for name, value in jax.device_get(part).items():
                 sums[name] = sums.get(name, 0) + np.float64(value)
         if self.writer:

@@ -1,7 +1,7 @@
 """A train state as checkpoint parts, and back.
 
-Beside the model's own parts a checkpoint of a run in training has `optimizer`, `memory_optimizer` and
-`step` (the number of updates).
+Beside the model's own parts, a checkpoint of a run in training has `optimizer`,
+`memory_optimizer` and `step` (the number of updates).
 """
 
 from __future__ import annotations
