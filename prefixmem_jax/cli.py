@@ -93,15 +93,20 @@ def _parser() -> argparse.ArgumentParser:
         help="run directory (default: runs/NAME, the config's name)",
     )
     training.add_argument(
-        "--distributed", action="store_true", help="join the other processes of a run (see launch/)"
+        "--profile",
+        type=_steps,
+        metavar="FIRST:LAST",
+        help="trace the steps after FIRST up to LAST into the run's profile/ (xprof)",
     )
+    distributed_help = "join the other processes (see launch/)"
+    training.add_argument("--distributed", action="store_true", help=distributed_help)
     training.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
     evaluation = verb(
         "evaluate",
         _evaluate,
-        "Judge runs' newest checkpoints side by side; writes each RUN/metrics.json and scores.npz, "
-        "tables and plots.",
+        "Evaluate runs' newest checkpoints side by side; writes each RUN/metrics.json and "
+        "scores.npz, tables and plots.",
         "  prefixmem evaluate quickstart/prefixmem\n"
         "  prefixmem evaluate quickstart/baseline quickstart/prefixmem --beam 100 --heuristics\n"
         "  prefixmem evaluate runs/b2 --data DIR --split validation --users 1000",
@@ -120,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         "--split",
         choices=("test", "validation"),
         default="test",
-        help="users to judge on (default: %(default)s)",
+        help="users to evaluate on (default: %(default)s)",
     )
     evaluation.add_argument(
-        "--heuristics", action="store_true", help="judge popularity, successor and item-kNN too"
+        "--heuristics", action="store_true", help="popularity, successor and item-kNN too"
     )
     evaluation.add_argument(
         "--out",
@@ -140,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--beam", type=int, metavar="N", help="beam width (default: the config's)"
     )
+    evaluation.add_argument("--distributed", action="store_true", help=distributed_help)
 
     recommend = verb(
         "recommend",
@@ -147,13 +153,19 @@ def _parser() -> argparse.ArgumentParser:
         "Recommend items after a history, best first, with titles and scores.",
         "  prefixmem recommend quickstart/prefixmem --history 12,55,803\n"
         "  prefixmem recommend quickstart/prefixmem      # a history a line, until end of input\n"
-        "  prefixmem recommend runs/b2 --history 12 --top 5",
+        "  prefixmem recommend runs/b2 --history 12 --top 5\n"
+        "  prefixmem recommend runs/b2 --catalogue exported/items.jsonl   # without its data",
     )
     recommend.add_argument("run", metavar="RUN", help="a run directory")
     recommend.add_argument(
         "--history",
         metavar="ID,ID,...",
         help="item ids, oldest first (default: read one line after the other, answer each)",
+    )
+    recommend.add_argument(
+        "--catalogue",
+        metavar="FILE",
+        help="items.jsonl of an export of the run (default: the items of the run's data)",
     )
     recommend.add_argument(
         "--exclude-seen", action="store_true", help="leave out the history's items"
@@ -266,7 +278,7 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         metavar="T",
         help="rows per table where dense AdamW is compared (default: %(default)s)",
     )
-    step = benchmark("step", _bench_step, "A whole train step without and with the encoder.")
+    step = benchmark("step", _bench_step, "A whole train step without and with the SID encoder.")
     step.add_argument(
         "--rows", type=_positive, default=500_000, metavar="T", help="rows per table (%(default)s)"
     )
@@ -339,6 +351,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"expected FIRST:LAST, such as 100:110, got {text}")
+    return int(first), int(last)
+
+
 def _quickstart(options: argparse.Namespace) -> None:
     from prefixmem_jax.quickstart import quickstart
 
@@ -351,20 +370,25 @@ def _train(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
 
     config = load_config(options.config, options.overrides)
-    if options.distributed:
-        from prefixmem_jax.parallel.mesh import initialize_processes
-
-        initialize_processes()
+    _join(options)
     from prefixmem_jax.training.loop import train
 
     run = Path(options.out or f"runs/{config.name}")
     if "://" in (options.out or ""):
         raise UserError(f"--out {options.out}: expected a folder; mount remote storage")
-    train(config, run)
+    train(config, run, profile=options.profile)
     print(f"trained {config.name} for {config.steps} steps: {run}")
 
 
+def _join(options: argparse.Namespace) -> None:
+    if options.distributed:
+        from prefixmem_jax.parallel.mesh import initialize_processes
+
+        initialize_processes()
+
+
 def _evaluate(options: argparse.Namespace) -> None:
+    _join(options)
     from prefixmem_jax.evaluation.comparison import evaluate_runs
     from prefixmem_jax.evaluation.report import comparison_table, text_table
 
@@ -391,18 +415,22 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _recommend(options: argparse.Namespace) -> None:
-    from prefixmem_jax.inference.engine import Recommender
+    from prefixmem_jax.recommender import recommend
+    from prefixmem_jax.runs.run import Run
+    from prefixmem_jax.semantic_ids.catalog import Catalog
 
-    recommender = Recommender.load(options.run)
+    run, catalog = Run(options.run), None
+    if options.catalogue is not None:
+        catalog = Catalog.read_jsonl(options.catalogue, run.data_description.codebook_sizes)
+    engine = run.engine(catalog)
 
     def answer(history: str) -> None:
-        items = recommender.recommend(history, options.top, options.exclude_seen)
+        best = recommend(engine, history, options.top, options.exclude_seen)
         print("rank  log-prob  item")
-        for rank, found in enumerate(items, start=1):
-            sid = "-".join(map(str, found.sid))
+        for rank, one in enumerate(best, start=1):
+            sid = "-".join(map(str, one.sid))
             print(
-                f"{rank:3d}  {found.score:8.3f}  item {found.item:<8d} {sid:<20s} "
-                f"{found.title or ''}",
+                f"{rank:3d}  {one.score:8.3f}  item {one.item:<8d} {sid:<20s} {one.title or ''}",
                 flush=True,
             )
 
@@ -419,9 +447,10 @@ def _recommend(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from prefixmem_jax.convert import export_run
+    from prefixmem_jax.runs.run import Run
 
     export_run(
-        Path(options.run), options.out, options.dtype, options.max_shard_size, options.tokenizer
+        Run(options.run), options.out, options.dtype, options.max_shard_size, options.tokenizer
     )
     print(f"exported {options.run}: {options.out}")
 
@@ -445,10 +474,10 @@ def _plan(options: argparse.Namespace) -> None:
     from prefixmem_jax.planning.plan import describe, plan
 
     print("compiling the train step; this can take minutes ...", file=sys.stderr)
-    found = plan(config, options.topology, options.devices, options.slices)
-    print(describe(found))
+    planned = plan(config, options.topology, options.devices, options.slices)
+    print(describe(planned))
     if options.json:
-        write_json(options.json, found.to_json())
+        write_json(options.json, planned.to_json())
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -457,12 +486,12 @@ def _bench(options: argparse.Namespace) -> None:
     from prefixmem_jax.planning.topology import simulate_cpu_devices
 
     simulate_cpu_devices(8)
-    module, found = options.benchmark(options)
-    print(module.describe(found))
+    module, measured = options.benchmark(options)
+    print(module.describe(measured))
     if options.json:
-        write_json(options.json, found)
+        write_json(options.json, measured)
     if options.plot:
-        bar_plot(options.plot, module.panels(found))
+        bar_plot(options.plot, module.panels(measured))
 
 
 def _bench_memory(options: argparse.Namespace):

@@ -47,8 +47,8 @@ class SearchState(NamedTuple):
 class CachedSidLM:
     """`inference.beam_search.SidModel` of a decoder and its memory.
 
-    Only a beam's own tokens, at most levels - 1, are reordered as beams are chosen; the prompt's keys
-    and values stay where they are.
+    Only a beam's own tokens, at most levels - 1, are reordered as beams are chosen; the prompt's
+    keys and values stay where they are.
     """
 
     def __init__(self, model: SidLM, rows_at: RowsAt | None):

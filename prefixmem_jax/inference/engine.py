@@ -1,7 +1,7 @@
 """The engine: parameters and a catalogue, ready to search, to rank and to generate.
 
-It knows nothing of runs, data or optimizers: an exported catalogue and the model's parts are enough.
-Evaluation, recommendation, and later roll-outs and serving, all use it.
+It knows nothing of runs, histories or optimizers: an exported catalogue and the model's parts are
+enough. Evaluation, recommendation, and later roll-outs and serving, all use it.
 """
 
 from __future__ import annotations

@@ -277,7 +277,7 @@ class Table:
         state_spec = jax.tree.map(self.partition, state)
         by_row = row_spec()
         return jax.shard_map(
-            partial(self._apply_local, optimizer),
+            partial(self._apply_local, optimizer, jax.tree.map(self.is_per_row, state)),
             in_specs=(by_row, state_spec, Merged(*(by_row,) * 5, P()), P(), P()),
             out_specs=(by_row, state_spec),
         )(memory, state, merged, scale, key)
@@ -285,14 +285,39 @@ class Table:
     def _apply_local(
         self,
         optimizer: optax.GradientTransformation,
+        per_row: Any,
         memory: jax.Array,
         state: Any,
         merged: Merged,
         scale: jax.Array,
         key: jax.Array,
     ) -> tuple[jax.Array, Any]:
+        """As `apply`, on one device's share; `per_row` says which leaves of the state have rows."""
+        local_rows = self.padded_rows // devices()
+        finite = ~jnp.isnan(scale)
+
         def update(carry: tuple, ids: jax.Array, gradients: jax.Array) -> tuple:
-            return self._update_rows(optimizer, state, carry, ids, gradients, scale, key)
+            """Distinct local rows of one exchange; those of a step's exchanges are disjoint."""
+            memory, new_state = carry
+            ids = jnp.where(finite, ids, local_rows)  # out of range: nothing is written
+            before = lines.read(memory, ids, self.width).astype(jnp.float32)
+            at_rows = jax.tree.map(
+                lambda mine, leaf, old: lines.read(leaf, ids, self.width) if mine else old,
+                per_row,
+                new_state,
+                state,  # step counts advance once, however many exchanges
+            )
+            updates, after = optimizer.update(gradients * scale, at_rows, before)
+            rows = before + updates
+            if self.dtype == "bfloat16":
+                first_row = jax.lax.axis_index(axes()) * local_rows
+                rows = round_stochastically(rows, first_row + ids, key)
+
+            def kept(mine: bool, leaf: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+                return lines.write(leaf, ids, new) if mine else jnp.where(finite, new, old)
+
+            new_state = jax.tree.map(kept, per_row, new_state, state, after)
+            return lines.write(memory, ids, rows), new_state
 
         carry = update((memory, state), merged.owned_ids, merged.owned_gradients)
         if devices() == 1:
@@ -306,47 +331,3 @@ class Table:
 
         start = (carry, merged.sent, exchange.all_sent(merged.sent))
         return jax.lax.while_loop(lambda loop: loop[2] == 0, later_round, start)[0]
-
-    def _update_rows(
-        self,
-        optimizer: optax.GradientTransformation,
-        state: Any,
-        carry: tuple[jax.Array, Any],
-        ids: jax.Array,
-        gradients: jax.Array,
-        scale: jax.Array,
-        key: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """One exchange's rows: local ids, distinct over all exchanges of a step.
-
-        Args:
-          state: as it was before the step: step counts advance once, however many exchanges.
-          carry: rows and state so far.
-        """
-        memory, new_state = carry
-        per_row = jax.tree.map(self.is_per_row, state)
-        local_rows = self.padded_rows // devices()
-        finite = ~jnp.isnan(scale)
-        ids = jnp.where(finite, ids, local_rows)  # out of range: nothing is written
-        before = lines.read(memory, ids, self.width).astype(jnp.float32)
-        at_rows = jax.tree.map(
-            lambda mine, leaf, old: lines.read(leaf, ids, self.width) if mine else old,
-            per_row,
-            new_state,
-            state,
-        )
-        updates, after = optimizer.update(gradients * scale, at_rows, before)
-        rows = before + updates
-        if self.dtype == "bfloat16":
-            first_row = jax.lax.axis_index(axes()) * local_rows
-            rows = round_stochastically(rows, first_row + ids, key)
-        new_state = jax.tree.map(
-            lambda mine, leaf, old, new: (
-                lines.write(leaf, ids, new) if mine else jnp.where(finite, new, old)
-            ),
-            per_row,
-            new_state,
-            state,
-            after,
-        )
-        return lines.write(memory, ids, rows), new_state

@@ -31,7 +31,7 @@ class KeyValues(NamedTuple):
 
 
 def visible(queries: Place, keys: Place, window: jax.Array | int) -> jax.Array:
-    """Whether query s may attend to key t, [B, S, T]: causal, within the document and the window."""
+    """Whether query s may attend to key t, [B, S, T]: causal, in its document and its window."""
     back_BST = queries.positions[:, :, None] - keys.positions[:, None]
     same_BST = queries.segments[:, :, None] == keys.segments[:, None]
     return same_BST & (back_BST >= 0) & (back_BST < window)

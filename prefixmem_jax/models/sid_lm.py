@@ -30,8 +30,9 @@ class SidLM(nnx.Module):
     ):
         self.vocabulary = vocabulary
         self.llm = Decoder(model, vocabulary.size, rngs=rngs)
-        self.sid_encoder = None
-        if sid_encoder is not None:
+        if sid_encoder is None:
+            self.sid_encoder = None
+        else:
             self.sid_encoder = sid_encoder.build(vocabulary, model.d_model, OUTPUT_STD, rngs)
 
     def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array | None:

@@ -70,8 +70,10 @@ class Objective(Kind, ABC):
         """Sums over a batch: `loss` and the `count` to divide it by, and whatever is reported.
 
         Args:
-          rows: the memory's rows at the model's addresses, float32 [..., width]; None without table.
-          key: of this step, for dropout and sampling; None where nothing may be random (validation).
+          rows: the memory's rows at the model's addresses, float32 [..., width]; None without a
+            table.
+          key: of this step, for dropout and sampling; None where nothing may be random, as in
+            validation.
         """
 
     @abstractmethod

@@ -2,8 +2,8 @@
 
 Each parameter declares its logical axes beside its shape (`parallel.parameters`). Dense parameters
 are stored sharded over `fsdp` and `tensor` and gathered over `fsdp` where they are used; the batch
-is sharded over `data` and `fsdp`; the memory table's rows, and everything with one entry a row, over
-every axis.
+is sharded over `data` and `fsdp`; the memory table's rows, and everything with one entry a row,
+over every axis.
 
 `einsum` and `constrain` take logical axes, so that models name no mesh axis. Where there is no
 explicit mesh (one device without a mesh, or inside `shard_map`, where each device computes on

@@ -17,6 +17,7 @@ from prefixmem_jax.data.prepare import PreparedData, load_catalog, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_json, write_text
 from prefixmem_jax.inference.engine import Engine
+from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.runs.checkpoint import Checkpoints, abstract_memory_part, has_checkpoint
@@ -131,10 +132,9 @@ class Run:
     def check_generates(self) -> None:
         """Raises UserError where its model does not generate SIDs."""
         if not self.config.objective.generates:
-            kind = type(self.config.objective).__name__
+            kind = kind_name(type(self.config.objective))
             raise UserError(
-                f"{self.path}: a {kind} run has no decoder; name a run that generates SIDs, such as "
-                "a next_token run"
+                f"{self.path}: a {kind} run has no decoder; name a run that generates SIDs"
             )
 
     def spec(self, devices: Sequence[jax.Device] | None = None) -> ModelSpec:

@@ -79,7 +79,7 @@ class Catalog:
 
     @cached_property
     def sha256(self) -> str:
-        """Of codebook sizes and every item's SID, in hex: other SIDs make a model name other items."""
+        """Of codebook sizes and every item's SID: under other SIDs a model names other items."""
         digest = hashlib.sha256(np.asarray(self.space.codebook_sizes, np.int64).tobytes())
         digest.update(self.sids.tobytes())
         return digest.hexdigest()

@@ -20,7 +20,9 @@ class SidEncoder(nnx.Module):
     """Token ids and segment ids to a vector per position, zero where it is not active.
 
     It may own dense parameters (part `sid_encoder`), rows of a memory table (part `memory`), or
-    both. What reads a prefix looks back levels - 1 tokens at most. Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
+    both. What reads a prefix looks back levels - 1 tokens at most.
+
+    Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
     the caller fetches them and hands them to `__call__`. Training, prefill and cached decoding all
     go this way.
     """
