@@ -215,7 +215,7 @@ class OptimizerConfig:
       clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
       weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
       final_rate: the learning rate at the end as a share of its peak.
-      accumulation_steps: parts that a batch is cut into; their gradients are computed one after
+      accumulation_steps: pieces that a batch is cut into; their gradients are computed one after
         the other and applied once, which needs less memory and gives the same step.
     """
 
@@ -263,8 +263,8 @@ class MeshConfig:
     Attributes:
       data: replicas of the dense model (the memory table is never replicated).
       fsdp: devices that share the dense parameters and their optimizer state, each with its own
-        part of the batch.
-      tensor: devices that divide heads, feed-forward and vocabulary of one part of the batch.
+        share of the batch.
+      tensor: devices that divide heads, feed-forward and vocabulary of one share of the batch.
     """
 
     data: MeshSize = -1

@@ -127,8 +127,8 @@ def model_card(run: Run) -> str:
     if sid_encoder:
         lines += [
             'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
-            "for found in model.recommend([0, 1, 2], top=5):",
-            "    print(found.item, found.score, found.title)",
+            "for best in model.recommend([0, 1, 2], top=5):",
+            "    print(best.item, best.score, best.title)",
         ]
     else:
         lines += [
@@ -137,8 +137,8 @@ def model_card(run: Run) -> str:
             'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
             'Catalog = get_class_from_dynamic_module("sid_catalog.Catalog", "FOLDER")',
             'catalog = Catalog.from_pretrained("FOLDER", model.config)',
-            "for found in catalog.recommend(model, [0, 1, 2], top=5):",
-            "    print(found.item, found.score, found.title)",
+            "for best in catalog.recommend(model, [0, 1, 2], top=5):",
+            "    print(best.item, best.score, best.title)",
         ]
     lines += ["```", "", "## Data", ""]
     lines += [

@@ -127,16 +127,17 @@ def _constraint(width: int, levels: int, logits: jax.Array, trie: list[TrieLevel
     return scores, nodes
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(measured: dict[str, Any]) -> str:
     """The measurements as text."""
     lines = [
-        f"{found['machine']['device']}, {found['decoder']} decoder, {found['users']} users a batch,"
-        f" SIDs of {found['levels']} x {found['codes']}, histories of {HISTORY} items",
+        f"{measured['machine']['device']}, {measured['decoder']} decoder, "
+        f"{measured['users']} users a batch,"
+        f" SIDs of {measured['levels']} x {measured['codes']}, histories of {HISTORY} items",
         "  beam        SIDs   decode ms   users/s   constraint ms   share",
     ]
-    for width, one in found["by_beam"].items():
+    for width, one in measured["by_beam"].items():
         free = one["unconstrained_seconds"]
-        rate = found["users"] / free
+        rate = measured["users"] / free
         lines.append(f"  {width:>4s}        none  {1e3 * free:10.1f}  {rate:8.1f}")
         for size, whole in one["constrained_seconds"].items():
             lines.append(
@@ -145,13 +146,13 @@ def describe(found: dict[str, Any]) -> str:
                 f"{1e3 * one['constraint_seconds'][size]:14.2f}  "
                 f"{100 * one['constraint_share'][size]:5.1f}%"
             )
-    for size, trie in found["tries"].items():
+    for size, trie in measured["tries"].items():
         per_million = trie["bytes"] / trie["sids"]
         lines.append(f"  trie of {int(size):,} SIDs: {per_million:.1f} MB per million")
     return "\n".join(lines)
 
 
-def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
     return [
         (
@@ -161,5 +162,5 @@ def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
                 **{f"{int(s):,} SIDs": v for s, v in one["constrained_seconds"].items()},
             },
         )
-        for width, one in found["by_beam"].items()
+        for width, one in measured["by_beam"].items()
     ]

@@ -31,7 +31,7 @@ def main() -> None:
     data = prepare_data(configs["baseline"].data)
     configs = {n: fit_sid_encoder(c, data.catalog.space.levels) for n, c in configs.items()}
     train(configs["classification"], options.out / "classification", data)
-    found = []
+    trials = []
     for rate in options.rates:
         for name in ("baseline", "prefixmem"):
             optimizer = dataclasses.replace(configs[name].optimizer, learning_rate=rate)
@@ -39,7 +39,7 @@ def main() -> None:
             run = options.out / f"{name}-{rate:g}"
             train(config, run, data)
             records = [r for r in read_metrics(run) if "validation/loss" in r]
-            found.append({"system": name, "learning_rate": rate, **records[-1]})
+            trials.append({"system": name, "learning_rate": rate, **records[-1]})
             best = min(records, key=lambda r: r["validation/loss"])
             levels = data.catalog.space.levels
             print(
@@ -48,7 +48,7 @@ def main() -> None:
                 f"accuracy {records[-1][f'validation/accuracy/level_{levels}']:.4f}",
                 flush=True,
             )
-            write_json(options.out / "learning_rate.json", found)
+            write_json(options.out / "learning_rate.json", trials)
 
 
 if __name__ == "__main__":

@@ -84,23 +84,23 @@ def _resident(key: str) -> int:
     return 1024 * int(next(x for x in status.splitlines() if x.startswith(key)).split()[1])
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(measured: dict[str, Any]) -> str:
     """The measurements as text."""
-    gigabytes = {key: f"{found[key] / 1e9:.2f} GB" for key in _BYTES}
+    gigabytes = {key: f"{measured[key] / 1e9:.2f} GB" for key in _BYTES}
     return "\n".join(
         [
             f"{gigabytes['checkpoint']} in {SHARDS} or more files, the largest "
             f"{gigabytes['largest_shard']}",
             f"  parameters with SID tokens added {gigabytes['arrays']}",
             f"  peak of host memory {gigabytes['peak']}: the parameters and "
-            f"{found['over_shard']:.2f} x the largest file",
+            f"{measured['over_shard']:.2f} x the largest file",
         ]
     )
 
 
-def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
-    return [("host memory, GB", {key: found[key] / 1e9 for key in _BYTES})]
+    return [("host memory, GB", {key: measured[key] / 1e9 for key in _BYTES})]
 
 
 _BYTES = ("checkpoint", "largest_shard", "arrays", "peak")

@@ -50,18 +50,18 @@ def bench_memory(rows: list[int], compared_rows: int, d_mem: int, repeats: int) 
         rows in random order) and `fetch` (ours, duplicates removed and rows spread over the
         batch); `fetch_rows_per_second` counts addresses.
     """
-    found: dict[str, Any] = {"machine": machine(), "d_mem": d_mem, "tables": 16}
-    found["step_seconds"] = _step_by_rows(rows, d_mem, repeats)
-    found["compared_rows"] = compared_rows
+    measured: dict[str, Any] = {"machine": machine(), "d_mem": d_mem, "tables": 16}
+    measured["step_seconds"] = _step_by_rows(rows, d_mem, repeats)
+    measured["compared_rows"] = compared_rows
     fewer = max(repeats // 3, 3)
     for what, seconds in (
         ("", _row_wise_and_dense_table(compared_rows, d_mem, fewer)),
         ("step_", _row_wise_and_dense_step(compared_rows, d_mem, fewer)),
     ):
-        found |= {f"{kind}_{what}seconds": value for kind, value in seconds.items()}
-    found["fetch"] = _compare_fetches(compared_rows, d_mem, repeats)
-    found["bandwidth"] = _bandwidth(compared_rows, d_mem, repeats)
-    return found
+        measured |= {f"{kind}_{what}seconds": value for kind, value in seconds.items()}
+    measured["fetch"] = _compare_fetches(compared_rows, d_mem, repeats)
+    measured["bandwidth"] = _bandwidth(compared_rows, d_mem, repeats)
+    return measured
 
 
 def _model(rows: int, d_mem: int) -> ModelSpec:
@@ -189,27 +189,27 @@ def _bandwidth(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(measured: dict[str, Any]) -> str:
     """The measurements as text, ratios first."""
-    steps = found["step_seconds"]
+    steps = measured["step_seconds"]
     smallest = steps[min(steps)]
-    lines = [f"{found['machine']['device']}, {found['machine']['devices']} devices"]
+    lines = [f"{measured['machine']['device']}, {measured['machine']['devices']} devices"]
     lines += [
         f"  step, {rows:>9,} rows per table  {value * 1e3:8.1f} ms  {value / smallest:6.3f}x"
         for rows, value in steps.items()
     ]
     for what, key in (("table alone", ""), ("whole step", "step_")):
-        row_wise, dense = found[f"row_wise_{key}seconds"], found[f"dense_{key}seconds"]
+        row_wise, dense = measured[f"row_wise_{key}seconds"], measured[f"dense_{key}seconds"]
         lines.append(
-            f"  {what} at {found['compared_rows']:,} rows: row-wise {row_wise * 1e3:.1f} ms, dense "
-            f"AdamW {dense * 1e3:.1f} ms: {dense / row_wise:.1f}x"
+            f"  {what} at {measured['compared_rows']:,} rows: "
+            f"row-wise {row_wise * 1e3:.1f} ms, dense AdamW {dense * 1e3:.1f} ms: {dense / row_wise:.1f}x"
         )
-    for name, one in found["fetch"].items():
+    for name, one in measured["fetch"].items():
         lines.append(
             f"  fetch, {name:24s}{one['seconds'] * 1e3:8.2f} ms, each device sends "
             f"{one['bytes_sent'] / 2**20:8.3f} MiB"
         )
-    rates = found["bandwidth"]
+    rates = measured["bandwidth"]
     lines.append(
         f"  rows fetched: {rates['fetch_rows_per_second'] / 1e6:.1f} million/s, "
         f"{rates['fetch'] / 1e9:.2f} GB/s; random rows {rates['random_rows'] / 1e9:.2f} GB/s; "
@@ -218,16 +218,19 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
     return [
-        ("train step by rows per table", {f"{k:,}": v for k, v in found["step_seconds"].items()}),
         (
-            f"table alone, {found['compared_rows']:,} rows per table",
-            {"row-wise": found["row_wise_seconds"], "dense AdamW": found["dense_seconds"]},
+            "train step by rows per table",
+            {f"{k:,}": v for k, v in measured["step_seconds"].items()},
         ),
         (
-            f"fetch on {found['machine']['devices']} devices",
-            {name.replace("_", " "): one["seconds"] for name, one in found["fetch"].items()},
+            f"table alone, {measured['compared_rows']:,} rows per table",
+            {"row-wise": measured["row_wise_seconds"], "dense AdamW": measured["dense_seconds"]},
+        ),
+        (
+            f"fetch on {measured['machine']['devices']} devices",
+            {name.replace("_", " "): one["seconds"] for name, one in measured["fetch"].items()},
         ),
     ]

@@ -46,24 +46,26 @@ def bench_step(decoder: str, rows: int, d_mem: int, repeats: int) -> dict[str, A
     }
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(measured: dict[str, Any]) -> str:
     """The measurements as text."""
-    seconds = found["step_seconds"]
+    seconds = measured["step_seconds"]
     return "\n".join(
         [
-            f"{found['machine']['device']}, {found['decoder']}, {found['tokens']:,} tokens a step",
+            f"{measured['machine']['device']}, {measured['decoder']}, "
+            f"{measured['tokens']:,} tokens a step",
             *(
                 f"  step {name:8s} {seconds[name] * 1e3:9.1f} ms, "
-                f"{found['tokens_per_second'][name]:,.0f} tokens/s"
+                f"{measured['tokens_per_second'][name]:,.0f} tokens/s"
                 for name in seconds
             ),
-            f"  the SID encoder ({found['rows']:,} rows per table, d_mem {found['d_mem']}) adds "
-            f"{100 * found['sid_encoder_overhead']:.1f}%",
+            f"  the SID encoder ({measured['rows']:,} rows per table, "
+            f"d_mem {measured['d_mem']}) adds "
+            f"{100 * measured['sid_encoder_overhead']:.1f}%",
         ]
     )
 
 
-def panels(found: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
-    named = {f"{name} SID encoder": value for name, value in found["step_seconds"].items()}
-    return [(f"train step, {found['decoder']}", named)]
+    named = {f"{name} SID encoder": value for name, value in measured["step_seconds"].items()}
+    return [(f"train step, {measured['decoder']}", named)]

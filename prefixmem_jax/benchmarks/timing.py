@@ -36,7 +36,7 @@ def median_seconds(
                     if block and number:
                         times[name].append(time.perf_counter() - started)
                     bar.update()
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def machine() -> dict[str, Any]:

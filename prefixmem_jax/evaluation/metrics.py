@@ -155,8 +155,8 @@ def teacher_forced_scores(ranks: np.ndarray, popularity: np.ndarray) -> Scores:
     last = hits[:, -1]
     reachable = (ranks[:, :-1] <= REACHABLE_RANK).all(axis=1)
     scores["reachable"] = reachable.astype(np.float64)
-    parts = {"reachable": reachable, "unreachable": ~reachable}
-    for name, chosen in (parts | popularity_thirds(popularity)).items():
+    chosen_by = {"reachable": reachable, "unreachable": ~reachable}
+    for name, chosen in (chosen_by | popularity_thirds(popularity)).items():
         scores[f"tf_accuracy/level_{levels}/{name}"] = np.where(chosen, last, np.nan)
     return scores
 

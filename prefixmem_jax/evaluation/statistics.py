@@ -22,11 +22,11 @@ def intervals(
     """Bootstrap percentile intervals of `means`, over resampled users."""
     scores = {name: scores[name] for name in means(scores)}
     tail = 100 * (1 - confidence) / 2
-    found = {}
+    results = {}
     for name, resampled in _resampled_means(scores, seed).items():
         low, high = np.nanpercentile(resampled, [tail, 100 - tail])
-        found[name] = (float(low), float(high))
-    return found
+        results[name] = (float(low), float(high))
+    return results
 
 
 def compare(
@@ -41,18 +41,18 @@ def compare(
     shared = [name for name in first if name in second]
     differences = {name: second[name] - first[name] for name in shared}
     differences = {n: v for n, v in differences.items() if not np.isnan(v).all()}
-    found = {}
+    results = {}
     for name, resampled in _resampled_means(differences, seed).items():
         low, high = np.nanpercentile(resampled, [2.5, 97.5])
         below = (1 + np.sum(resampled <= 0)) / (1 + RESAMPLES)
         above = (1 + np.sum(resampled >= 0)) / (1 + RESAMPLES)
-        found[name] = {
+        results[name] = {
             "difference": float(np.nanmean(differences[name])),
             "low": float(low),
             "high": float(high),
             "p": float(min(1.0, 2 * min(below, above))),
         }
-    return found
+    return results
 
 
 def _resampled_means(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
@@ -65,9 +65,9 @@ def _resampled_means(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, n
     table = np.nan_to_num(table)
     users = len(table)
     rng = np.random.default_rng(seed)
-    found = np.empty((RESAMPLES, len(names)))
+    results = np.empty((RESAMPLES, len(names)))
     for start in range(0, RESAMPLES, _CHUNK):
         times = rng.multinomial(users, np.full(users, 1 / users), size=_CHUNK).astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            found[start : start + _CHUNK] = (times @ table) / (times @ counted)
-    return dict(zip(names, found.T, strict=True))
+            results[start : start + _CHUNK] = (times @ table) / (times @ counted)
+    return dict(zip(names, results.T, strict=True))

@@ -278,16 +278,16 @@ def _to_rope(base: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
     """The inverse of `_rope`."""
     if scaling is None:
         return {"rope_type": "default", "rope_theta": base}
-    found: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "rope_type": scaling.kind,
         "rope_theta": base,
         "factor": scaling.factor,
     }
     if scaling.kind == "llama3":
-        found["low_freq_factor"] = scaling.low_frequency_factor
-        found["high_freq_factor"] = scaling.high_frequency_factor
-        found["original_max_position_embeddings"] = scaling.original_length
-    return found
+        parameters["low_freq_factor"] = scaling.low_frequency_factor
+        parameters["high_freq_factor"] = scaling.high_frequency_factor
+        parameters["original_max_position_embeddings"] = scaling.original_length
+    return parameters
 
 
 def _layer_types(decoder: DecoderConfig) -> list[str]:

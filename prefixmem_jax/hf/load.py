@@ -34,15 +34,15 @@ def load_parts(
     """
     table = weights(decoder, sid_encoder)
     _check(source, decoder, sid_encoder, table, abstract)
-    found: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
     for weight in table:
         if weight.path[0] not in abstract:
             continue
-        branch = found
+        branch = loaded
         for key in weight.path[:-1]:
             branch = branch.setdefault(key, {})
         branch[weight.path[-1]] = _load(source, weight, _at(abstract, weight.path))
-    return found
+    return loaded
 
 
 def load_rows(

@@ -61,10 +61,10 @@ def weights(decoder: DecoderConfig, sid_encoder: PrefixMemoryConfig | None) -> l
     def of_layer(name: str, *path: str, inputs: int | None = None) -> Weight:
         return of_model(f"model.layers.{{layer}}.{name}", "layers", *path, inputs=inputs)
 
-    found = [of_model("model.embed_tokens", "embedding")]
+    table = [of_model("model.embed_tokens", "embedding")]
     if not decoder.tied_embeddings:
-        found.append(of_model("lm_head", "head", inputs=1))
-    found += [
+        table.append(of_model("lm_head", "head", inputs=1))
+    table += [
         of_model("model.norm", "final_norm", "scale"),
         of_layer("self_attn.q_proj", "query", inputs=1),
         of_layer("self_attn.k_proj", "key", inputs=1),
@@ -76,17 +76,17 @@ def weights(decoder: DecoderConfig, sid_encoder: PrefixMemoryConfig | None) -> l
         of_layer("input_layernorm", "attention_norm", "scale"),
     ]
     if decoder.qk_norm:
-        found.append(of_layer("self_attn.q_norm", "query_norm", "scale"))
-        found.append(of_layer("self_attn.k_norm", "key_norm", "scale"))
+        table.append(of_layer("self_attn.q_norm", "query_norm", "scale"))
+        table.append(of_layer("self_attn.k_norm", "key_norm", "scale"))
     if decoder.post_norms:
-        found.append(of_layer("post_attention_layernorm", "attention_post_norm", "scale"))
-        found.append(of_layer("pre_feedforward_layernorm", "mlp_norm", "scale"))
-        found.append(of_layer("post_feedforward_layernorm", "mlp_post_norm", "scale"))
+        table.append(of_layer("post_attention_layernorm", "attention_post_norm", "scale"))
+        table.append(of_layer("pre_feedforward_layernorm", "mlp_norm", "scale"))
+        table.append(of_layer("post_feedforward_layernorm", "mlp_post_norm", "scale"))
     else:
-        found.append(of_layer("post_attention_layernorm", "mlp_norm", "scale"))
+        table.append(of_layer("post_attention_layernorm", "mlp_norm", "scale"))
     if sid_encoder is not None:
-        found.append(Weight("prefix_memory.projection.weight", ("sid_encoder", "projection"), 2))
-    return found
+        table.append(Weight("prefix_memory.projection.weight", ("sid_encoder", "projection"), 2))
+    return table
 
 
 def table_names(sid_encoder: PrefixMemoryConfig) -> list[str]:

@@ -49,24 +49,26 @@ def sid_tokenizer(
         return _without_text(vocabulary)
     try:
         # Decoders are prompted from the left; set afterwards, it would not be saved.
-        found = transformers.AutoTokenizer.from_pretrained(text, config=config, padding_side="left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            text, config=config, padding_side="left"
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{text}: no tokenizer there ({str(error).splitlines()[0]})") from None
-    names, have = token_names(vocabulary), len(found)
-    if BOS not in found.get_vocab():
+    names, have = token_names(vocabulary), len(tokenizer)
+    if BOS not in tokenizer.get_vocab():
         if have > vocabulary.text_tokens:
             raise UserError(
                 f"{text}: its tokenizer has {have} tokens, the model was trained with "
                 f"data.text_tokens={vocabulary.text_tokens}"
             )
         unused = [f"<|unused_{token}|>" for token in range(have, vocabulary.text_tokens)]
-        found.add_tokens([_added(name) for name in (*unused, *names)])
+        tokenizer.add_tokens([_added(name) for name in (*unused, *names)])
     expected = list(range(vocabulary.pad_token, vocabulary.used))
-    if found.convert_tokens_to_ids(names) != expected:
+    if tokenizer.convert_tokens_to_ids(names) != expected:
         raise UserError(f"{text}: its tokenizer has SID tokens already, and other ones")
-    if found.pad_token is None:
-        found.pad_token = PAD
-    return found
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = PAD
+    return tokenizer
 
 
 def _without_text(vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerBase:

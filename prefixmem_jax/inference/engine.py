@@ -192,9 +192,9 @@ class Engine:
                 documents = prompt_documents(cut, self.item_tokens, vocabulary, room + extra)
                 length = document_length(vocabulary.levels, room + extra)
                 for start, batch in enumerate(batches(one_per_row(documents, length), size)):
-                    part = users[start * size : (start + 1) * size]
-                    yield part, batch
-                    bar.update(len(part))
+                    own = users[start * size : (start + 1) * size]
+                    yield own, batch
+                    bar.update(len(own))
 
     def _by_length(
         self, histories: Sequence[np.ndarray], rooms: list[int] | None

@@ -62,9 +62,9 @@ def write_by_row(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array
 
 def read_by_line(lines: jax.Array, ids: jax.Array, *, width: int) -> jax.Array:
     pack = lines.shape[1] // width
-    found = lines.at[ids // pack].get(mode="fill", fill_value=0).reshape(-1, pack, width)
+    whole = lines.at[ids // pack].get(mode="fill", fill_value=0).reshape(-1, pack, width)
     mine = (ids % pack)[:, None] == jnp.arange(pack)
-    return jnp.sum(jnp.where(mine[..., None], found, 0), axis=1)
+    return jnp.sum(jnp.where(mine[..., None], whole, 0), axis=1)
 
 
 def write_by_line(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:

@@ -82,9 +82,9 @@ def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax
     if not sharded:
         return constrain(weight.astype(dtype), *logical)
 
-    def gather(part: jax.Array) -> jax.Array:
-        part = jax.lax.pcast(part, "data", to="reduced").astype(dtype)
-        return jax.lax.all_gather(part, "fsdp", axis=sharded[0], tiled=True, to="reduced")
+    def gather(own: jax.Array) -> jax.Array:
+        own = jax.lax.pcast(own, "data", to="reduced").astype(dtype)
+        return jax.lax.all_gather(own, "fsdp", axis=sharded[0], tiled=True, to="reduced")
 
     gathered = jax.shard_map(
         gather,

@@ -123,7 +123,7 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Every collective between two or more devices that runs, largest first."""
-        found, seen = [], set()
+        collectives, seen = [], set()
         for name, count in self.executed():
             for where, instruction in self._with_fused((name,)):
                 kind = instruction.opcode.removesuffix("-start")
@@ -145,14 +145,14 @@ class Program:
                 # The compiler joins small collectives into one with many operands.
                 sizes = _collective_sizes(instruction, kind)
                 if len(sizes) == len(instruction.operands):
-                    parts = zip(sizes, instruction.operands, strict=True)
+                    pieces = zip(sizes, instruction.operands, strict=True)
                 else:  # one result
-                    parts = [(sum(sizes), instruction.operands[0])]
-                for size, operand in parts:
+                    pieces = [(sum(sizes), instruction.operands[0])]
+                for size, operand in pieces:
                     sent = int(count * size * share)
                     scope = self._scope(where, instruction, operand, len(sizes) > 1)
-                    found.append(Collective(kind, sent, size, count, devices, scope))
-        return sorted(found, key=lambda c: -c.bytes)
+                    collectives.append(Collective(kind, sent, size, count, devices, scope))
+        return sorted(collectives, key=lambda c: -c.bytes)
 
     def _with_fused(self, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Instruction]]:
         """Instructions of a computation and of its fusions.

@@ -67,11 +67,11 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]
 
     options = {"num_slices": slices} if slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--topology {topology}: not a pod that exists ({reason})") from None
-    return CHIPS[name], list(found.devices)
+    return CHIPS[name], list(described.devices)
 
 
 def mean_hops(topology: str) -> float:

@@ -35,11 +35,11 @@ def _count(jaxpr: Any) -> int:
 
 
 def _subjaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
+    inner = []
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
+                inner.append(item.jaxpr)
             elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found
+                inner.append(item)
+    return inner

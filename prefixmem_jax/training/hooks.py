@@ -119,8 +119,8 @@ class Validation(Hook):
         sums: dict[str, np.ndarray] = {}
         for batch in batches(self.rows, self.spec.config.data.batch_size):
             state = progress.state
-            part = self.sums(state.params, state.memory, self._placed(batch))
-            for name, value in jax.device_get(part).items():
+            summed = self.sums(state.params, state.memory, self._placed(batch))
+            for name, value in jax.device_get(summed).items():
                 sums[name] = sums.get(name, 0) + np.float64(value)
         if self.writer:
             summary = self.spec.config.objective.summarize(sums, "validation/")

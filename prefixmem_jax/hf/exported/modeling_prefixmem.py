@@ -91,11 +91,11 @@ class PrefixMemory(nn.Module):
         level = torch.where(torch.isin(level + 1, targets), level, 0)
         total = 0
         for number, (hashed, exists) in enumerate(self._grams(level, codes)):
-            found = [
+            read = [
                 self.tables[number * self.heads + head](hashed[..., head] % self.rows)
                 for head in range(self.heads)
             ]
-            total = total + torch.cat(found, dim=-1) * exists[..., None]
+            total = total + torch.cat(read, dim=-1) * exists[..., None]
         return self.projection(total)
 
 

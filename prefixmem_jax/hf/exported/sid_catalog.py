@@ -112,7 +112,7 @@ class Catalog:
             tokens += space.encode(self.sids[item])
         beams = max(beams or top, top, 2)
         with torch.no_grad():
-            found = model.generate(
+            output = model.generate(
                 torch.tensor([tokens], device=model.device),
                 attention_mask=torch.ones(1, len(tokens), dtype=torch.int64, device=model.device),
                 num_beams=beams,
@@ -125,8 +125,8 @@ class Catalog:
                 output_scores=True,
             )
         results = []
-        sequences = found.sequences[:, len(tokens) :].tolist()
-        for sequence, score in zip(sequences, found.sequences_scores.tolist(), strict=True):
+        sequences = output.sequences[:, len(tokens) :].tolist()
+        for sequence, score in zip(sequences, output.sequences_scores.tolist(), strict=True):
             sid = space.decode(sequence)
             if score < EXHAUSTED or sid not in self.items:
                 continue
@@ -152,12 +152,12 @@ class SidLogitsProcessor(LogitsProcessor):
             self.prompt = input_ids.shape[1]
         level = (input_ids.shape[1] - self.prompt) % self.space.levels
         start, stop = self.space.starts[level : level + 2]
-        found = torch.log_softmax(scores[:, start:stop].float(), dim=-1).to(scores.dtype)
+        scored = torch.log_softmax(scores[:, start:stop].float(), dim=-1).to(scores.dtype)
         if self.catalog is not None:
             before = input_ids[:, input_ids.shape[1] - level :].cpu()
             codes = before - torch.tensor(self.space.starts[:level], dtype=torch.int64)
             mask = self.catalog.allowed(codes)
-            found = found.masked_fill(~mask.to(found.device), -float("inf"))
+            scored = scored.masked_fill(~mask.to(scored.device), -float("inf"))
         result = torch.full_like(scores, -float("inf"))
-        result[:, start:stop] = found
+        result[:, start:stop] = scored
         return result

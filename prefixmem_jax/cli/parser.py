@@ -1,53 +1,23 @@
-"""The command `prefixmem`: one verb, one function, no logic."""
+"""What the verbs take: arguments, help and examples."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from prefixmem_jax.errors import UserError
+from prefixmem_jax.cli import verbs
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; a user's mistake is one line on stderr and status 2."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    # argparse gives up on overrides that stand after a flag; take them wherever they stand.
-    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns where there is no torch
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        options.verb(options)
-    except UserError as error:
-        print(f"prefixmem: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "prefixmem: interrupted; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prefixmem",
         description="Train recommenders that generate Semantic IDs, with the PrefixMem encoder.",
         epilog="Start with: prefixmem quickstart",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    subparsers = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function, summary: str, example: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(
+        added = subparsers.add_parser(
             name,
             help=summary,
             description=summary,
@@ -61,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quick = verb(
         "quickstart",
-        _quickstart,
+        verbs.quickstart,
         "Train a small decoder without and with PrefixMem, compare them, and export the latter to "
         "Hugging Face format.",
         "  prefixmem quickstart                       # synthetic data, known optimum\n"
@@ -80,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     training = verb(
         "train",
-        _train,
+        verbs.train,
         "Train one config file, or go on with its run where it was stopped.",
         "  prefixmem train configs/quickstart/baseline.py\n"
         "  prefixmem train configs/quickstart/baseline.py --out runs/b2 data.path=DIR seed=1\n"
@@ -104,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluation = verb(
         "evaluate",
-        _evaluate,
+        verbs.evaluate,
         "Evaluate runs' newest checkpoints side by side; writes each RUN/metrics.json and "
         "scores.npz, tables and plots.",
         "  prefixmem evaluate quickstart/prefixmem\n"
@@ -149,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     recommend = verb(
         "recommend",
-        _recommend,
+        verbs.recommend,
         "Recommend items after a history, best first, with titles and scores.",
         "  prefixmem recommend quickstart/prefixmem --history 12,55,803\n"
         "  prefixmem recommend quickstart/prefixmem      # a history a line, until end of input\n"
@@ -176,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
     exporting = verb(
         "export",
-        _export,
+        verbs.export,
         "Write a run's newest checkpoint as a Hugging Face folder that needs nothing of ours.",
         "  prefixmem export quickstart/prefixmem --out exported\n"
         "  prefixmem export runs/b2 --out exported --dtype bfloat16 --max-shard-size 2GB",
@@ -204,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
     importing = verb(
         "import",
-        _import,
+        verbs.import_,
         "Turn a Hugging Face folder into an Orbax checkpoint, once, for init.from_huggingface.",
         "  prefixmem import Qwen3-1.7B --out qwen3_1p7b\n"
         "  prefixmem train CONFIG init.from_huggingface=qwen3_1p7b",
@@ -216,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 
     planning = verb(
         "plan",
-        _plan,
+        verbs.plan,
         "Compile a config's train step for a TPU pod that you do not have yet: memory, FLOPs, "
         "network traffic and what bounds the step, per chip.",
         "  prefixmem plan configs/qwen3_1p7b/prefixmem.py --topology v5e:4x4\n"
@@ -253,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     def benchmark(name: str, run, summary: str) -> argparse.ArgumentParser:
         added = benchmarks.add_parser(name, help=summary, description=summary)
-        added.set_defaults(verb=_bench, benchmark=run)
+        added.set_defaults(verb=verbs.bench, benchmark=run)
         added.add_argument("--json", type=_new_file, metavar="FILE", help="write the numbers there")
         added.add_argument(
             "--plot", type=_new_file, metavar="FILE", help="write a picture there (.png)"
@@ -261,7 +231,7 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         return added
 
     memory = benchmark(
-        "memory", _bench_memory, "The memory table alone: rows, optimizers, exchange."
+        "memory", verbs.bench_memory, "The memory table alone: rows, optimizers, exchange."
     )
     memory.add_argument(
         "--rows",
@@ -278,7 +248,9 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         metavar="T",
         help="rows per table where dense AdamW is compared (default: %(default)s)",
     )
-    step = benchmark("step", _bench_step, "A whole train step without and with the SID encoder.")
+    step = benchmark(
+        "step", verbs.bench_step, "A whole train step without and with the SID encoder."
+    )
     step.add_argument(
         "--rows", type=_positive, default=500_000, metavar="T", help="rows per table (%(default)s)"
     )
@@ -296,7 +268,9 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
             "--repeats", type=_positive, default=30, metavar="N", help="timed calls (default: 30)"
         )
     decode = benchmark(
-        "decode", _bench_decode, "Beam search, constrained to catalogues of several sizes and not."
+        "decode",
+        verbs.bench_decode,
+        "Beam search, constrained to catalogues of several sizes and not.",
     )
     decode.add_argument(
         "--decoder",
@@ -330,7 +304,9 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
             help=f"{what} (default: %(default)s)",
         )
     load = benchmark(
-        "load", _bench_load, "Peak of host memory when a run starts from a Hugging Face checkpoint."
+        "load",
+        verbs.bench_load,
+        "Peak of host memory when a run starts from a Hugging Face checkpoint.",
     )
     load.add_argument(
         "--size", default="2GB", metavar="SIZE", help="of the checkpoint (default: %(default)s)"
@@ -356,178 +332,3 @@ def _steps(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)):
         raise argparse.ArgumentTypeError(f"expected FIRST:LAST, such as 100:110, got {text}")
     return int(first), int(last)
-
-
-def _quickstart(options: argparse.Namespace) -> None:
-    from prefixmem_jax.quickstart import quickstart
-
-    quickstart(options.out, options.data, options.overrides, say=print)
-    names = ("report.html", "results.json", "export")
-    print("\n" + "  ".join(str(options.out / name) for name in names))
-
-
-def _train(options: argparse.Namespace) -> None:
-    from prefixmem_jax.config_files import load_config
-
-    config = load_config(options.config, options.overrides)
-    _join(options)
-    from prefixmem_jax.training.loop import train
-
-    run = Path(options.out or f"runs/{config.name}")
-    if "://" in (options.out or ""):
-        raise UserError(f"--out {options.out}: expected a folder; mount remote storage")
-    train(config, run, profile=options.profile)
-    print(f"trained {config.name} for {config.steps} steps: {run}")
-
-
-def _join(options: argparse.Namespace) -> None:
-    if options.distributed:
-        from prefixmem_jax.parallel.mesh import initialize_processes
-
-        initialize_processes()
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    _join(options)
-    from prefixmem_jax.evaluation.comparison import evaluate_runs
-    from prefixmem_jax.evaluation.report import comparison_table, text_table
-
-    results, paired, levels = evaluate_runs(
-        options.runs,
-        options.data,
-        options.split,
-        options.users,
-        options.beam,
-        options.heuristics,
-        options.out,
-    )
-    first = next(iter(results.values()))
-    users = first[f"{options.split}_users"]
-    print(
-        f"retrieval on {first['retrieval_users']:,} of {users:,} {options.split} users, "
-        f"beam {first['beam']}; teacher-forced accuracy on all; {first['collisions']}"
-    )
-    print(text_table(results, levels))
-    if paired:
-        print(f"\nagainst {next(iter(results))}, paired bootstrap over users, 95% interval:")
-        print(comparison_table(paired, levels))
-    print("  ".join(str(run / "metrics.json") for run in options.runs))
-
-
-def _recommend(options: argparse.Namespace) -> None:
-    from prefixmem_jax.recommender import recommend
-    from prefixmem_jax.runs.run import Run
-    from prefixmem_jax.semantic_ids.catalog import Catalog
-
-    run, catalog = Run(options.run), None
-    if options.catalogue is not None:
-        catalog = Catalog.read_jsonl(options.catalogue, run.data_description.codebook_sizes)
-    engine = run.engine(catalog)
-
-    def answer(history: str) -> None:
-        best = recommend(engine, history, options.top, options.exclude_seen)
-        print("rank  log-prob  item")
-        for rank, one in enumerate(best, start=1):
-            sid = "-".join(map(str, one.sid))
-            print(
-                f"{rank:3d}  {one.score:8.3f}  item {one.item:<8d} {sid:<20s} {one.title or ''}",
-                flush=True,
-            )
-
-    if options.history is not None:
-        answer(options.history)
-        return
-    print("a history a line, item ids separated by commas:", file=sys.stderr)
-    for line in filter(str.strip, sys.stdin):
-        try:
-            answer(line)
-        except UserError as error:
-            print(f"prefixmem: {error}", file=sys.stderr)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from prefixmem_jax.convert import export_run
-    from prefixmem_jax.runs.run import Run
-
-    export_run(
-        Run(options.run), options.out, options.dtype, options.max_shard_size, options.tokenizer
-    )
-    print(f"exported {options.run}: {options.out}")
-
-
-def _import(options: argparse.Namespace) -> None:
-    from prefixmem_jax.convert import import_folder
-
-    import_folder(options.folder, options.out)
-    print(f"imported {options.folder}: {options.out}")
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from prefixmem_jax.config_files import load_config
-    from prefixmem_jax.files import write_json
-    from prefixmem_jax.planning.topology import use_cpu
-
-    if options.devices and options.slices > 1:
-        raise UserError("plan: --slices goes with --topology; CPU devices have none")
-    config = load_config(options.config, options.overrides)
-    use_cpu(options.devices or 1)
-    from prefixmem_jax.planning.plan import describe, plan
-
-    print("compiling the train step; this can take minutes ...", file=sys.stderr)
-    planned = plan(config, options.topology, options.devices, options.slices)
-    print(describe(planned))
-    if options.json:
-        write_json(options.json, planned.to_json())
-
-
-def _bench(options: argparse.Namespace) -> None:
-    from prefixmem_jax.benchmarks.timing import bar_plot
-    from prefixmem_jax.files import write_json
-    from prefixmem_jax.planning.topology import simulate_cpu_devices
-
-    simulate_cpu_devices(8)
-    module, measured = options.benchmark(options)
-    print(module.describe(measured))
-    if options.json:
-        write_json(options.json, measured)
-    if options.plot:
-        bar_plot(options.plot, module.panels(measured))
-
-
-def _bench_memory(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import memory
-
-    return memory, memory.bench_memory(
-        options.rows, options.compared_rows, options.d_mem, options.repeats
-    )
-
-
-def _bench_step(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import step
-
-    return step, step.bench_step(options.decoder, options.rows, options.d_mem, options.repeats)
-
-
-def _bench_decode(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import decode
-
-    return decode, decode.bench_decode(
-        options.decoder,
-        options.catalogues,
-        options.beams,
-        options.users,
-        options.levels,
-        options.codes,
-        options.repeats,
-    )
-
-
-def _bench_load(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import load
-    from prefixmem_jax.files import parse_size
-
-    return load, load.bench_load(parse_size(options.size, "--size"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

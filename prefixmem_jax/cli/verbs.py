@@ -1,0 +1,184 @@
+"""The verbs: each opens what it is told to, calls one function, and prints.
+
+Imports stand inside, so that `--help` and mistakes in arguments cost no time, and JAX is set up
+before anything of it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from prefixmem_jax.errors import UserError
+
+
+def quickstart(options: argparse.Namespace) -> None:
+    from prefixmem_jax.quickstart import quickstart
+
+    quickstart(options.out, options.data, options.overrides, say=print)
+    names = ("report.html", "results.json", "export")
+    print("\n" + "  ".join(str(options.out / name) for name in names))
+
+
+def train(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_files import load_config
+
+    config = load_config(options.config, options.overrides)
+    join(options)
+    from prefixmem_jax.training.loop import train
+
+    run = Path(options.out or f"runs/{config.name}")
+    if "://" in (options.out or ""):
+        raise UserError(f"--out {options.out}: expected a folder; mount remote storage")
+    train(config, run, profile=options.profile)
+    print(f"trained {config.name} for {config.steps} steps: {run}")
+
+
+def join(options: argparse.Namespace) -> None:
+    if options.distributed:
+        from prefixmem_jax.parallel.mesh import initialize_processes
+
+        initialize_processes()
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    join(options)
+    from prefixmem_jax.evaluation.comparison import evaluate_runs
+    from prefixmem_jax.evaluation.report import comparison_table, text_table
+
+    results, paired, levels = evaluate_runs(
+        options.runs,
+        options.data,
+        options.split,
+        options.users,
+        options.beam,
+        options.heuristics,
+        options.out,
+    )
+    first = next(iter(results.values()))
+    users = first[f"{options.split}_users"]
+    print(
+        f"retrieval on {first['retrieval_users']:,} of {users:,} {options.split} users, "
+        f"beam {first['beam']}; teacher-forced accuracy on all; {first['collisions']}"
+    )
+    print(text_table(results, levels))
+    if paired:
+        print(f"\nagainst {next(iter(results))}, paired bootstrap over users, 95% interval:")
+        print(comparison_table(paired, levels))
+    print("  ".join(str(run / "metrics.json") for run in options.runs))
+
+
+def recommend(options: argparse.Namespace) -> None:
+    from prefixmem_jax.recommender import recommend
+    from prefixmem_jax.runs.run import Run
+    from prefixmem_jax.semantic_ids.catalog import Catalog
+
+    run, catalog = Run(options.run), None
+    if options.catalogue is not None:
+        catalog = Catalog.read_jsonl(options.catalogue, run.data_description.codebook_sizes)
+    engine = run.engine(catalog)
+
+    def answer(history: str) -> None:
+        best = recommend(engine, history, options.top, options.exclude_seen)
+        print("rank  log-prob  item")
+        for rank, one in enumerate(best, start=1):
+            sid = "-".join(map(str, one.sid))
+            print(
+                f"{rank:3d}  {one.score:8.3f}  item {one.item:<8d} {sid:<20s} {one.title or ''}",
+                flush=True,
+            )
+
+    if options.history is not None:
+        answer(options.history)
+        return
+    print("a history a line, item ids separated by commas:", file=sys.stderr)
+    for line in filter(str.strip, sys.stdin):
+        try:
+            answer(line)
+        except UserError as error:
+            print(f"prefixmem: {error}", file=sys.stderr)
+
+
+def export(options: argparse.Namespace) -> None:
+    from prefixmem_jax.convert import export_run
+    from prefixmem_jax.runs.run import Run
+
+    export_run(
+        Run(options.run), options.out, options.dtype, options.max_shard_size, options.tokenizer
+    )
+    print(f"exported {options.run}: {options.out}")
+
+
+def import_(options: argparse.Namespace) -> None:
+    from prefixmem_jax.convert import import_folder
+
+    import_folder(options.folder, options.out)
+    print(f"imported {options.folder}: {options.out}")
+
+
+def plan(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_files import load_config
+    from prefixmem_jax.files import write_json
+    from prefixmem_jax.planning.topology import use_cpu
+
+    if options.devices and options.slices > 1:
+        raise UserError("plan: --slices goes with --topology; CPU devices have none")
+    config = load_config(options.config, options.overrides)
+    use_cpu(options.devices or 1)
+    from prefixmem_jax.planning.plan import describe, plan
+
+    print("compiling the train step; this can take minutes ...", file=sys.stderr)
+    planned = plan(config, options.topology, options.devices, options.slices)
+    print(describe(planned))
+    if options.json:
+        write_json(options.json, planned.to_json())
+
+
+def bench(options: argparse.Namespace) -> None:
+    from prefixmem_jax.benchmarks.timing import bar_plot
+    from prefixmem_jax.files import write_json
+    from prefixmem_jax.planning.topology import simulate_cpu_devices
+
+    simulate_cpu_devices(8)
+    module, measured = options.benchmark(options)
+    print(module.describe(measured))
+    if options.json:
+        write_json(options.json, measured)
+    if options.plot:
+        bar_plot(options.plot, module.panels(measured))
+
+
+def bench_memory(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import memory
+
+    return memory, memory.bench_memory(
+        options.rows, options.compared_rows, options.d_mem, options.repeats
+    )
+
+
+def bench_step(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import step
+
+    return step, step.bench_step(options.decoder, options.rows, options.d_mem, options.repeats)
+
+
+def bench_decode(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import decode
+
+    return decode, decode.bench_decode(
+        options.decoder,
+        options.catalogues,
+        options.beams,
+        options.users,
+        options.levels,
+        options.codes,
+        options.repeats,
+    )
+
+
+def bench_load(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import load
+    from prefixmem_jax.files import parse_size
+
+    return load, load.bench_load(parse_size(options.size, "--size"))
