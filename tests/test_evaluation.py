@@ -1,52 +1,46 @@
 """Evaluating runs: resumed, sharded, and side by side."""
 
+import dataclasses
 import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import prefixmem
-from test_export import make_run, small_config
+from conftest import command_environment, prefixmem
+from models import make_run, small_config
 
-from prefixmem_jax.config import DecoderConfig
-from prefixmem_jax.data.formats.parquet import save_dataset
+from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation import evaluator
 from prefixmem_jax.evaluation.comparison import evaluate_runs
-from prefixmem_jax.evaluation.evaluator import load_scores, write_metrics
-from prefixmem_jax.inference.engine import Recommender, seen_groups
+from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
+from prefixmem_jax.inference.engine import seen_groups
+from prefixmem_jax.recommender import parse_history, recommend
+from prefixmem_jax.runs.run import Run
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """A folder of two runs; the second one, its data and its engine on one device."""
     folder = tmp_path_factory.mktemp("evaluation")
     for name, seed in (("first", 0), ("second", 1)):
-        config = small_config(DecoderConfig(layers=1), 0, name=name, seed=seed)
-        recommender = make_run(folder / name, config)
-    return folder, recommender
-
-
-def test_users_divided_among_devices_get_the_same(runs):
-    folder, alone = runs
-    together = Recommender.load(folder / "second", alone.data, jax.devices()[:4])
-    histories = [example.history for example in alone.data.split.test[:22]]
-    for options in ({"constrained": False}, {"constrained": True, "exclude_seen": True}):
-        ours, theirs = (r.search(histories, 5, **options) for r in (together, alone))
-        np.testing.assert_array_equal(ours[0], theirs[0])
-        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
-    ours, theirs = (r.describe_items(range(9), 6) for r in (together, alone))
-    np.testing.assert_array_equal(ours, theirs)
-    assert ours.shape == (9, 6) and len(np.unique(ours)) > 1
-    examples = alone.data.split.test[:22]
-    np.testing.assert_array_equal(together.target_ranks(examples), alone.target_ranks(examples))
+        make_run(folder / name, small_config(DecoderConfig(layers=1), 0, name=name, seed=seed))
+    run = Run(folder / "second")
+    data = run.data()
+    return folder, run, data, run.engine(data.catalog, jax.devices()[:1])
 
 
 def test_seen_items_are_left_out(runs):
-    _, recommender = runs
-    catalog = recommender.data.catalog
-    everything = recommender.recommend([5, 9], 400)
+    _, _, data, engine = runs
+    catalog = data.catalog
+    everything = recommend(engine, [5, 9], 400)
     seen = [everything[0].item, everything[3].item]
-    kept = [r.item for r in recommender.recommend(seen, 400, exclude_seen=True)]
+    kept = [r.item for r in recommend(engine, seen, 400, exclude_seen=True)]
     assert sorted([*kept, *seen]) == list(range(len(catalog)))
     shared = np.flatnonzero(catalog.group_sizes > 1)
     if len(shared):  # a SID that a seen item shares with another stays
@@ -55,34 +49,75 @@ def test_seen_items_are_left_out(runs):
         assert seen_groups(catalog, [items])[0, 0] == shared[0]
 
 
+def test_histories_are_item_ids_and_nothing_else():
+    assert parse_history(" 3, 14,0", 15) == [3, 14, 0]
+    for text in ("15", "-1", "3,,4", "", "1.0", "²", "٣", "9" * 5000):
+        with pytest.raises(UserError, match=r"is not an item id; expected 0\.\.14") as error:
+            parse_history(text, 15)
+        assert len(str(error.value)) < 100
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(runs, monkeypatch):
-    folder, recommender = runs
-    whole = write_metrics(folder / "second", recommender)
-    monkeypatch.setattr(evaluator, "PART", 16)
-    judged_parts = []
-    search = evaluator._search_part
+    _, run, data, engine = runs
+    whole = evaluate_run(run, data, engine=engine)
+    monkeypatch.setattr(evaluator, "SHARE", 16)
+    searched = []
+    search = evaluator._search
 
     def dies(*arguments):
-        if len(judged_parts) == 2:
+        if len(searched) == 2:
             raise KeyboardInterrupt
-        judged_parts.append(1)
+        searched.append(1)
         return search(*arguments)
 
-    monkeypatch.setattr(evaluator, "_search_part", dies)
+    monkeypatch.setattr(evaluator, "_search", dies)
     with pytest.raises(KeyboardInterrupt):
-        write_metrics(folder / "second", recommender)
-    assert len(list((folder / "second" / "evaluation").glob("*/*.npz"))) == 2
+        evaluate_run(run, data, engine=engine)
+    assert len(list((run.path / "evaluation").glob("*/*.npz"))) == 2
     later = []
-    monkeypatch.setattr(evaluator, "_search_part", lambda *a: later.append(1) or search(*a))
-    resumed = write_metrics(folder / "second", recommender)
-    parts = -(-len(recommender.data.split.test) // 16)
-    assert len(later) == parts - 2 > 0
+    monkeypatch.setattr(evaluator, "_search", lambda *a: later.append(1) or search(*a))
+    resumed = evaluate_run(run, data, engine=engine)
+    shares = -(-len(data.split.test) // 16)
+    assert len(later) == shares - 2 > 0
     assert json.dumps(resumed, sort_keys=True) == json.dumps(whole, sort_keys=True)
-    assert not list((folder / "second" / "evaluation").glob("*/*.npz"))
+    assert not list((run.path / "evaluation").glob("*/*.npz"))
+
+
+def test_two_processes_evaluate_a_run_as_one_does(runs, tmp_path):
+    """Four devices in two processes, which must agree on every number that users see."""
+    folder, run, data, _ = runs
+    alone = evaluate_run(run, data, engine=run.engine(data.catalog, jax.devices()[:1]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "prefixmem_jax.cli", "evaluate", run.path, folder / "first",
+             "--heuristics", "--distributed", "--out", tmp_path / "two"],
+            env={
+                **command_environment(),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "PREFIXMEM_COORDINATOR": f"127.0.0.1:{port}",
+                "PREFIXMEM_PROCESSES": "2",
+                "PREFIXMEM_PROCESS_ID": str(number),
+            },
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in (1, 0)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0] == "" and "item_recall@10/constrained" in outputs[1][0]
+    together = json.loads((run.path / "metrics.json").read_text())
+    assert together.keys() == alone.keys()
+    for name, value in alone.items():
+        if isinstance(value, float):
+            assert together[name] == pytest.approx(value, abs=1e-12), name
+    assert set(json.loads((tmp_path / "two" / "results.json").read_text())) >= {"second", "first"}
 
 
 def test_runs_side_by_side(runs):
-    folder, recommender = runs
+    folder, _, data, _ = runs
     done = prefixmem(
         "evaluate", folder / "first", folder / "second", "--beam", 30, "--heuristics",
         "--out", folder / "compared",
@@ -95,7 +130,7 @@ def test_runs_side_by_side(runs):
         own = json.loads((folder / name / "metrics.json").read_text())
         assert own == results[name]
         assert own["beam"] == 30 and own["split"] == "test"
-        assert own["catalogue_sha256"] == recommender.data.catalog.trie.checksum
+        assert own["catalogue_sha256"] == data.catalog.sha256
         scores = load_scores(folder / name)
         assert len(scores["tf_accuracy/level_1"]) == own["test_users"]
         for cutoff in (5, 10, 20, 30):
@@ -118,21 +153,48 @@ def test_runs_side_by_side(runs):
 
 
 def test_other_data_and_split(runs, tmp_path):
-    folder, recommender = runs
-    save_dataset(tmp_path / "data", recommender.data.dataset)
+    folder, _, data, _ = runs
+    write_dataset(tmp_path / "data", data.dataset)
     results, _, _ = evaluate_runs(
         [folder / "first"], data=str(tmp_path / "data"), split="validation", users=7, beam=5
     )
     assert results["first"]["retrieval_users"] == 7
-    assert results["first"]["validation_users"] == len(recommender.data.split.validation)
-    assert results["first"]["dataset_sha256"] != recommender.data.dataset.sha256
+    assert results["first"]["validation_users"] == len(data.split.validation)
+    assert results["first"]["dataset_sha256"] != data.dataset.sha256
+    # A card says on which users its numbers were made, whatever the split.
+    prefixmem("export", folder / "first", "--out", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"7 of {len(data.split.validation)} validation users, beam 5" in card
 
 
-def test_mistakes_are_named(runs):
-    folder, _ = runs
+def test_another_catalogue_is_refused(runs, tmp_path):
+    """Its SIDs would name other items: every verb that opens a run says so."""
+    folder, _, data, _ = runs
+    catalog = data.catalog
+    sids = catalog.sids.copy()
+    sids[[0, 1]] = sids[[1, 0]]  # the same SIDs, of other items
+    changed = type(catalog)(sids, catalog.titles, catalog.space)
+    write_dataset(tmp_path / "data", dataclasses.replace(data.dataset, catalog=changed))
+    with pytest.raises(UserError, match="was trained with another catalogue"):
+        evaluate_runs([folder / "first"], data=str(tmp_path / "data"))
+
+
+def test_mistakes_are_named(runs, tmp_path):
+    folder = runs[0]
     with pytest.raises(UserError, match="--beam: expected 1 or more, got 0"):
         evaluate_runs([folder / "first"], beam=0)
     with pytest.raises(UserError, match="a run is named twice"):
         evaluate_runs([folder / "first", folder / "first"])
     with pytest.raises(UserError, match="not a run directory"):
         evaluate_runs([folder / "third"])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name, text, words in (
+        ("config.json", "{", "config.json: not JSON"),
+        ("config.json", (folder / "first" / "config.json").read_text(), "data.json: not a run's"),
+        ("data.json", "[]", "data.json: not a run's data description"),
+    ):
+        Path(broken / name).write_text(text)
+        with pytest.raises(UserError, match=words) as error:
+            evaluate_runs([broken])
+        assert "\n" not in str(error.value)

@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, command_environment, prefixmem, python_without_us, real_data
 
-from prefixmem_jax.config import SyntheticConfig
-from prefixmem_jax.data.formats.parquet import save_dataset
+from prefixmem_jax.config_groups import SyntheticConfig
+from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 
 SMALL = ["steps=15", "data.batch_size=8", "evaluation.users=40", "evaluation.every_steps=5"]
@@ -167,14 +167,14 @@ def test_own_data_with_five_levels_and_shared_sids(tmp_path):
         items=150, users=300, codebook_sizes=(5, 6, 3, 4, 7), children=(5, 3, 2, 2, 2)
     )
     dataset, _ = make_synthetic(config)
-    save_dataset(tmp_path / "data", dataset)
+    write_dataset(tmp_path / "data", dataset)
     prefixmem("quickstart", "--data", tmp_path / "data", "--out", tmp_path / "x", *SMALL)
     results = json.loads((tmp_path / "x" / "results.json").read_text())
     assert set(results) == {
         "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor", "heuristic_item_knn",
     }  # fmt: skip
-    encoder = results["prefixmem"]["config"]["encoder"]
-    assert encoder["target_levels"] == [3, 4, 5] and encoder["orders"] == 4
+    sid_encoder = results["prefixmem"]["config"]["sid_encoder"]
+    assert sid_encoder["target_levels"] == [3, 4, 5] and sid_encoder["orders"] == 4
     assert all(name in results["prefixmem"] for name in names(5))
 
 

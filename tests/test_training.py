@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,15 +16,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, command_environment, prefixmem
 
-from prefixmem_jax.config import SyntheticConfig
-from prefixmem_jax.config_files import load_config
-from prefixmem_jax.data.formats.parquet import save_dataset
-from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.config_groups import SyntheticConfig
+from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
-from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.runs.checkpoint import Checkpoints
+from prefixmem_jax.runs.run import Run
 from prefixmem_jax.training.metrics import read_metrics
-from prefixmem_jax.training.step import Trainer
+from prefixmem_jax.training.parts import abstract_parts, from_parts
 
 SMALL = [
     "data.synthetic.items=300",
@@ -38,14 +36,13 @@ SMALL = [
 QUICKSTART = ROOT / "configs" / "quickstart"
 
 
-def load_state(run: Path):
-    """Step, state, multipliers and data state of a run's newest checkpoint, on the host."""
-    config = load_config(run / "config.json")
-    space = prepare_data(config.data).catalog.space
-    trainer = Trainer.create(config, space, make_mesh(devices=jax.devices()[:1]))
-    with Checkpoints(run, trainer) as checkpoints:
-        step, state = checkpoints.restore()
-        return step, jax.device_get(state), checkpoints.metadata()
+def load_state(folder: Path):
+    """Step, state and data state of a run's newest checkpoint, on the host."""
+    run = Run(folder)
+    spec = run.spec(jax.devices()[:1])
+    with run.checkpoints() as checkpoints:
+        state = from_parts(checkpoints.load(abstract_parts(spec), spec))
+        return checkpoints.latest_step, jax.device_get(state), checkpoints.metadata()
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +62,22 @@ def test_stage_one_learns_and_stage_two_takes_its_memory(stage_one, tmp_path):
     after = load_state(tmp_path / "taken")[1]
     assert np.array_equal(after.memory, before.memory)
     assert not np.array_equal(
-        after.params["encoder"]["projection"], before.params["encoder"]["projection"]
+        after.params["sid_encoder"]["projection"], before.params["sid_encoder"]["projection"]
     )
-    assert set(after.params) == {"encoder", "llm"} and set(before.params) == {"encoder", "head"}
+    assert set(after.params) == {"sid_encoder", "llm"}
+    assert set(before.params) == {"sid_encoder", "head"}
 
 
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["encoder.seed=3"], "other hash multipliers"),
-        (["encoder.address=suffix"], "memory was trained with orders=3 heads=4 rows=16384 address=prefix"),
-        (["encoder.rows=20000"], "memory/rows: expected ("),
-        (["init.fresh=('llm',)"], "part 'encoder' must be in exactly one of init.take and init.fresh"),
+        (["sid_encoder.seed=3"], "other hash multipliers"),
+        (["sid_encoder.address=suffix"], "memory was trained with orders=3 heads=4 rows=16384 address=prefix"),
+        (["sid_encoder.rows=20000"], "memory/rows: expected ("),
+        (["init.fresh=('llm',)"], "part 'sid_encoder' must be in exactly one of init.take and init.fresh"),
         (["init.take=('memory','llm')"], "part 'llm' must be in exactly one"),
-        (["init.take=('memory','llm')", "init.fresh=('encoder',)"], "no part 'llm'"),
-        (["init.take=('memory','tables')"], "no part 'tables' in this model; it has encoder, llm, memory"),
+        (["init.take=('memory','llm')", "init.fresh=('sid_encoder',)"], "no part 'llm'"),
+        (["init.take=('memory','tables')"], "no part 'tables' in this model; it has llm, sid_encoder, memory"),
         (["init.run=/nowhere"], "init.run=/nowhere: not a run directory with a checkpoint"),
         (["init.run=none"], "init.take names part 'memory' but init.run is none"),
     ],
@@ -139,6 +137,21 @@ def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
     assert len(list((killed / "checkpoints").iterdir())) == 2  # keeps the newest two
 
 
+@pytest.mark.parametrize("rate", [1e38, 1e20])
+def test_a_run_that_diverges_stops_before_it_saves(tmp_path, rate):
+    """Though it would save more often than it logs; a run of one bad step is no success either."""
+    arguments = [
+        "train", QUICKSTART / "baseline.py", "--out", tmp_path / "run", *SMALL, "steps=30",
+        "checkpoint.every_steps=1", "optimizer.warmup_steps=3", f"optimizer.learning_rate={rate}",
+    ]  # fmt: skip
+    done = prefixmem(*arguments, expect=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"prefixmem: step \d+: the loss or its gradient is not finite", last)
+    step, state, _ = load_state(tmp_path / "run")
+    assert step == 1  # the first update has rate zero, the second is too large
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
 def test_a_run_directory_belongs_to_one_config(stage_one):
     done = prefixmem(
         "train", QUICKSTART / "classification.py", "--out", stage_one, *SMALL, "steps=30", expect=2
@@ -147,11 +160,11 @@ def test_a_run_directory_belongs_to_one_config(stage_one):
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
-    world = SyntheticConfig(items=300, users=300)
-    save_dataset(tmp_path / "data", make_synthetic(world)[0])
+    process = SyntheticConfig(items=300, users=300)
+    write_dataset(tmp_path / "data", make_synthetic(process)[0])
     arguments = ["train", QUICKSTART / "baseline.py", "--out", tmp_path / "run", *SMALL, "steps=2"]
     prefixmem(*arguments, f"data.path={tmp_path / 'data'}")
-    save_dataset(tmp_path / "data", make_synthetic(dataclasses.replace(world, seed=1))[0])
+    write_dataset(tmp_path / "data", make_synthetic(dataclasses.replace(process, seed=1))[0])
     done = prefixmem(*arguments, f"data.path={tmp_path / 'data'}", expect=2)
     assert "was trained on other data" in done.stderr
 

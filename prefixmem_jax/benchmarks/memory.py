@@ -202,7 +202,8 @@ def describe(measured: dict[str, Any]) -> str:
         row_wise, dense = measured[f"row_wise_{key}seconds"], measured[f"dense_{key}seconds"]
         lines.append(
             f"  {what} at {measured['compared_rows']:,} rows: "
-            f"row-wise {row_wise * 1e3:.1f} ms, dense AdamW {dense * 1e3:.1f} ms: {dense / row_wise:.1f}x"
+            f"row-wise {row_wise * 1e3:.1f} ms, dense AdamW {dense * 1e3:.1f} ms: "
+            f"{dense / row_wise:.1f}x"
         )
     for name, one in measured["fetch"].items():
         lines.append(

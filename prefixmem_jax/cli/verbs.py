@@ -44,6 +44,8 @@ def join(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     join(options)
+    import jax
+
     from prefixmem_jax.evaluation.comparison import evaluate_runs
     from prefixmem_jax.evaluation.report import comparison_table, text_table
 
@@ -56,6 +58,8 @@ def evaluate(options: argparse.Namespace) -> None:
         options.heuristics,
         options.out,
     )
+    if jax.process_index():
+        return
     first = next(iter(results.values()))
     users = first[f"{options.split}_users"]
     print(

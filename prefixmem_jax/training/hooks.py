@@ -13,8 +13,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Rows, batches
 from prefixmem_jax.data.pipeline import global_batch
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.runs.checkpoint import Checkpoints
@@ -57,6 +59,13 @@ class Progress:
     def skip_time(self) -> None:
         """What passed since `totals` was not training."""
         self.started = time.perf_counter()
+
+
+def not_finite(step: int, config: Config) -> UserError:
+    return UserError(
+        f"step {step}: the loss or its gradient is not finite; the last checkpoint stands; lower "
+        f"optimizer.learning_rate (now {config.optimizer.learning_rate})"
+    )
 
 
 class Hook:
@@ -110,43 +119,54 @@ class Validation(Hook):
 
     def __init__(self, spec: ModelSpec, writer: MetricsWriter | None, rows: Rows):
         super().__init__(spec.config.evaluation.every_steps)
-        self.spec, self.writer, self.rows = spec, writer, rows
-        self.sums = jax.jit(partial(validation_step, spec))
+        self.spec, self.writer = spec, writer
+        self.batches = batches(rows, spec.config.data.batch_size)
+        self.step = jax.jit(partial(validation_step, spec))
 
     def run(self, progress: Progress) -> None:
         jax.block_until_ready(progress.state)
         totals = progress.totals()
         sums: dict[str, np.ndarray] = {}
-        for batch in batches(self.rows, self.spec.config.data.batch_size):
-            state = progress.state
-            summed = self.sums(state.params, state.memory, self._placed(batch))
-            for name, value in jax.device_get(summed).items():
+        for batch in self.batches:
+            for name, value in self._sums(progress.state, batch).items():
                 sums[name] = sums.get(name, 0) + np.float64(value)
         if self.writer:
             summary = self.spec.config.objective.summarize(sums, "validation/")
             self.writer.write(progress.step, {**summary, **totals})
         progress.skip_time()
 
-    def _placed(self, batch: Rows) -> Rows:
-        """This process's share of a batch that every process holds, on the mesh."""
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether a state gives the first held-out rows a finite loss."""
+        return bool(np.isfinite(self._sums(state, self.batches[0])["loss"]))
+
+    def _sums(self, state: TrainState, batch: Rows) -> dict[str, np.ndarray]:
+        # Every process holds the batch, and gives its share of it.
         process, processes = jax.process_index(), jax.process_count()
         own = jax.tree.map(lambda array: array[process::processes], batch)
-        return global_batch(own, batch_sharding(self.spec.mesh))
+        placed = global_batch(own, batch_sharding(self.spec.mesh))
+        return jax.device_get(self.step(state.params, state.memory, placed))
 
 
 class Checkpointing(Hook):
-    """Saves the state, and where the data stands, asynchronously."""
+    """Saves the state, and where the data stands, asynchronously; never a state that is no good.
+
+    A finite update may still be too large: what it made of the parameters shows in the next loss.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         checkpoints: Checkpoints,
         metadata: Callable[[], dict[str, Any]],
+        is_finite: Callable[[TrainState], bool],
     ):
         super().__init__(spec.config.checkpoint.every_steps)
         self.spec, self.checkpoints, self.metadata = spec, checkpoints, metadata
+        self.is_finite = is_finite
 
     def run(self, progress: Progress) -> None:
+        if not self.is_finite(progress.state):
+            raise not_finite(progress.step, self.spec.config)
         parts = to_parts(self.spec, progress.state)
         self.checkpoints.save(progress.step, parts, self.metadata())
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
-from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
@@ -27,6 +26,7 @@ from prefixmem_jax.training.hooks import (
     Profiling,
     Progress,
     Validation,
+    not_finite,
 )
 from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.metrics import MetricsWriter
@@ -84,10 +84,16 @@ def train(
             disable=not first,
             dynamic_ncols=True,
         )
+        validating = Validation(spec, writer, validation)
         hooks: list[Hook] = [
             Logging(spec, writer, bar),
-            Validation(spec, writer, validation),
-            Checkpointing(spec, checkpoints, lambda: {"data_iterator": iterator.get_state()}),
+            validating,
+            Checkpointing(
+                spec,
+                checkpoints,
+                lambda: {"data_iterator": iterator.get_state()},
+                validating.is_finite,
+            ),
         ]
         if profile is not None:
             hooks.append(Profiling(folder / "profile", *profile))
@@ -138,8 +144,5 @@ def check_finite(steps: list[tuple[int, jax.Array]], config: Config) -> None:
     """
     for (step, _), finite in zip(steps, jax.device_get([flag for _, flag in steps]), strict=True):
         if not finite:
-            raise UserError(
-                f"step {step}: the loss or its gradient is not finite; the last checkpoint stands; "
-                f"lower optimizer.learning_rate (now {config.optimizer.learning_rate})"
-            )
+            raise not_finite(step, config)
     steps.clear()
