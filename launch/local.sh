@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Trains one config in N real processes on this machine, which find each other over loopback.
+# Trains a config, or evaluates runs, in N real processes on this machine, which find each other over
+# loopback.
 #   launch/local.sh CONFIG --processes N [arguments of `prefixmem train`]
+#   launch/local.sh evaluate RUN --processes N [arguments of `prefixmem evaluate`]
 # The first process's output is shown; the others write to LOGS/process-I.log (LOGS: a new
 # temporary folder, printed). If one fails, all are stopped. Needs `prefixmem` on the PATH.
 set -euo pipefail
-usage() { sed -n '2,5s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit "$1"; }
+verb=train
+case "${1:-}" in -h|--help) usage 0 ;; train|evaluate) verb=$1; shift ;; esac
 [ $# -ge 1 ] || usage 2
-case "$1" in -h|--help) usage 0 ;; esac
-config=$1; shift
+what=$1; shift
 processes=1
 arguments=()
 while [ $# -gt 0 ]; do
@@ -27,7 +30,7 @@ stop_all() { for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done; 
 trap stop_all EXIT
 trap 'exit 130' INT TERM
 for ((i = processes - 1; i >= 0; i--)); do
-  run=(prefixmem train "$config" --distributed "${arguments[@]}")
+  run=(prefixmem "$verb" "$what" --distributed "${arguments[@]}")
   if [ "$i" -gt 0 ]; then
     PREFIXMEM_PROCESS_ID=$i "${run[@]}" >"$logs/process-$i.log" 2>&1 &
   else
