@@ -1,29 +1,148 @@
-"""The decoder: packed against separate, cached against whole (test_hf.py: against torch)."""
+"""Attention against NumPy; the decoder packed against separate, cached against whole.
+
+test_hf.py compares the decoder with torch.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from prefixmem_jax.config import DecoderConfig
-from prefixmem_jax.models.decoder import Cache, Decoder, causal_mask
+from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.models.attention import (
+    NO_WINDOW,
+    KeyValues,
+    Place,
+    attention,
+    beam_attention,
+    visible,
+)
+from prefixmem_jax.models.decoder import Decoder
 
 SMALL = DecoderConfig(
     layers=3, d_model=40, d_ff=72, query_heads=6, kv_heads=3, head_dim=16, rope_base=1e6,
-    init_std=0.2,
+    init_std=0.2, sliding_layers=(1,), sliding_window=3,
 )  # fmt: skip
 VOCABULARY = 53
 
 
+def by_loops(queries, keys, window):
+    """`visible` for one sequence, a pair at a time."""
+    seen = np.zeros((len(queries.positions), len(keys.positions)), bool)
+    for s, (query, own) in enumerate(zip(*queries, strict=True)):
+        for t, (key, other) in enumerate(zip(*keys, strict=True)):
+            seen[s, t] = own == other and key <= query and query - key < window
+    return seen
+
+
+def numpy_attention(query_SNH, key_TKH, value_TKH, seen_ST, scale):
+    """Softmax over the keys that are seen, a query and a head at a time, in float64."""
+    attended = np.zeros(query_SNH.shape)
+    heads, size = query_SNH.shape[1:]
+    group = heads // key_TKH.shape[1]
+    for s in range(len(query_SNH)):
+        for n in range(heads):
+            keys, values = (x[seen_ST[s], n // group].astype(float) for x in (key_TKH, value_TKH))
+            logits = keys @ query_SNH[s, n] * (size**-0.5 if scale is None else scale)
+            weights = np.exp(logits - logits.max())
+            attended[s, n] = weights @ values / weights.sum()
+    return attended
+
+
+def places(length):
+    ids = st.lists(st.integers(0, 4), min_size=length, max_size=length)
+    return st.tuples(ids, ids).map(lambda two: Place(*(np.array(x, np.int32) for x in two)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(queries=places(5), keys=places(7), window=st.integers(1, 6) | st.just(NO_WINDOW))
+def test_what_a_query_sees_is_its_document_so_far_within_the_window(queries, keys, window):
+    batched = (Place(*(x[None] for x in place)) for place in (queries, keys))
+    found = np.asarray(visible(*batched, window))[0]
+    np.testing.assert_array_equal(found, by_loops(queries, keys, window))
+
+
+def random_numbers(*shapes):
+    rng = np.random.default_rng(0)
+    return [2 * rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (5, 1), (4, 4)])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_attention_is_a_softmax_over_what_is_visible(heads, kv_heads, scale):
+    """Two documents and padding in a row; a cache whose last places are not filled."""
+    query, key, value = random_numbers((2, 9, heads, 8), (2, 9, kv_heads, 8), (2, 9, kv_heads, 8))
+    segments = np.array([[1] * 4 + [2] * 3 + [0] * 2, [1] * 9])
+    positions = np.array([[*range(4), *range(3), 0, 0], [*range(9)]])
+    keys = Place(positions, segments)
+    compiled = jax.jit(lambda *arguments: attention(*arguments, scale))
+    for window in (1, 2, 3, NO_WINDOW):
+        for rows in (slice(0, 9), slice(5, 7)):  # whole; two new tokens, two not written yet
+            queries = Place(positions[:, rows], segments[:, rows])
+            past = KeyValues(key.copy(), value.copy())
+            if rows.stop == 7:
+                past.keys[:, 7:] = past.values[:, 7:] = 1e3
+            found = compiled(query[:, rows], queries, past, keys, window)
+            for i in range(2):
+                one = [Place(*(x[i] for x in place)) for place in (queries, keys)]
+                seen = by_loops(*one, window)
+                expected = numpy_attention(query[i, rows], key[i], value[i], seen, scale)
+                np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (5, 1), (4, 4)])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_beams_attend_to_their_prompt_and_to_their_own_tokens(heads, kv_heads, scale):
+    """Prompts of 5 tokens and of 2 with padding; windows that end within a beam's 3 own tokens."""
+    users, beams, count, length = 2, 4, 3, 5
+    query, key, value, own_key, own_value = random_numbers(
+        (users, beams, heads, 8),
+        *[(users, length, kv_heads, 8)] * 2,
+        *[(users, beams, count, kv_heads, 8)] * 2,
+    )
+    lengths = np.array([5, 2])
+    segments = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    prompt_keys = Place(np.arange(length) * segments, segments)
+    last = np.broadcast_to(lengths[:, None] + count - 1, (users, beams))
+    prompt, own = KeyValues(key, value), KeyValues(own_key, own_value)
+    compiled = jax.jit(lambda *arguments: beam_attention(*arguments, scale))
+    for window in (1, 2, 3, 4, 6, NO_WINDOW):
+        queries = Place(last, np.ones_like(last))
+        found = compiled(query, queries, prompt, prompt_keys, own, window)
+        for user in range(users):
+            kept = lengths[user]
+            stands = np.arange(kept + count)
+            seen = (kept + count - 1 - stands < window)[None]
+            for beam in range(beams):
+                keys = np.concatenate([key[user, :kept], own_key[user, beam]])
+                values = np.concatenate([value[user, :kept], own_value[user, beam]])
+                one = query[user, beam][None]
+                expected = numpy_attention(one, keys, values, seen, scale)[0]
+                np.testing.assert_allclose(found[user, beam], expected, rtol=1e-4, atol=1e-5)
+
+
+@jax.jit
 def run(decoder, tokens, segments, positions):
-    hidden, cache = decoder(decoder.embed(tokens), positions, causal_mask(segments))
-    return decoder.logits(hidden), cache
+    hidden, kept = decoder(decoder.embed(tokens), Place(positions, segments))
+    return decoder.logits(hidden), kept
 
 
-def test_packed_documents_equal_separate_ones():
+@pytest.fixture(scope="module")
+def whole():
+    """A decoder, sequences, and their logits."""
     decoder = Decoder(SMALL, VOCABULARY, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, VOCABULARY)
+    positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
+    return decoder, tokens, positions, run(decoder, tokens, jnp.ones_like(tokens), positions)[0]
+
+
+def test_packed_documents_equal_separate_ones(whole):
+    decoder = whole[0]
     tokens = jax.random.randint(jax.random.key(0), (1, 12), 0, VOCABULARY)
     segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
     positions = jnp.array([[*range(5), *range(4), *range(3)]])
@@ -34,38 +153,43 @@ def test_packed_documents_equal_separate_ones():
         np.testing.assert_allclose(packed[:, start:stop], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_cached_steps_equal_the_whole_sequence():
-    decoder = Decoder(SMALL, VOCABULARY, rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, VOCABULARY)
-    positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
-    whole, _ = run(decoder, tokens, jnp.ones_like(tokens), positions)
-    _, cache = run(decoder, tokens[:, :4], jnp.ones((2, 4), int), positions[:, :4])
-    cache = Cache(*(jnp.pad(x, ((0, 0), (0, 0), (0, 5), (0, 0), (0, 0))) for x in cache))
+def test_cached_steps_equal_the_whole_sequence(whole):
+    decoder, tokens, positions, expected = whole
+    ones = jnp.ones_like(tokens)
+    _, kept = run(decoder, tokens[:, :4], ones[:, :4], positions[:, :4])
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 5), (0, 0), (0, 0))), kept)
+
+    @jax.jit
+    def extend(decoder, token, cache, at):
+        queries = Place(jnp.full((2, 1), at), jnp.ones((2, 1), int))
+        x = decoder.embed(token)
+        hidden, cache = decoder.extend(x, queries, cache, Place(positions, ones), at)
+        return hidden, cache
+
     for at in range(4, 9):
-        mask = jnp.broadcast_to(jnp.arange(9) <= at, (2, 1, 9))
-        x = decoder.embed(tokens[:, at : at + 1])
-        hidden, cache = decoder(x, positions[:, at : at + 1], mask, cache, at)
-        np.testing.assert_allclose(decoder.logits(hidden)[:, 0], whole[:, at], rtol=1e-4, atol=1e-5)
+        hidden, cache = extend(decoder, tokens[:, at : at + 1], cache, at)
+        found = decoder.logits(hidden)
+        np.testing.assert_allclose(found[:, 0], expected[:, at], rtol=1e-4, atol=1e-5)
     some = decoder.logits(hidden, 10, 20)
-    np.testing.assert_allclose(some, decoder.logits(hidden)[..., 10:20], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(some, found[..., 10:20], rtol=1e-6, atol=1e-6)
 
 
-def test_remat_changes_memory_and_not_gradients():
-    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, VOCABULARY)
-    positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
+def test_remat_changes_memory_and_not_gradients(whole):
+    decoder, tokens, positions, _ = whole
+    params = nnx.state(decoder, nnx.Param)
 
     def gradient(remat):
         config = dataclasses.replace(SMALL, remat=remat)
-        graphdef, params = nnx.split(Decoder(config, VOCABULARY, rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: Decoder(config, VOCABULARY, rngs=nnx.Rngs(0)))
+        graphdef, _ = nnx.split(abstract, nnx.Param)
 
         def loss(params):
-            logits, _ = run(nnx.merge(graphdef, params), tokens, positions * 0 + 1, positions)
+            logits, _ = run(nnx.merge(graphdef, params), tokens, jnp.ones_like(tokens), positions)
             return jnp.mean(logits**2)
 
-        return jax.grad(loss), params
+        return jax.jit(jax.grad(loss))
 
-    plain, params = gradient(False)
-    remat, _ = gradient(True)
+    plain, remat = gradient(False), gradient(True)
     assert "remat" in str(jax.make_jaxpr(remat)(params))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
@@ -74,16 +198,12 @@ def test_remat_changes_memory_and_not_gradients():
     )
 
 
-def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
-    exact = Decoder(SMALL, VOCABULARY, rngs=nnx.Rngs(0))
-    rough = Decoder(
-        dataclasses.replace(SMALL, compute_dtype="bfloat16"), VOCABULARY, rngs=nnx.Rngs(0)
-    )
-    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, VOCABULARY)
-    positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
-    a, _ = run(exact, tokens, positions * 0 + 1, positions)
-    b, cache = run(rough, tokens, positions * 0 + 1, positions)
-    assert cache.keys.dtype == jnp.bfloat16 and b.dtype == jnp.float32
+def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(whole):
+    _, tokens, positions, expected = whole
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+    rough = Decoder(config, VOCABULARY, rngs=nnx.Rngs(0))
+    found, kept = run(rough, tokens, jnp.ones_like(tokens), positions)
+    assert kept.keys.dtype == jnp.bfloat16 and found.dtype == jnp.float32
     assert rough.embedding[...].dtype == jnp.float32
-    error = np.abs(a - b).max() / np.abs(a).max()
+    error = np.abs(found - expected).max() / np.abs(expected).max()
     assert 0 < error < 0.05
