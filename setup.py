@@ -29,7 +29,6 @@ setup(
         "tensorstore",
         "grain>=0.2.18",
         "transformers>=5",
-        "chex>=0.1.90",
         "numpy>=2",
         "ml_dtypes",
         "pydantic>=2.12",
@@ -45,7 +44,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "torch==2.13.0"],
+        "test": ["chex>=0.1.90", "pytest", "pytest-xdist", "hypothesis", "ruff", "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["prefixmem=prefixmem_jax.cli:main"]},
 )

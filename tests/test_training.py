@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
     whole_step, whole, whole_data = load_state(tmp_path / "whole")
     step, state, data = load_state(killed)
     assert (step, data) == (whole_step, whole_data) and step == 200
-    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    chex.assert_trees_all_equal(state, whole)
     timeless = [
         [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(run)]
         for run in (killed, tmp_path / "whole")
@@ -149,7 +150,7 @@ def test_a_run_that_diverges_stops_before_it_saves(tmp_path, rate):
     assert re.match(r"prefixmem: step \d+: the loss or its gradient is not finite", last)
     step, state, _ = load_state(tmp_path / "run")
     assert step == 1  # the first update has rate zero, the second is too large
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state)
 
 
 def test_a_run_directory_belongs_to_one_config(stage_one):
@@ -172,7 +173,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
 def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):
     prefixmem("train", stage_one / "config.json", "--out", tmp_path / "again")
     again, first = load_state(tmp_path / "again")[1], load_state(stage_one)[1]
-    jax.tree.map(np.testing.assert_array_equal, again, first)
+    chex.assert_trees_all_equal(again, first)
 
 
 def test_two_processes_give_the_losses_of_one(stage_one, tmp_path):
