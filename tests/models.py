@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -92,11 +93,15 @@ def prompts(model: SidLM, catalog: Catalog, histories: list, max_items: int) -> 
     return jax.tree.map(jnp.asarray, one_per_row(documents, length))
 
 
-def whole_logits(model: SidLM, rows_at: RowsAt | None, tokens: np.ndarray) -> np.ndarray:
-    """Logits of whole sequences [B, S], one document a row: no cache."""
-    tokens = jnp.asarray(tokens, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    batch = Batch(tokens, jnp.ones_like(tokens), positions, jnp.zeros(tokens.shape))
+def whole_logits(model: SidLM, rows_at: RowsAt | None, sequences: Sequence) -> np.ndarray:
+    """Logits [B, S, V] of token sequences, one a row, padded on the right: no cache."""
+    lengths = np.array([len(tokens) for tokens in sequences])
+    batch = Batch.zeros(len(lengths), lengths.max())
+    filled = np.arange(lengths.max()) < lengths[:, None]
+    batch.tokens[filled] = np.concatenate(sequences)
+    batch = batch._replace(
+        segment_ids=filled.astype(np.int32), positions=np.cumsum(filled, axis=1) - filled
+    )
 
     @jax.jit
     def logits(batch: Batch) -> jax.Array:

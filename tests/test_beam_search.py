@@ -10,46 +10,34 @@ import pytest
 from conftest import real_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, make_model, prompts
+from models import FAMILIES, make_model, prompts, whole_logits
 
-from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.data.formats.parquet import read_catalog
 from prefixmem_jax.inference.beam_search import beam_search
-from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, rows_for
+from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 
 
 def brute_force(model, rows_at, catalog, histories, candidates):
-    """Log-probabilities [users, n] of candidate SIDs [n, levels], without any cache.
+    """Log-probabilities [users, n] of candidate SIDs, a whole sequence for each.
 
-    One whole sequence for every user and candidate: what is right of it is padding.
+    Args:
+      candidates: [n, levels], or [users, n, levels] where every user has others.
     """
-    vocabulary, count = model.vocabulary, len(candidates)
+    vocabulary, users = model.vocabulary, len(histories)
+    candidates = np.broadcast_to(candidates, (users, *candidates.shape[-2:]))
+    count = candidates.shape[1]
     item_tokens = vocabulary.encode(catalog.sids)
-    given = [[vocabulary.bos_token, *item_tokens[h].reshape(-1)] for h in histories]
-    length = max(map(len, given)) + vocabulary.levels
-    tokens = np.zeros((len(given), count, length), np.int32)
-    segments = np.zeros_like(tokens)
-    for user, prompt in enumerate(given):
-        stop = len(prompt) + vocabulary.levels
-        tokens[user, :, : len(prompt)] = prompt
-        tokens[user, :, len(prompt) : stop] = vocabulary.encode(candidates)
-        segments[user, :, :stop] = 1
-    tokens, segments = (x.reshape(-1, length) for x in (tokens, segments))
-    positions = np.arange(length) * segments
-    batch = Batch(*map(jnp.asarray, (tokens, segments, positions, positions)))
-
-    @jax.jit
-    def whole(batch):
-        rows = rows_for(model, rows_at, batch.tokens, batch.segment_ids)
-        return model.next_token_logits(batch, rows)
-
-    logits = np.asarray(whole(batch)).reshape(len(given), count, length, -1)
-    total = np.zeros((len(given), count))
+    given = [np.r_[vocabulary.bos_token, item_tokens[h].reshape(-1)] for h in histories]
+    tokens = vocabulary.encode(candidates)
+    sequences = [np.r_[given[user], sid] for user in range(users) for sid in tokens[user]]
+    logits = whole_logits(model, rows_at, sequences)
+    logits = logits.reshape(users, count, *logits.shape[1:])
+    total = np.zeros((users, count))
     for user, prompt in enumerate(given):
         for level in range(1, vocabulary.levels + 1):
             at = logits[user, :, len(prompt) + level - 2, slice(*vocabulary.token_range(level))]
             at = at - np.log(np.exp(at).sum(axis=1, keepdims=True))
-            total[user] += at[np.arange(count), candidates[:, level - 1]]
+            total[user] += at[np.arange(count), candidates[user, :, level - 1]]
     return total
 
 
@@ -114,13 +102,12 @@ def searched(request):
 def test_narrow_beams_are_valid_distinct_and_keep_the_best_prefixes(searched):
     model, rows_at, catalog, histories, search = searched
     found = search(histories)
-    for user, sids in enumerate(found.codes):
+    for sids, scores in zip(*found, strict=True):
         assert len({tuple(sid) for sid in sids.tolist()}) == 6
         assert (catalog.groups(sids) >= 0).all()
-        scores = found.scores[user]
         assert (np.diff(scores) <= 0).all()
-        expected = brute_force(model, rows_at, catalog, [histories[user]], sids)[0]
-        np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=2e-5)
+    expected = brute_force(model, rows_at, catalog, histories, found.codes)
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_a_user_is_decoded_the_same_in_any_batch(searched):
@@ -171,7 +158,7 @@ class Bag:
 def test_any_model_of_sids_can_be_searched():
     rng = np.random.default_rng(0)
     model, prompts = Bag(rng), rng.integers(0, 30, (2, 6))
-    found = beam_search(model, jnp.asarray(prompts), 60, None)
+    found = jax.jit(lambda p: beam_search(model, p, 60, None))(prompts)
     candidates = np.array(list(itertools.product(range(4), range(3), range(5))))
     for user in range(2):
         encoded = np.asarray(model.items)[prompts[user]].sum(axis=0)
