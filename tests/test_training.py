@@ -138,18 +138,17 @@ def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
     assert len(list((killed / "checkpoints").iterdir())) == 2  # keeps the newest two
 
 
-@pytest.mark.parametrize("rate", [1e38, 1e20])
-def test_a_run_that_diverges_stops_before_it_saves(tmp_path, rate):
+def test_a_run_that_diverges_stops_before_it_saves(tmp_path):
     """Though it would save more often than it logs; a run of one bad step is no success either."""
     arguments = [
         "train", QUICKSTART / "baseline.py", "--out", tmp_path / "run", *SMALL, "steps=30",
-        "checkpoint.every_steps=1", "optimizer.warmup_steps=3", f"optimizer.learning_rate={rate}",
+        "checkpoint.every_steps=1", "optimizer.warmup_steps=3", "optimizer.learning_rate=1e38",
     ]  # fmt: skip
     done = prefixmem(*arguments, expect=2)
     last = done.stderr.strip().splitlines()[-1]
-    assert re.match(r"prefixmem: step \d+: the loss or its gradient is not finite", last)
+    failed = re.match(r"prefixmem: step (\d+): the loss or its gradient is not finite", last)
     step, state, _ = load_state(tmp_path / "run")
-    assert step == 1  # the first update has rate zero, the second is too large
+    assert step == int(failed[1]) - 1  # saved after every step, and not after this one
     chex.assert_tree_all_finite(state)
 
 
