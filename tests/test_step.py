@@ -1,6 +1,11 @@
 """The train step: golden numbers, a dense reference, any number of devices."""
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,31 +13,39 @@ import numpy as np
 import optax
 import pytest
 
-from prefixmem_jax.config import (
-    Config,
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import (
     DataConfig,
     DecoderConfig,
     MemoryOptimizerConfig,
     MeshConfig,
     OptimizerConfig,
-    PrefixMemoryConfig,
     SyntheticConfig,
 )
+from prefixmem_jax.data.batch import Batch, take_rows
 from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.data.sequences import pack_training_rows
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.objectives.classification import Classification
+from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.parallel.sharding import batch_sharding
+from prefixmem_jax.parallel.sharding import batch_sharding, constrain
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.training.flops import matmul_flops
-from prefixmem_jax.training.loop import check_mesh
-from prefixmem_jax.objectives.next_token import next_token_sums
 from prefixmem_jax.training.optimizers import (
     dense_optimizer,
     learning_rate,
     memory_learning_rate,
     memory_optimizer,
 )
-from prefixmem_jax.training.step import Trainer, TrainState
+from prefixmem_jax.training.state import TrainState, abstract_state, init_sharded
+from prefixmem_jax.training.step import (
+    abstract_batch,
+    check_mesh,
+    compile_train_step,
+    train_step,
+    validation_step,
+)
 
 CONFIG = Config(
     "test",
@@ -45,53 +58,113 @@ CONFIG = Config(
         ),
     ),
     model=DecoderConfig(d_model=32, d_ff=48, head_dim=8),
-    encoder=PrefixMemoryConfig(target_levels=(2, 3), orders=2, heads=2, rows=300, d_mem=16),
+    sid_encoder=PrefixMemoryConfig(target_levels=(2, 3), orders=2, heads=2, rows=300, d_mem=16),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, clip_norm=0.5),
+    mesh=MeshConfig(1, 1, 1),
 )
 DATA = prepare_data(CONFIG.data)
-ROWS = pack_training_rows(DATA.catalog, DATA.split.train, 32, 20, seed=0)
+ROWS = NextToken().training_rows(DATA, CONFIG.data, seed=0)
 
 
-def batch_at(step: int) -> dict[str, np.ndarray]:
-    return {name: array[8 * step : 8 * step + 8] for name, array in ROWS.items()}
+def on_mesh(config: Config, *sizes: int) -> Config:
+    return dataclasses.replace(config, mesh=MeshConfig(*sizes))
 
 
-def run(config: Config, steps: int, devices: int = 1) -> tuple[list[dict], TrainState]:
-    mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    check_mesh(config, DATA.catalog.space, mesh)
-    trainer = Trainer.create(config, DATA.catalog.space, mesh)
-    state = trainer.init_sharded(config.seed)
-    train_step = trainer.compile_train_step()
+def with_optimizer(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **changes))
+
+
+def spec_of(config: Config) -> ModelSpec:
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    devices = jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else jax.devices()
+    mesh = make_mesh(config.mesh, devices)
+    check_mesh(config, DATA.vocabulary, mesh)
+    return ModelSpec.create(config, DATA.vocabulary, mesh)
+
+
+@functools.cache
+def compiled(config: Config) -> tuple[ModelSpec, Callable]:
+    """Tests that train the same config share its compiled step."""
+    spec = spec_of(config)
+    return spec, compile_train_step(spec)
+
+
+def batch_at(step: int) -> Batch:
+    return take_rows(ROWS, slice(8 * step, 8 * step + 8))
+
+
+def on_host(tree: Any) -> Any:
+    """A copy that donating the original leaves alone."""
+    return jax.tree.map(lambda leaf: np.array(leaf), tree)
+
+
+def run_from(
+    config: Config, state: TrainState, steps: range, batches: Callable[[int], Batch]
+) -> tuple[list[dict], TrainState]:
+    """What the steps report, and the state after them, on the host.
+
+    Args:
+      state: on the host, from any mesh.
+      batches: by step, on the host.
+    """
+    spec, step = compiled(config)
+    sharding = batch_sharding(spec.mesh)
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(spec)))
     history = []
-    for step in range(steps):
-        sharding = batch_sharding(mesh)
-        batch = {n: jax.device_put(a, sharding) for n, a in batch_at(step % 4).items()}
-        state, metrics = train_step(state, batch)
+    for number in steps:
+        state, metrics = step(state, jax.device_put(batches(number), sharding))
         history.append(jax.device_get(metrics))
-    return history, jax.device_get(state)
+    return history, on_host(state)
+
+
+@functools.cache
+def fresh_state(config: Config) -> TrainState:
+    """On the host."""
+    return on_host(init_sharded(spec_of(config), config.seed))
+
+
+def run(config: Config, steps: int) -> tuple[list[dict], TrainState]:
+    """A fresh run, on the first devices that its mesh wants."""
+    start = fresh_state(with_optimizer(on_mesh(config, 1, 1, 1), accumulation_steps=1))
+    return run_from(config, start, range(steps), lambda step: batch_at(step % 4))
+
+
+def losses(history: list[dict]) -> list[float]:
+    return [float(metrics["loss"]) for metrics in history]
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    """NaNs and signs of zeros included."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    leaves = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), other in leaves:
+        assert leaf.dtype == other.dtype, path
+        assert leaf.tobytes() == other.tobytes(), f"{jax.tree_util.keystr(path)} differs"
 
 
 def test_golden_losses():
     """Numbers of this exact step; a change that moves them must be meant."""
-    losses = {}
-    for objective in ("next_token", "classification"):
-        history, _ = run(dataclasses.replace(CONFIG, objective=objective), 3)
-        losses[objective] = [float(metrics["loss"]) for metrics in history]
-    np.testing.assert_allclose(losses["next_token"], GOLDEN["next_token"], rtol=1e-5)
-    np.testing.assert_allclose(losses["classification"], GOLDEN["classification"], rtol=1e-5)
+    for objective in (NextToken(), Classification()):
+        history, _ = run(dataclasses.replace(CONFIG, objective=objective), 20)
+        np.testing.assert_allclose(losses(history)[:3], GOLDEN[type(objective)], rtol=1e-5)
 
 
 GOLDEN = {
-    "next_token": [3.184775, 3.201779, 3.143424],
-    "classification": [3.177984, 3.178320, 3.176395],
+    NextToken: [3.184775, 3.201779, 3.143424],
+    Classification: [3.177984, 3.178320, 3.176395],
 }
 
 
 def test_a_model_that_cannot_tell_tokens_apart_has_no_hits():
-    trainer = Trainer.create(CONFIG, DATA.catalog.space, make_mesh(devices=jax.devices()[:1]))
-    state = jax.device_put(jax.device_get(trainer.init_sharded(0)), jax.devices()[0])
+    spec = spec_of(CONFIG)
+    state = jax.device_put(
+        fresh_state(CONFIG), jax.tree.map(lambda x: x.sharding, abstract_state(spec))
+    )
     llm = {**state.params["llm"], "head": 0 * state.params["llm"]["head"]}
-    sums = trainer.evaluation_step({**state.params, "llm": llm}, state.memory, batch_at(0))
+    batch = jax.device_put(batch_at(0), batch_sharding(spec.mesh))
+    with jax.set_mesh(spec.mesh):
+        step = jax.jit(functools.partial(validation_step, spec))
+        sums = step({**state.params, "llm": llm}, state.memory, batch)
     assert np.asarray(sums["level_count"]).min() > 0
     assert not np.asarray(sums["hits"]).any()
 
@@ -103,20 +176,22 @@ def test_loss_falls():
 
 def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float], TrainState]:
     """Differentiates with respect to the whole table; only the optimizer update is row-wise."""
-    trainer = Trainer.create(config, DATA.catalog.space, make_mesh(devices=jax.devices()[:1]))
-    state = jax.device_put(jax.device_get(trainer.init_sharded(config.seed)), jax.devices()[0])
-    losses, norms = [], []
+    spec = spec_of(config)
+    state = jax.device_put(fresh_state(config), jax.devices()[0])
+    values, norms = [], []
 
     def loss(params, memory, batch):
-        model = trainer.model(params)
-        addresses = model.encoder.addresses(batch["tokens"], batch["segment_ids"])
-        sums = next_token_sums(model, batch, trainer.table.lookup(memory, addresses))
+        model = spec.model(params)
+        addresses = model.memory_addresses(batch)
+        rows = spec.table.gather(memory, addresses)
+        sums = config.objective.loss_sums(model, batch, rows, None)
         return sums["loss"] / sums["count"], addresses
 
     loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     for step in range(steps):
-        batch = {name: jnp.asarray(array) for name, array in batch_at(step % 4).items()}
-        (value, addresses), gradients = loss_and_gradients(state.params, state.memory, batch)
+        (value, addresses), gradients = loss_and_gradients(
+            state.params, state.memory, batch_at(step % 4)
+        )
         norm = float(optax.tree.norm(gradients))
         scale = min(1.0, config.optimizer.clip_norm / norm)
         gradients = jax.tree.map(lambda g, scale=scale: g * scale, gradients)
@@ -127,9 +202,9 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
         row_updates, row_state = memory_optimizer(config).update(
             gradients[1], state.memory_optimizer, state.memory
         )
-        touched = np.zeros(trainer.table.padded_rows, bool)
+        touched = np.zeros(spec.table.padded_rows, bool)
         touched[np.asarray(addresses)[np.asarray(addresses) >= 0]] = True
-        touched = np.repeat(touched, trainer.table.width).reshape(trainer.table.shape)
+        touched = np.repeat(touched, spec.table.width).reshape(spec.table.shape)
 
         def keep(new, old, touched=touched):
             return jnp.where(touched, new, old) if new.shape == touched.shape else new
@@ -137,15 +212,15 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
         memory = keep(state.memory + row_updates, state.memory)
         row_state = jax.tree.map(keep, row_state, state.memory_optimizer)
         state = TrainState(state.step + 1, params, optimizer, memory, row_state)
-        losses.append(float(value))
+        values.append(float(value))
         norms.append(norm)
-    return losses, norms, state
+    return values, norms, state
 
 
 def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_norm():
     history, state = run(CONFIG, 6)
-    losses, norms, expected = dense_reference(CONFIG, 6)
-    np.testing.assert_allclose([m["loss"] for m in history], losses, rtol=1e-5)
+    values, norms, expected = dense_reference(CONFIG, 6)
+    np.testing.assert_allclose(losses(history), values, rtol=1e-5)
     np.testing.assert_allclose([m["gradient_norm"] for m in history], norms, rtol=1e-4)
     assert min(norms) > CONFIG.optimizer.clip_norm  # the clipping did something
     np.testing.assert_allclose(state.memory, expected.memory, rtol=1e-4, atol=1e-6)
@@ -156,16 +231,13 @@ def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_nor
     )
 
 
-@pytest.mark.parametrize("objective", ["next_token", "classification"])
+@pytest.mark.parametrize("objective", [NextToken(), Classification()], ids=["llm", "classifier"])
 def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(objective):
     config = dataclasses.replace(CONFIG, objective=objective)
     history, state = run(config, 20)
     for sizes in ((2, 1, 1), (1, 4, 1), (8, 1, 1), (1, 1, 2), (2, 2, 2)):
-        config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
-        other_history, other = run(config, 20, int(np.prod(sizes)))
-        np.testing.assert_allclose(
-            [m["loss"] for m in other_history], [m["loss"] for m in history], rtol=1e-5
-        )
+        other_history, other = run(on_mesh(config, *sizes), 20)
+        np.testing.assert_allclose(losses(other_history), losses(history), rtol=1e-5)
         np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
         assert np.linalg.norm(other.memory - state.memory) < 1e-5 * np.linalg.norm(state.memory)
 
@@ -174,21 +246,20 @@ def test_tied_bfloat16_remat_steps_agree_across_meshes():
     model = dataclasses.replace(CONFIG.model, tied_embeddings=True, remat=True)
     config = dataclasses.replace(CONFIG, model=model)
     history, _ = run(config, 5)
-    other, _ = run(dataclasses.replace(config, mesh=MeshConfig(1, 2, 2)), 5, 4)
-    np.testing.assert_allclose([m["loss"] for m in other], [m["loss"] for m in history], rtol=1e-5)
+    other, _ = run(on_mesh(config, 1, 2, 2), 5)
+    np.testing.assert_allclose(losses(other), losses(history), rtol=1e-5)
     half = dataclasses.replace(config, model=dataclasses.replace(model, compute_dtype="bfloat16"))
     rough, _ = run(half, 5)
-    np.testing.assert_allclose([m["loss"] for m in rough], [m["loss"] for m in history], rtol=0.02)
-    other, _ = run(dataclasses.replace(half, mesh=MeshConfig(1, 2, 2)), 5, 4)
-    np.testing.assert_allclose([m["loss"] for m in other], [m["loss"] for m in rough], rtol=0.02)
+    np.testing.assert_allclose(losses(rough), losses(history), rtol=0.02)
+    other, _ = run(on_mesh(half, 1, 2, 2), 5)
+    np.testing.assert_allclose(losses(other), losses(rough), rtol=0.02)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
 def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes):
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes))
-    optimizer = dataclasses.replace(CONFIG.optimizer, accumulation_steps=4)
-    cut = dataclasses.replace(config, optimizer=optimizer)
-    (whole, state), (parts, other) = (run(c, 6, int(np.prod(sizes))) for c in (config, cut))
+    config = on_mesh(CONFIG, *sizes)
+    cut = with_optimizer(config, accumulation_steps=4)
+    (whole, state), (parts, other) = run(config, 6), run(cut, 6)
     for name in ("loss", "gradient_norm", "memory_rounds"):
         np.testing.assert_allclose([m[name] for m in parts], [m[name] for m in whole], rtol=1e-5)
     np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=1e-6)
@@ -196,20 +267,101 @@ def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes):
 
 
 def test_bfloat16_rows_learn_as_float32_rows_do():
-    encoder = dataclasses.replace(CONFIG.encoder, dtype="bfloat16")
-    config = dataclasses.replace(CONFIG, encoder=encoder)
+    sid_encoder = dataclasses.replace(CONFIG.sid_encoder, dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, sid_encoder=sid_encoder)
     exact, _ = run(CONFIG, 20)
     rounded, state = run(config, 20)
     assert state.memory.dtype == "bfloat16"
-    np.testing.assert_allclose([m["loss"] for m in rounded], [m["loss"] for m in exact], rtol=5e-3)
-    other, _ = run(dataclasses.replace(config, mesh=MeshConfig(2, 2, 1)), 20, 4)
-    np.testing.assert_allclose([m["loss"] for m in other], [m["loss"] for m in rounded], rtol=1e-3)
+    np.testing.assert_allclose(losses(rounded), losses(exact), rtol=5e-3)
+    other, _ = run(on_mesh(config, 2, 2, 1), 20)
+    np.testing.assert_allclose(losses(other), losses(rounded), rtol=1e-3)
 
 
-def test_fsdp_and_tensor_really_divide_the_state():
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(1, 4, 2))
-    trainer = Trainer.create(config, DATA.catalog.space, make_mesh(config.mesh))
-    state = trainer.init_sharded(0)
+@pytest.mark.parametrize("sizes, pieces", [((1, 1, 1), 1), ((2, 2, 2), 1), ((2, 1, 2), 4)], ids=str)
+@pytest.mark.parametrize("what", ["batch", "parameter", "gradient"])
+def test_a_step_that_is_not_finite_changes_no_bit(what, sizes, pieces):
+    config = with_optimizer(on_mesh(CONFIG, *sizes), accumulation_steps=pieces)
+    _, state = run(config, 6)
+    batch = on_host(batch_at(2))
+    if what == "batch":  # in one row, so on one device and in one piece alone
+        batch.loss_mask[-1, 3] = np.nan
+    elif what == "parameter":
+        state.params["llm"]["final_norm"]["scale"][5] = np.inf
+    else:  # the square of the rows' gradient overflows; their values are as if nothing were there
+        state.memory[:] = 0
+        state.params["sid_encoder"]["projection"][:] = 1e30
+    (metrics,), after = run_from(config, state, range(1), lambda _: batch)
+    assert not metrics["finite"]
+    assert np.isfinite(metrics["loss"]) == (what == "gradient")
+    assert int(after.step) == 6
+    assert_same_bits(after, state)
+    if what == "batch":  # and the next one is as if it had never been
+        following = [
+            run_from(config, start, range(1), lambda _: batch_at(2)) for start in (after, state)
+        ]
+        assert following[0][0][0]["finite"] and int(following[0][1].step) == 7
+        assert_same_bits(*following)
+
+
+@dataclass(frozen=True)
+class HalfOfThem(Classification):
+    """Leaves out half of the predictions at random, and tells a number that it drew."""
+
+    def loss_sums(self, model, batch, rows, key):
+        kept = jax.random.bernoulli(key, shape=batch.loss_mask.shape)
+        mask = batch.loss_mask * constrain(kept, "batch", None)
+        sums = super().loss_sums(model, batch._replace(loss_mask=mask), rows, None)
+        drawn = jax.random.uniform(key)
+        return {**sums, "drawn": jnp.stack([drawn, drawn**2])}
+
+
+RANDOM = dataclasses.replace(CONFIG, objective=HalfOfThem())
+
+
+def test_an_objective_that_draws_is_the_same_on_any_mesh_and_after_a_restart():
+    def at(step):
+        return batch_at(step % 4)
+
+    history, final = run(RANDOM, 6)
+    drawn = [float(metrics["sums"]["drawn"][0]) for metrics in history]
+    assert len(set(drawn)) == 6
+    # Half of a batch: the loss really depends on what was drawn.
+    assert not np.allclose(
+        losses(history),
+        losses(run(dataclasses.replace(RANDOM, objective=Classification()), 6)[0]),
+        rtol=1e-5,
+    )
+    _, middle = run(RANDOM, 3)
+    resumed, end = run_from(RANDOM, middle, range(3, 6), at)
+    assert losses(resumed) == losses(history)[3:]
+    assert_same_bits(end, final)
+    eight = on_mesh(RANDOM, 2, 2, 2)
+    for others in (run(eight, 6)[0], history[:3] + run_from(eight, middle, range(3, 6), at)[0]):
+        assert [float(metrics["sums"]["drawn"][0]) for metrics in others] == drawn
+        np.testing.assert_allclose(losses(others), losses(history), rtol=1e-5)
+
+
+def test_another_seed_draws_other_numbers():
+    start = run(RANDOM, 0)[1]
+    one, other = (
+        run_from(dataclasses.replace(RANDOM, seed=seed), start, range(1), batch_at)[0][0]
+        for seed in (0, 1)
+    )
+    assert one["sums"]["drawn"][0] != other["sums"]["drawn"][0]
+    assert one["sums"]["count"] != other["sums"]["count"]
+
+
+def test_accumulated_pieces_draw_for_themselves():
+    history, _ = run(with_optimizer(RANDOM, accumulation_steps=2), 3)
+    for metrics in history:
+        total, squares = metrics["sums"]["drawn"]
+        assert 2 * squares - total**2 > 1e-4  # (a - b)^2 of the two pieces' numbers
+    assert len({float(metrics["sums"]["drawn"][0]) for metrics in history}) == 3
+
+
+def test_a_fresh_state_is_the_same_on_any_mesh_and_really_divided_over_it():
+    state = init_sharded(spec_of(on_mesh(CONFIG, 1, 4, 2)), 0)
+    assert_same_bits(on_host(state), fresh_state(CONFIG))
     layers = state.params["llm"]["layers"]
     for leaf, parts in (
         (layers["query"], 8), (layers["down"], 8), (state.params["llm"]["embedding"], 8),
@@ -227,25 +379,21 @@ def test_sizes_that_do_not_fit_the_mesh_are_refused():
         ((1, 1, 8), "model.kv_heads=2 does not divide by 8"),
         ((4, 1, 2), "data.batch_size=8 does not divide by 16"),  # 4 devices, 4 parts
     ):
-        optimizer = dataclasses.replace(CONFIG.optimizer, accumulation_steps=4)
-        config = dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes), optimizer=optimizer)
+        config = with_optimizer(CONFIG, accumulation_steps=4)
         with pytest.raises(UserError, match=words):
-            run(config, 1, 8)
+            check_mesh(config, DATA.vocabulary, make_mesh(MeshConfig(*sizes)))
 
 
-def test_baseline_and_encoder_start_from_the_same_decoder():
-    _, with_encoder = run(CONFIG, 0)
-    _, without = run(dataclasses.replace(CONFIG, encoder=None), 0)
-    jax.tree.map(np.testing.assert_array_equal, with_encoder.params["llm"], without.params["llm"])
+def test_baseline_and_sid_encoder_start_from_the_same_decoder():
+    without = fresh_state(dataclasses.replace(CONFIG, sid_encoder=None))
+    assert_same_bits(fresh_state(CONFIG).params["llm"], without.params["llm"])
     assert without.memory is None and set(without.params) == {"llm"}
 
 
 def test_norms_and_rows_are_not_decayed():
-    decay = dataclasses.replace(CONFIG.optimizer, weight_decay=10.0)
-    still = dataclasses.replace(CONFIG.optimizer, weight_decay=0.0)
     # The warm-up starts at rate 0, so the second step is the first that changes anything.
-    _, decayed = run(dataclasses.replace(CONFIG, optimizer=decay), 2)
-    _, plain = run(dataclasses.replace(CONFIG, optimizer=still), 2)
+    _, decayed = run(with_optimizer(CONFIG, weight_decay=10.0), 2)
+    _, plain = run(CONFIG, 2)  # a hundredth of it
     llm, other = decayed.params["llm"], plain.params["llm"]
     np.testing.assert_allclose(llm["final_norm"]["scale"], other["final_norm"]["scale"], rtol=1e-6)
     np.testing.assert_array_equal(decayed.memory, plain.memory)
@@ -255,15 +403,15 @@ def test_norms_and_rows_are_not_decayed():
 @pytest.mark.parametrize("kind", ["adam", "row_adam", "adagrad", "sgd"])
 def test_every_memory_optimizer_trains_and_keeps_its_state_with_the_rows(kind):
     memory = dataclasses.replace(CONFIG.optimizer.memory, kind=kind, weight_decay=0.01)
-    optimizer = dataclasses.replace(CONFIG.optimizer, memory=memory)
-    config = dataclasses.replace(CONFIG, objective="classification", optimizer=optimizer)
+    config = dataclasses.replace(CONFIG, objective=Classification())
+    config = with_optimizer(config, memory=memory)
     history, state = run(config, 3)
     _, start = run(config, 0)
     assert np.isfinite(history[-1]["loss"])
     assert not np.array_equal(state.memory, start.memory)
     per_row = [x.size for x in jax.tree.leaves(state.memory_optimizer) if x.ndim]
     numbers = state.memory.size
-    rows = numbers * CONFIG.encoder.heads // CONFIG.encoder.d_mem
+    rows = numbers * CONFIG.sid_encoder.heads // CONFIG.sid_encoder.d_mem
     expected = {"adam": [numbers, numbers], "row_adam": [numbers, rows], "adagrad": [rows]}
     assert per_row == expected.get(kind, [])
 
@@ -280,8 +428,7 @@ def test_memory_rows_have_their_own_rate_and_schedule():
     rate = memory_learning_rate(config)
     assert [float(rate(n)) for n in (0, 2, 100)] == pytest.approx([0, 1.5e-2, 1.5e-3])
     own = MemoryOptimizerConfig(rate=2.0, warmup_steps=10, final_rate=0.5)
-    optimizer = dataclasses.replace(CONFIG.optimizer, memory=own)
-    rate = memory_learning_rate(dataclasses.replace(config, optimizer=optimizer))
+    rate = memory_learning_rate(with_optimizer(config, memory=own))
     assert [float(rate(n)) for n in (0, 5, 10, 100)] == pytest.approx([0, 3e-3, 6e-3, 3e-3])
 
 
@@ -295,11 +442,10 @@ def test_flops_count_loops_and_match_the_formula():
     assert matmul_flops(jax.jit(scanned), x, weights) == 3 * 2 * 5 * 7 * 7
     counts = []
     for sizes in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):  # the same work, however it is divided
-        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
-        trainer = Trainer.create(CONFIG, DATA.catalog.space, mesh)
-        with jax.set_mesh(mesh):
-            state, batch = trainer.abstract_state(), trainer.abstract_batch()
-            counts.append(matmul_flops(trainer.train_step, state, batch))
+        spec = spec_of(on_mesh(CONFIG, *sizes))
+        with jax.set_mesh(spec.mesh):
+            step = functools.partial(train_step, spec)
+            counts.append(matmul_flops(step, abstract_state(spec), abstract_batch(spec)))
     assert counts[0] == counts[1] == counts[2] > 0
 
 
@@ -307,11 +453,10 @@ def test_nothing_in_the_step_has_the_size_of_the_table_but_the_table():
     """Temporary memory does not grow with the rows per table."""
     sizes = []
     for rows in (2**12, 2**18):
-        encoder = dataclasses.replace(CONFIG.encoder, rows=rows)
-        config = dataclasses.replace(CONFIG, encoder=encoder)
-        trainer = Trainer.create(config, DATA.catalog.space, make_mesh(devices=jax.devices()[:1]))
-        memory = trainer.compile_train_step().memory_analysis()
+        sid_encoder = dataclasses.replace(CONFIG.sid_encoder, rows=rows)
+        spec, step = compiled(dataclasses.replace(CONFIG, sid_encoder=sid_encoder))
+        memory = step.memory_analysis()
         sizes.append(memory.temp_size_in_bytes)
-        table_bytes = 4 * np.prod(trainer.abstract_state().memory.shape)
+        table_bytes = 4 * np.prod(spec.memory.shape)
         assert memory.alias_size_in_bytes >= 3 * table_bytes  # rows and moments are in place
     assert sizes[1] <= 1.05 * sizes[0]
