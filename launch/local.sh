@@ -2,7 +2,7 @@
 # Trains a config, or evaluates runs, in N real processes on this machine, which find each other over
 # loopback.
 #   launch/local.sh CONFIG --processes N [arguments of `prefixmem train`]
-#   launch/local.sh evaluate RUN --processes N [arguments of `prefixmem evaluate`]
+#   launch/local.sh evaluate RUN ... --processes N [arguments of `prefixmem evaluate`]
 # The first process's output is shown; the others write to LOGS/process-I.log (LOGS: a new
 # temporary folder, printed). If one fails, all are stopped. Needs `prefixmem` on the PATH.
 set -euo pipefail
@@ -30,7 +30,7 @@ stop_all() { for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done; 
 trap stop_all EXIT
 trap 'exit 130' INT TERM
 for ((i = processes - 1; i >= 0; i--)); do
-  run=(prefixmem "$verb" "$what" --distributed "${arguments[@]}")
+  run=(prefixmem "$verb" "$what" "${arguments[@]}" --distributed)
   if [ "$i" -gt 0 ]; then
     PREFIXMEM_PROCESS_ID=$i "${run[@]}" >"$logs/process-$i.log" 2>&1 &
   else

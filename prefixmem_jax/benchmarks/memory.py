@@ -163,7 +163,7 @@ def _bandwidth(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
         placed = jax.device_put(addresses, NamedSharding(mesh, ADDRESSES))
         fetch = jax.jit(lambda memory, ids: spread(table.fetch(memory, ids)))
     plain = jnp.zeros(table.shape)
-    gather = jax.jit(table.lookup)
+    gather = jax.jit(table.gather)
     copy = jax.jit(lambda x: x + 1)
     ids = jnp.asarray(order)
 

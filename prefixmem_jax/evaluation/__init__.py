@@ -1,1 +1,1 @@
-"""Judging recommendations: metrics, heuristics, the evaluator, the report."""
+"""Evaluating recommendations: metrics, heuristics, the evaluator, the report."""

@@ -1,6 +1,6 @@
 """Optax transformations with one number of state per memory row.
 
-`memory.table.Table.update` applies any optax transformation to the rows in a batch. These two keep
+`memory.table.Table.apply` applies any optax transformation to the rows in a batch. These two keep
 their second moment once a row instead of once a number, as large embedding tables usually do:
 for a row of w float32 numbers they need 4 bytes (Adagrad) or 4w + 4 (Adam) of state, where Adam
 needs 8w.

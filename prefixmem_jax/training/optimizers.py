@@ -57,7 +57,7 @@ def dense_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def memory_optimizer(config: Config) -> optax.GradientTransformation:
-    """Applied to the rows in the batch only (`memory.table.Table.update`)."""
+    """Applied to the rows in the batch only (`memory.table.Table.apply`)."""
     options, memory = config.optimizer, config.optimizer.memory
     scaling = {
         "adam": lambda: optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),

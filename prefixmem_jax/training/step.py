@@ -165,9 +165,10 @@ def validation_step(
 
 def compile_train_step(spec: ModelSpec) -> Callable:
     """The compiled step of (state, batch); it takes over (donates) the state it is given."""
+    state, batch = abstract_state(spec), abstract_batch(spec)
     with jax.set_mesh(spec.mesh):
         jitted = jax.jit(lambda state, batch: train_step(spec, state, batch), donate_argnums=0)
-        return jitted.lower(abstract_state(spec), abstract_batch(spec)).compile()
+        return jitted.lower(state, batch).compile()
 
 
 def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
