@@ -65,7 +65,7 @@ def export_run(
     lines = read_lines = None
     if spec.table is not None:
         with run.checkpoints() as checkpoints:
-            stored = checkpoints.open_rows(spec)
+            stored = checkpoints.open_rows(spec, run.step)
         lines = spec.table.shape
 
         def read_lines(first: int, last: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from prefixmem_jax.files import write_json
 from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.training.loop import train
-from prefixmem_jax.training.metrics import read_metrics
+from prefixmem_jax.runs.metrics import read_metrics
 
 RUNS = ("baseline", "classification", "prefixmem")
 # The configs' own steps are for the synthetic dataset, which must be done in minutes.

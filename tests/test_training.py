@@ -21,7 +21,7 @@ from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.runs.run import Run
-from prefixmem_jax.training.metrics import read_metrics
+from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.training.parts import abstract_parts, from_parts
 
 SMALL = [

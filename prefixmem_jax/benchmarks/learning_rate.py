@@ -17,7 +17,7 @@ from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.files import write_json
 from prefixmem_jax.quickstart import fit_sid_encoder, quickstart_configs
 from prefixmem_jax.training.loop import train
-from prefixmem_jax.training.metrics import read_metrics
+from prefixmem_jax.runs.metrics import read_metrics
 
 
 def main() -> None:

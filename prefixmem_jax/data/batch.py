@@ -43,6 +43,11 @@ class Batch(NamedTuple):
         return cls(ids, ids, ids, mask)
 
 
+def count_rows(rows: Rows) -> int:
+    """How many rows host arrays have."""
+    return len(jax.tree.leaves(rows)[0])
+
+
 def take_rows(rows: Rows, index: Any) -> Rows:
     """Some rows of host arrays: an index, a slice, or an array of indices."""
     return jax.tree.map(lambda array: array[index], rows)
@@ -55,8 +60,7 @@ def batches(rows: Rows, size: int) -> list[Rows]:
         piece = array[start : start + size]
         return np.pad(piece, ((0, size - len(piece)), *((0, 0),) * (array.ndim - 1)))
 
-    count = len(jax.tree.leaves(rows)[0])
     return [
         jax.tree.map(lambda array, start=start: cut(array, start), rows)
-        for start in range(0, count, size)
+        for start in range(0, count_rows(rows), size)
     ]

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from prefixmem_jax.config_files import to_json
 from prefixmem_jax.config_groups import EvaluationConfig
@@ -68,8 +67,7 @@ def evaluate(
     everyone, sample = chosen_examples(options, data, split)
     in_sample = np.isin(np.arange(len(everyone)), sample)
     shares = []
-    starts = range(0, len(everyone), SHARE)
-    for start in tqdm(starts, desc=name, unit="share", disable=not name or len(starts) < 2):
+    for start in range(0, len(everyone), SHARE):
         users = np.arange(start, min(start + SHARE, len(everyone)))
         path = None if work is None else work / f"{start}.npz"
         if path is not None and _all_agree(path.is_file()):

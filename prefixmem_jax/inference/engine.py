@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.documents import document_length, prompt_documents
@@ -29,6 +28,7 @@ from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.parallel.mesh import AXES
 from prefixmem_jax.parallel.sharding import row_spec
+from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 MANY_USERS = 2000
@@ -184,7 +184,7 @@ class Engine:
         size = min(self._batch_size, len(histories))
         size += -size % self.spec.mesh.size
         vocabulary, extra = self.spec.vocabulary, 0 if targets is None else 1
-        with tqdm(total=len(histories), desc=progress, unit="user", disable=not progress) as bar:
+        with progress_bar(len(histories), progress, "user") as bar:
             for room, users in self._by_length(histories, rooms):
                 cut = [histories[user][max(0, len(histories[user]) - room) :] for user in users]
                 if targets is not None:

@@ -8,6 +8,11 @@ the dataset's digest are the checkpoint's metadata. Any stage can read any part 
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +25,24 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.runs.checksums import FOLDER, find_damage, write_checksums
 
-FOLDER = "checkpoints"
+log = logging.getLogger(__name__)
+
 # Arrays are stored in pieces of this size, so that they can be read a piece at a time.
 CHUNK_BYTES = 64 << 20
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether the run directory holds a finished checkpoint."""
+    """Whether the run directory holds a checkpoint, whole or not."""
+    return bool(_steps(run))
+
+
+def _steps(run: Path) -> list[int]:
+    """Steps that have a checkpoint folder, newest first."""
     folder = run / FOLDER
-    return folder.is_dir() and any(ocp.is_orbax_checkpoint(path) for path in folder.iterdir())
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def row_meaning(spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -65,40 +78,76 @@ def check_row_meaning(spec: ModelSpec, memory: dict[str, Any], where: str) -> No
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory.
+
+    Beside them, `checksums/STEP.json` holds the digest of every file. A checkpoint with a file that
+    is missing or other than it was written is damaged: it is never read, and the newest whole one
+    stands for it.
+    """
 
     def __init__(self, run: Path, keep: int | None = None):
         """Opens a run's checkpoints: for writing where `keep` is given, else only to read."""
         self.run = run
-        folder = run / FOLDER
+        self.keep = keep
         if keep is None and not has_checkpoint(run):
             raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
+        if keep is not None and jax.process_index() == 0:
+            self._move_damaged()
         policy = None if keep is None else ocp.training.preservation_policies.LatestN(keep)
         context = ocp.Context()
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         self._checkpointer = ocp.training.Checkpointer(
-            folder.resolve(),
+            (run / FOLDER).resolve(),
             preservation_policy=policy,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=keep is not None,
             context=context,
         )
+        self._saving: threading.Thread | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._wait()
         self._checkpointer.close()
 
-    @property
-    def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def _move_damaged(self) -> None:
+        """Takes damaged checkpoints out of the way of those to come; nothing is deleted."""
+        for step in _steps(self.run):
+            damage = find_damage(self.run, step)
+            if damage is None:
+                break
+            aside = self.run / "damaged" / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(self.run / FOLDER / str(step), aside)
+            log.warning(f"{self.run / FOLDER}/{step} is damaged ({damage}): moved to {aside}")
 
     @property
-    def where(self) -> str:
-        """The newest checkpoint, for messages."""
-        return f"{self.run / FOLDER}/{self.latest_step}"
+    def steps(self) -> list[int]:
+        """Of every checkpoint, newest first."""
+        return _steps(self.run)
+
+    def choose(self, step: int | None = None, without: Collection[str] = ()) -> int:
+        """A step whose checkpoint is whole.
+
+        Args:
+          step: that one; None means the newest.
+          without: parts that are not needed.
+
+        Raises:
+          UserError: there is none, or it is damaged.
+        """
+        folder, damage = self.run / FOLDER, None
+        steps = _steps(self.run)
+        if step is not None and step not in steps:
+            raise UserError(f"{folder}: no step {step}; it has {', '.join(map(str, steps))}")
+        for number in steps if step is None else [step]:
+            damage = find_damage(self.run, number, without)
+            if damage is None:
+                return number
+            log.warning(f"{folder}/{number} is damaged ({damage})")
+        raise UserError(f"{folder}: no whole checkpoint ({damage})")
 
     def save(self, step: int, parts: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Starts an asynchronous save; the next save, or closing, waits for it.
@@ -106,14 +155,36 @@ class Checkpoints:
         Args:
           metadata: JSON, comes back from `metadata`.
         """
-        self._checkpointer.save_checkpointables_async(step, parts, custom_metadata=metadata)
+        self._wait()
+        response = self._checkpointer.save_checkpointables_async(
+            step, parts, custom_metadata=metadata
+        )
+        if jax.process_index() == 0:
+            self._failure: BaseException | None = None
+            self._saving = threading.Thread(target=self._finish, args=(response, step))
+            self._saving.start()
 
-    def metadata(self) -> dict[str, Any]:
-        """What the newest checkpoint was saved with."""
-        return self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata
+    def _finish(self, response: Any, step: int) -> None:
+        try:
+            response.result()
+            write_checksums(self.run, step)
+        except BaseException as error:
+            self._failure = error
 
-    def load(self, abstract_parts: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
-        """Reads parts of the newest checkpoint, every leaf accounted for.
+    def _wait(self) -> None:
+        """For the save that is under way; its failure is raised here."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+            if self._failure is not None:
+                raise self._failure
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What the checkpoint of a step was saved with."""
+        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+
+    def load(self, abstract_parts: dict[str, Any], spec: ModelSpec, step: int) -> dict[str, Any]:
+        """Reads parts of the checkpoint of a step, every leaf accounted for.
 
         Args:
           spec: the model that they are for.
@@ -122,37 +193,36 @@ class Checkpoints:
           UserError: a part or leaf is missing, left over or of another shape, or the memory was
             trained as another one.
         """
-        step = self.latest_step
+        where = f"{self.run / FOLDER}/{step}"
         saved = self._checkpointer.checkpointables_metadata(step).metadata
         for part, tree in abstract_parts.items():
             if part not in saved:
-                names = ", ".join(sorted(saved))
-                raise UserError(f"{self.where}: no part {part!r}; it has {names}")
+                raise UserError(f"{where}: no part {part!r}; it has {', '.join(sorted(saved))}")
             expected, present = _shapes(tree), _shapes(saved[part])
             for leaf in sorted(expected.keys() | present.keys()):
                 if expected.get(leaf) != present.get(leaf):
                     raise UserError(
-                        f"{self.where}: {part}{leaf}: expected {expected.get(leaf, 'nothing')}, "
-                        f"the checkpoint has {present.get(leaf, 'nothing')}"
+                        f"{where}: {part}{leaf}: expected {expected.get(leaf, 'nothing')}, the "
+                        f"checkpoint has {present.get(leaf, 'nothing')}"
                     )
         loaded = self._checkpointer.load_checkpointables(step, abstract_parts)
         if "memory" in loaded:
-            check_row_meaning(spec, loaded["memory"], self.where)
+            check_row_meaning(spec, loaded["memory"], where)
         return loaded
 
-    def open_rows(self, spec: ModelSpec) -> ts.TensorStore:
-        """The newest checkpoint's memory rows on disk; `open_rows()[a:b].read().result()`.
+    def open_rows(self, spec: ModelSpec, step: int) -> ts.TensorStore:
+        """A step's memory rows on disk; `open_rows(...)[a:b].read().result()`.
 
         Raises:
           UserError: the memory was trained as another one.
         """
         names = row_meaning(spec)
-        saved = {name: self._open_memory(name).read().result() for name in names}
-        check_row_meaning(spec, saved, self.where)
-        return self._open_memory("rows")
+        saved = {name: self._open_memory(name, step).read().result() for name in names}
+        check_row_meaning(spec, saved, f"{self.run / FOLDER}/{step}")
+        return self._open_memory("rows", step)
 
-    def _open_memory(self, name: str) -> ts.TensorStore:
-        folder = self.run.resolve() / FOLDER / str(self.latest_step) / "memory"
+    def _open_memory(self, name: str, step: int) -> ts.TensorStore:
+        folder = self.run.resolve() / FOLDER / str(step) / "memory"
         kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
         return ts.open({"driver": "zarr3", "kvstore": kvstore}).result()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +24,16 @@ from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.runs.checkpoint import Checkpoints, abstract_memory_part, has_checkpoint
+from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
+
 CONFIG, DATA = "config.json", "data.json"
+# Groups that may change from one call of `train` to the next: they do not decide what is learnt.
+FREE = ("log_every_steps", "checkpoint", "evaluation", "mesh")
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,15 @@ class Run:
     Everything that can be missing or wrong is a UserError that names the folder.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, step: int | str | None = None):
+        """A run's folder.
+
+        Args:
+          step: of the checkpoint to read; `best` means the one with the lowest validation loss
+            among those that are kept, None the newest whole one.
+        """
         self.path = Path(path)
+        self._step = step
 
     @cached_property
     def config(self) -> Config:
@@ -154,7 +169,7 @@ class Run:
         if "memory" in abstract:
             abstract["memory"] = abstract_memory_part(spec)
         with self.checkpoints() as checkpoints:
-            return checkpoints.load(abstract, spec)
+            return checkpoints.load(abstract, spec, self.step)
 
     def engine(
         self, catalog: Catalog | None = None, devices: Sequence[jax.Device] | None = None
@@ -174,11 +189,30 @@ class Run:
         memory = parts.pop("memory", {"rows": None})["rows"]
         return Engine(spec, parts, memory, catalog, self.config.evaluation.batch_size)
 
-    @property
+    @cached_property
     def step(self) -> int:
-        """Of its newest checkpoint."""
+        """Of the checkpoint that its model is read from.
+
+        Raises:
+          UserError: there is no such checkpoint, or it is damaged.
+        """
+        others = {"optimizer", "memory_optimizer", "step"}
         with self.checkpoints() as checkpoints:
-            return checkpoints.latest_step
+            step = self._best(checkpoints.steps) if self._step == "best" else self._step
+            return checkpoints.choose(step, without=others)
+
+    def _best(self, steps: Sequence[int]) -> int:
+        losses = {
+            record["step"]: record["validation/loss"]
+            for record in read_metrics(self.path)
+            if "validation/loss" in record and record["step"] in steps
+        }
+        if not losses:
+            raise UserError(
+                f"{self.path}: no kept checkpoint has a validation loss; make "
+                "checkpoint.every_steps a multiple of evaluation.every_steps"
+            )
+        return min(losses, key=losses.get)
 
     @property
     def text_model(self) -> str | None:
@@ -195,33 +229,62 @@ class Run:
                 return None
         return None
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Makes the folder, and keeps other trainings out of it; a killed process lets go of it.
+
+        Raises:
+          UserError: another one is at it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another process is training this run; wait for it, or use --out"
+                ) from None
+            yield
+
     def claim(self, config: Config, description: DataDescription) -> None:
-        """Makes the folder, or checks that its checkpoints belong to the same config and data.
+        """Writes what the run is, or checks that its checkpoints belong to the same.
+
+        A run may be extended by more `steps`, and looked at otherwise (`FREE`).
 
         Raises:
           UserError: it holds another run; names the first differing key.
         """
-        text = to_json(config)
-        if (self.path / CONFIG).exists() and self.has_checkpoint:
-            key = _first_difference(json.loads((self.path / CONFIG).read_text()), json.loads(text))
-            if key:
-                raise UserError(f"{self.path}: holds a run with another config ({key}); use --out")
+        if self.has_checkpoint and (self.path / CONFIG).exists():
+            old = self.config
+            for key, was, now in _differences(
+                json.loads(to_json(old)), json.loads(to_json(config))
+            ):
+                if key == "steps" and now > was:
+                    log.warning(
+                        f"{self.path}: extended from {was} to {now} steps; from here on the "
+                        "learning rate follows the longer schedule"
+                    )
+                elif key.partition(".")[0] not in FREE:
+                    raise UserError(
+                        f"{self.path}: holds a run with another config ({key} is {was} there, "
+                        f"{now} here); use --out"
+                    )
             if self.data_description.sha256 != description.sha256:
                 raise UserError(
                     f"{self.path}: was trained on other data (dataset sha256 "
                     f"{self.data_description.sha256[:12]}..., now {description.sha256[:12]}...)"
                 )
-        elif jax.process_index() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
             write_json(self.path / DATA, description.__dict__)
-            write_text(self.path / CONFIG, text)
+            write_text(self.path / CONFIG, to_json(config))
+        self.__dict__.pop("config", None)
+        self.__dict__.pop("data_description", None)
 
 
-def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Keys whose values differ: (dotted key, old, new)."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            difference = _first_difference(old.get(name), new.get(name), f"{key}{name}.")
-            if difference:
-                return difference
-        return None
-    return None if old == new else f"{key[:-1]} is {old} there, {new} here"
+            yield from _differences(old.get(name), new.get(name), f"{key}{name}.")
+    elif old != new:
+        yield key[:-1], old, new

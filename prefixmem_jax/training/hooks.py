@@ -19,8 +19,9 @@ from prefixmem_jax.data.pipeline import global_batch
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.sharding import batch_sharding
+from prefixmem_jax.progress import say
 from prefixmem_jax.runs.checkpoint import Checkpoints
-from prefixmem_jax.training.metrics import MetricsWriter
+from prefixmem_jax.runs.metrics import MetricsWriter
 from prefixmem_jax.training.parts import to_parts
 from prefixmem_jax.training.state import TrainState
 from prefixmem_jax.training.step import validation_step
@@ -133,6 +134,8 @@ class Validation(Hook):
         if self.writer:
             summary = self.spec.config.objective.summarize(sums, "validation/")
             self.writer.write(progress.step, {**summary, **totals})
+            shown = "  ".join(f"{n.partition('/')[2]} {v:.4f}" for n, v in summary.items())
+            say(f"{self.spec.config.name}: step {progress.step}: validation {shown}")
         progress.skip_time()
 
     def is_finite(self, state: TrainState) -> bool:
@@ -168,7 +171,8 @@ class Checkpointing(Hook):
         if not self.is_finite(progress.state):
             raise not_finite(progress.step, self.spec.config)
         parts = to_parts(self.spec, progress.state)
-        self.checkpoints.save(progress.step, parts, self.metadata())
+        metadata = self.metadata() | {"totals": progress.totals()}
+        self.checkpoints.save(progress.step, parts, metadata)
 
 
 class Profiling(Hook):

@@ -92,7 +92,7 @@ def parts_of_folder(
         if "memory" in parts:
             abstract["memory"] = abstract_memory_part(spec)
         with Checkpoints(Path(folder)) as source:
-            loaded = source.load(abstract, spec)
+            loaded = source.load(abstract, spec, source.choose())
     else:
         files = SafetensorsFolder(folder)
         loaded = load_parts(files, described.decoder, described.sid_encoder, dense)

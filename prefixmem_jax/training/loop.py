@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prefixmem_jax.config import Config
+from prefixmem_jax.data.batch import count_rows
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
+from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.runs.checkpoint import Checkpoints
+from prefixmem_jax.runs.metrics import MetricsWriter
 from prefixmem_jax.runs.run import DataDescription, Run
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.hooks import (
@@ -29,10 +38,11 @@ from prefixmem_jax.training.hooks import (
     not_finite,
 )
 from prefixmem_jax.training.initialise import initial_state
-from prefixmem_jax.training.metrics import MetricsWriter
 from prefixmem_jax.training.parts import abstract_parts, from_parts
 from prefixmem_jax.training.state import TrainState, abstract_state
 from prefixmem_jax.training.step import abstract_batch, check_mesh, compile_train_step, train_step
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -53,37 +63,35 @@ def train(
     """
     data, run, objective = data or prepare_data(config.data), Run(folder), config.objective
     mesh = make_mesh(config.mesh)
+    rows = objective.training_rows(data, config.data, config.seed)
+    config = with_batch_size(config, count_rows(rows), mesh)
     check_mesh(config, data.vocabulary, mesh)
     spec = ModelSpec.create(config, data.vocabulary, mesh)
-    rows = objective.training_rows(data, config.data, config.seed)
     iterator = training_batches(rows, config.data.batch_size, config.seed)
     # What `init` gets wrong is found before the run directory is touched.
     state = None if run.has_checkpoint else initial_state(spec, config.init, config.seed)
-    run.claim(config, DataDescription.of(data))
-    validation = objective.validation_rows(
-        data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
-    )
+    first = jax.process_index() == 0
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
-        step = 0
-        if state is None:
-            iterator.set_state(checkpoints.metadata()["data_iterator"])
-            step = checkpoints.latest_step
-            state = from_parts(checkpoints.load(abstract_parts(spec), spec))
-        if step >= config.steps:
-            return state
-        first = jax.process_index() == 0
-        writer = MetricsWriter(folder, step) if first else None
-        last = writer.last if writer else {}
-        totals = {name: last.get(name, 0) for name in ("tokens", "flops", "seconds")}
-        bar = tqdm(
-            total=config.steps,
-            initial=step,
-            desc=config.name,
-            unit="step",
-            disable=not first,
-            dynamic_ncols=True,
+        if first:
+            stack.enter_context(run.lock())
+        if run.has_checkpoint:  # now that nobody else is at it
+            state = None
+        run.claim(config, DataDescription.of(data))
+        validation = objective.validation_rows(
+            data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
         )
+        checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
+        progress = Progress(0, config.steps)
+        if state is None:
+            step = checkpoints.choose()
+            metadata = checkpoints.metadata(step)
+            iterator.set_state(metadata["data_iterator"])
+            progress = Progress(step, config.steps, **metadata["totals"])
+            state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
+        if progress.done:
+            return state
+        writer = MetricsWriter(folder, progress.step) if first else None
+        bar = progress_bar(config.steps, config.name, "step", progress.step, shown=first)
         validating = Validation(spec, writer, validation)
         hooks: list[Hook] = [
             Logging(spec, writer, bar),
@@ -100,7 +108,21 @@ def train(
         for hook in hooks:
             stack.callback(hook.close)
         stack.enter_context(jax.set_mesh(mesh))
-        return run_steps(spec, state, iterator, hooks, Progress(step, config.steps, **totals), bar)
+        return run_steps(spec, state, iterator, hooks, progress, bar)
+
+
+def with_batch_size(config: Config, rows: int, mesh: Mesh) -> Config:
+    """The config, its batch no larger than what there is to learn from."""
+    data, fsdp, _ = mesh.devices.shape
+    least = data * fsdp * config.optimizer.accumulation_steps
+    size = rows - rows % least
+    if size >= config.data.batch_size or size == 0:
+        return config
+    log.warning(
+        f"data.batch_size={config.data.batch_size}: the training data packs into only {rows} rows; "
+        f"going on with batches of {size}"
+    )
+    return replace(config, data=replace(config.data, batch_size=size))
 
 
 def run_steps(
@@ -111,7 +133,11 @@ def run_steps(
     progress: Progress,
     bar: tqdm,
 ) -> TrainState:
-    """Steps until the last; between them, the hooks that are due."""
+    """Steps until the last; between them, the hooks that are due.
+
+    Raises:
+      KeyboardInterrupt: after the step in which it came; what is being saved is saved.
+    """
     sharding, batch_shapes = batch_sharding(spec.mesh), abstract_batch(spec)
     tokens = jax.tree.leaves(batch_shapes)[0].size
     flops = matmul_flops(
@@ -120,20 +146,47 @@ def run_steps(
     compiled = compile_train_step(spec)
     unchecked: list[tuple[int, jax.Array]] = []
     progress.skip_time()
-    while not progress.done:
-        state, metrics = compiled(state, global_batch(next(iterator), sharding))
-        progress.step += 1
-        progress.tokens += tokens
-        progress.flops += flops
-        progress.state, progress.metrics = state, metrics
-        unchecked.append((progress.step, metrics["finite"]))
-        bar.update()
-        due = [hook for hook in hooks if hook.due(progress)]
-        if due:
-            check_finite(unchecked, spec.config)
-            for hook in due:
-                hook.run(progress)
+    with interrupts_between_steps() as interrupted:
+        while not progress.done:
+            state, metrics = compiled(state, global_batch(next(iterator), sharding))
+            progress.step += 1
+            progress.tokens += tokens
+            progress.flops += flops
+            progress.state, progress.metrics = state, metrics
+            unchecked.append((progress.step, metrics["finite"]))
+            bar.update()
+            due = [hook for hook in hooks if hook.due(progress)]
+            if due:
+                check_finite(unchecked, spec.config)
+                for hook in due:
+                    hook.run(progress)
+            if interrupted:
+                raise KeyboardInterrupt
     return state
+
+
+@contextmanager
+def interrupts_between_steps() -> Iterator[list[int]]:
+    """Ctrl-C fills the list instead of stopping whatever runs; a second one stops at once.
+
+    An exception inside a library's callback may be swallowed there, or leave half of a save.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        if received:
+            os._exit(130)
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_finite(steps: list[tuple[int, jax.Array]], config: Config) -> None:

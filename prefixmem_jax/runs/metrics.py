@@ -7,14 +7,29 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_text
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The records of a run's metrics.jsonl, oldest first, without a line that a kill cut short."""
+    """The records of a run's metrics.jsonl, oldest first, without what a kill cut short.
+
+    Raises:
+      UserError: a line that is no record; names it.
+    """
     path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    text = path.read_text(errors="replace") if path.exists() else ""
+    records = []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            record["step"] += 0
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: line {number} is no record; repair or remove it") from None
+        records.append(record)
+    return records
 
 
 class MetricsWriter:
@@ -27,7 +42,6 @@ class MetricsWriter:
     def __init__(self, run: Path, resume_step: int):
         kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
         write_text(run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        self.last = kept[-1] if kept else {}
         self._file = (run / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 

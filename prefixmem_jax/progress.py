@@ -1,0 +1,53 @@
+"""Progress of long work: a bar on a terminal, a line now and then where output is kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15
+_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
+
+
+class _Lines(tqdm):
+    """`tqdm` in whole lines."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        def write(text: str) -> None:
+            if text:
+                file.write(text + "\n")
+                file.flush()
+
+        return write
+
+    def close(self) -> None:
+        if not self.disable:
+            if self.n > self.last_print_n:
+                self.display()
+            self.disable = True
+            self._decr_instances(self)
+
+
+def progress_bar(
+    total: int, describe: str, unit: str, initial: int = 0, shown: bool = True
+) -> tqdm:
+    """Counts up to `total` on standard error; a context manager that is told `update(n)`.
+
+    Args:
+      describe: what is counted; nothing is shown without it.
+    """
+    options = {"total": total, "initial": initial, "desc": describe, "unit": unit}
+    if not (shown and describe):
+        return tqdm(**options, disable=True)
+    if sys.stderr.isatty():
+        return tqdm(**options, dynamic_ncols=True)
+    return _Lines(**options, bar_format=_LINE, mininterval=SECONDS_BETWEEN_LINES, maxinterval=60)
+
+
+def say(text: str) -> None:
+    """A line on standard error, past any bar that is shown."""
+    tqdm.write(text, file=sys.stderr)

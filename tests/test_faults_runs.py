@@ -1,0 +1,276 @@
+"""Faults injected into run folders: nothing lost, nothing silently wrong, one line that says what."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import (
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    SyntheticConfig,
+)
+from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.recommender import recommend
+from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
+from prefixmem_jax.training import loop
+from prefixmem_jax.training.hooks import Hook
+from prefixmem_jax.training.loop import train
+from prefixmem_jax.training.parts import abstract_parts, from_parts
+
+CONFIG = Config(
+    "faults",
+    steps=10,
+    log_every_steps=4,
+    data=DataConfig(
+        sequence_length=32,
+        batch_size=8,
+        max_items=8,
+        synthetic=SyntheticConfig(items=60, users=60, codebook_sizes=(6, 8, 8), children=(6, 4, 4)),
+    ),
+    model=DecoderConfig(layers=1, d_model=16, d_ff=16, head_dim=4),
+    sid_encoder=PrefixMemoryConfig(target_levels=(2, 3), orders=2, heads=2, rows=40, d_mem=8),
+    optimizer=OptimizerConfig(warmup_steps=2),
+    checkpoint=CheckpointConfig(every_steps=5, keep=2),
+    evaluation=EvaluationConfig(every_steps=5, validation_examples=8),
+)
+DATA = prepare_data(CONFIG.data)
+
+
+def state_of(folder: Path):
+    run = Run(folder)
+    spec = run.spec(jax.devices()[:1])
+    with run.checkpoints() as checkpoints:
+        step = checkpoints.choose()
+        return step, jax.device_get(from_parts(checkpoints.load(abstract_parts(spec), spec, step)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(CONFIG, folder, DATA)
+    return folder, state_of(folder)[1]
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, to be damaged."""
+    return Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE = {
+    "a flipped bit in the memory": lambda newest: flip(largest(newest / "memory")),
+    "a flipped bit in the optimizer": lambda newest: flip(largest(newest / "optimizer")),
+    "a truncated file": lambda newest: truncate(largest(newest / "llm")),
+    "a missing file": lambda newest: largest(newest / "llm").unlink(),
+    "a part is missing": lambda newest: shutil.rmtree(newest / "memory_optimizer"),
+    "metadata gone": lambda newest: (newest / "_CHECKPOINT_METADATA").unlink(),
+    "an empty step folder": empty,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_found_and_the_older_one_taken(kind, run, trained, caplog):
+    """Training goes on from the older one, says so, ends as it would have, and deletes nothing."""
+    DAMAGE[kind](run / "checkpoints" / "10")
+    train(CONFIG, run, DATA)
+    assert f"{run}/checkpoints/10 is damaged" in caplog.text
+    step, state = state_of(run)
+    assert step == 10
+    chex.assert_trees_all_equal(state, trained[1])
+    assert len(list((run / "damaged").iterdir())) == 1
+
+
+def test_reading_needs_only_the_model(run, caplog):
+    flip(largest(run / "checkpoints" / "10" / "optimizer"))
+    assert Run(run).step == 10 and not caplog.text
+    flip(largest(run / "checkpoints" / "10" / "llm"))
+    assert Run(run).step == 5 and "10 is damaged (llm/" in caplog.text
+    with pytest.raises(UserError, match=r"no whole checkpoint \(llm/.* has changed since"):
+        _ = Run(run, step=10).step
+
+
+def test_without_any_whole_checkpoint_nothing_is_done(run):
+    for step in (5, 10):
+        flip(largest(run / "checkpoints" / str(step) / "llm"))
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        Run(run).engine()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        train(CONFIG, run, DATA)
+
+
+def test_a_checkpoint_at_a_chosen_step(run):
+    assert Run(run, step=5).step == 5
+    with pytest.raises(UserError, match=r"checkpoints: no step 7; it has 10, 5"):
+        _ = Run(run, step=7).step
+    losses = {r["step"]: r["validation/loss"] for r in read_metrics(run) if "validation/loss" in r}
+    assert Run(run, step="best").step == min(losses, key=losses.get)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="no kept checkpoint has a validation loss"):
+        _ = Run(run, step="best").step
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("config.json", b"{", "config.json: not JSON"),
+        ("config.json", b"\xff\xfe", "config.json: not JSON"),
+        ("config.json", b"[]", "config.json: expected an object of keys"),
+        ("data.json", b'{"name": 1}', "data.json: not a run's data description"),
+        ("data.json", b"\xff", "data.json: not a run's data description"),
+        ("metrics.jsonl", b"junk\n", "metrics.jsonl: line 1 is no record"),
+        ("metrics.jsonl", b'{"loss": 1}\n', "metrics.jsonl: line 1 is no record"),
+    ],
+)
+def test_files_that_are_not_what_was_written(run, file, content, words):
+    (run / file).write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        train(dataclasses.replace(CONFIG, steps=11), run, DATA)
+    assert "\n" not in str(error.value)
+    assert (run / file).read_bytes() == content
+    assert state_of_step(run) == 10
+
+
+def state_of_step(run: Path) -> int:
+    return max(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+def test_two_writers(run):
+    """The second one stops before it writes; whoever reads is not kept out."""
+    before = {path: path.read_bytes() for path in run.glob("*.json*")}
+    with Run(run).lock():
+        with pytest.raises(UserError, match="another process is training this run"):
+            train(dataclasses.replace(CONFIG, steps=20), run, DATA)
+        assert recommend(Run(run).engine(), [3], 2)
+    assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_a_finished_run_is_extended(run, caplog):
+    longer = dataclasses.replace(CONFIG, steps=12, log_every_steps=1)
+    train(longer, run, DATA)
+    assert "extended from 10 to 12 steps" in caplog.text
+    assert state_of(run)[0] == 12 and Run(run).config == longer
+    for changes, words in (
+        ({"steps": 5}, "steps is 12 there, 5 here"),
+        ({"seed": 3}, "seed is 0 there, 3 here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(dataclasses.replace(longer, **changes), run, DATA)
+
+
+def test_tokens_and_flops_are_whole_after_a_kill(run):
+    """Killed after step 5's checkpoint, when step 4 was the last that was logged."""
+    whole = read_metrics(run)[-1]
+    shutil.rmtree(run / "checkpoints" / "10")
+    records = [r for r in read_metrics(run) if r["step"] <= 4]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    train(CONFIG, run, DATA)
+    last = read_metrics(run)[-1]
+    assert (last["step"], last["tokens"], last["flops"]) == (10, whole["tokens"], whole["flops"])
+
+
+def test_a_moved_run_recommends_the_same(run, tmp_path):
+    before = recommend(Run(run).engine(), [1, 2], 5)
+    shutil.move(run, tmp_path / "elsewhere with spaces")
+    assert recommend(Run(tmp_path / "elsewhere with spaces").engine(), [1, 2], 5) == before
+
+
+def test_small_data_lowers_the_batch(tmp_path, caplog):
+    config = dataclasses.replace(
+        CONFIG, steps=1, data=dataclasses.replace(CONFIG.data, batch_size=4000)
+    )
+    for _ in range(2):  # the second call finds the run that the first one made
+        train(config, tmp_path / "run", DATA)
+    assert "data.batch_size=4000: the training data packs into only" in caplog.text
+    size = Run(tmp_path / "run").config.data.batch_size
+    assert 8 <= size < 4000 and size % 8 == 0  # eight devices share a batch
+
+
+def test_one_bad_step_is_an_error_and_leaves_no_checkpoint(tmp_path):
+    model = dataclasses.replace(CONFIG.model, init_std=1e30)
+    config = dataclasses.replace(CONFIG, steps=1, model=model)
+    with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite"):
+        train(config, tmp_path / "run", DATA)
+    assert not Run(tmp_path / "run").has_checkpoint
+
+
+class Interrupts(Hook):
+    """Ctrl-C in the middle of whatever other hooks do."""
+
+    def __init__(self, times: int):
+        super().__init__(1)
+        self.times = times
+
+    def due(self, progress) -> bool:
+        return progress.step == 7
+
+    def run(self, progress) -> None:
+        for _ in range(self.times):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_stops_after_the_step_and_can_be_gone_on_from(trained, tmp_path, monkeypatch):
+    run_steps = loop.run_steps
+
+    def with_interrupt(spec, state, iterator, hooks, progress, bar):
+        return run_steps(spec, state, iterator, [*hooks, Interrupts(1)], progress, bar)
+
+    monkeypatch.setattr(loop, "run_steps", with_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(CONFIG, tmp_path / "run", DATA)
+    assert state_of_step(tmp_path / "run") == 5
+    monkeypatch.undo()
+    train(CONFIG, tmp_path / "run", DATA)
+    chex.assert_trees_all_equal(state_of(tmp_path / "run")[1], trained[1])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_save_that_fails_is_the_runs_failure(tmp_path, monkeypatch):
+    """Checksums are written by a thread: what goes wrong there must not be lost."""
+    monkeypatch.setattr(
+        "prefixmem_jax.runs.checkpoint.write_checksums",
+        lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")),
+    )
+    with pytest.raises(OSError, match="No space left"):
+        train(CONFIG, tmp_path / "run", DATA)
+
+
+def test_checkpoints_keep_their_checksums(trained):
+    names = {path.stem for path in (trained[0] / "checksums").iterdir()}
+    assert names == {path.name for path in (trained[0] / "checkpoints").iterdir()} == {"5", "10"}
+    listed = json.loads((trained[0] / "checksums" / "10.json").read_text())
+    assert len(listed) > 10 and all(len(digest) == 64 for digest in listed.values())
+    assert np.all([not Path(name).is_absolute() for name in listed])
