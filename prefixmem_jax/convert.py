@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import to_json
 from prefixmem_jax.data.prepare import load_catalog
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.files import parse_size, replacing_folder
+from prefixmem_jax.files import parse_size, read_json_object, replacing_files
 from prefixmem_jax.hf.export import Parameters, copy_all_but_weights, write_folder
 from prefixmem_jax.hf.families import ModelFolder, read_folder
 from prefixmem_jax.hf.load import load_parts, load_rows
@@ -23,7 +22,7 @@ from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.parameters import abstract_parameters
-from prefixmem_jax.runs.checkpoint import FOLDER, Checkpoints, memory_part
+from prefixmem_jax.runs.checkpoint import Checkpoints, memory_part
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -41,7 +40,7 @@ def export_run(
     Dense parameters are held in memory whole, the memory's rows some megabytes at a time.
 
     Args:
-      out: replaced if it holds an older export.
+      out: an older export there is replaced, but for files that were changed since.
       dtype: `float32` or `bfloat16` for all weights; None keeps each as it was trained.
       max_shard_size: such as `4GB`; a larger tensor has a file of its own.
       tokenizer: folder of the text tokenizer; None means that of the folder in `init` that the run,
@@ -60,6 +59,22 @@ def export_run(
             "folder; name their tokenizer with --tokenizer"
         )
     catalog = run.checked(load_catalog(config.data))
+    with replacing_files(out, "export", last="config.json") as staged:
+        write_folder(
+            staged,
+            _parameters(run),
+            catalog,
+            run.vocabulary,
+            text_model,
+            config,
+            model_card(run),
+            dtype,
+            shard_bytes,
+        )
+
+
+def _parameters(run: Run) -> Parameters:
+    """A run's dense parameters, loaded, and its memory's rows, to be read."""
     spec = run.spec(jax.devices()[:1])
     params = run.load(spec, spec.params)
     lines = read_lines = None
@@ -71,36 +86,7 @@ def export_run(
         def read_lines(first: int, last: int) -> np.ndarray:
             return stored[first:last].read().result()
 
-    parameters = Parameters(config.model, config.sid_encoder, params, lines, read_lines)
-    with replacing_folder(out, _is_export) as beside:
-        write_folder(
-            beside,
-            parameters,
-            catalog,
-            spec.vocabulary,
-            text_model,
-            config.data.sequence_length,
-            model_card(run),
-            dtype,
-            shard_bytes,
-        )
-
-
-def _is_export(folder: Path) -> bool:
-    """Whether `export_run` wrote this folder; runs and other models have a config.json too."""
-    return "semantic_ids" in _config_keys(folder)
-
-
-def _is_import(folder: Path) -> bool:
-    """Whether `import_folder` wrote this folder."""
-    return "model_type" in _config_keys(folder) and (folder / FOLDER).is_dir()
-
-
-def _config_keys(folder: Path) -> set[str]:
-    try:
-        return set(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return set()
+    return Parameters(run.config.model, run.config.sid_encoder, params, lines, read_lines)
 
 
 def model_card(run: Run) -> str:
@@ -114,7 +100,7 @@ def model_card(run: Run) -> str:
         "pipeline_tag: text-generation",
         f"tags: [{', '.join(tags)}]",
         "---",
-        f"# {config.name}",
+        f"# {' '.join(config.name.split())}",
         "",
         f"Recommends items by generating Semantic IDs of {space.levels} levels "
         f"{space.codebook_sizes}; trained with prefixmem_jax for {step} steps"
@@ -163,14 +149,17 @@ def _metrics(run: Path, step: int) -> list[str]:
     path = run / "metrics.json"
     if not path.is_file():
         return ["Not evaluated."]
-    metrics = json.loads(path.read_text())
+    metrics = read_json_object(path)
     if metrics.get("step") != step:
         return [f"Not evaluated at step {step}."]
-    split = metrics["split"]
-    users = (
-        f"{metrics['retrieval_users']:,} of {metrics[f'{split}_users']:,} {split} users, "
-        f"beam {metrics['beam']}."
-    )
+    try:
+        split = metrics["split"]
+        users = (
+            f"{metrics['retrieval_users']:,} of {metrics[f'{split}_users']:,} {split} users, "
+            f"beam {metrics['beam']}."
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not what an evaluation wrote ({error}); evaluate again") from None
     values = {k: v for k, v in metrics.items() if isinstance(v, float)}
     return [users, "", "| metric | value |", "|---|---|"] + [
         f"| {name} | {value:.4f} |" for name, value in values.items()
@@ -184,11 +173,14 @@ def import_folder(folder: Path, out: Path) -> None:
     """
     described = read_folder(folder)
     files = SafetensorsFolder(folder)
-    with replacing_folder(out, _is_import) as beside:
-        copy_all_but_weights(folder, beside)
+    with replacing_files(out, "import", last="config.json") as staged:
+        copy_all_but_weights(folder, staged)
         parts = _imported_parts(described, files)
-        with Checkpoints(beside, keep=1) as checkpoints:
-            checkpoints.save(0, parts, {})
+        try:
+            with Checkpoints(staged, keep=1) as checkpoints:
+                checkpoints.save(0, parts, {})
+        except ValueError as error:  # a full disk, as TensorStore tells of it
+            raise OSError(" ".join(str(error).split())) from None
 
 
 def _imported_parts(described: ModelFolder, files: SafetensorsFolder) -> dict[str, Any]:

@@ -7,12 +7,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from prefixmem_jax.errors import UserError
+
+# Of a folder that `replacing_files` wrote: its own files, and where new ones wait.
+MANIFEST, STAGED = "prefixmem_files.json", ".prefixmem.part"
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,26 +42,148 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path, is_older: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder beside `path` to fill; takes its place if the block ends well, else is removed.
+def replacing_files(folder: Path, kind: str, last: str) -> Iterator[Path]:
+    """An empty folder to fill. If the block ends well its files move into `folder`, else they go.
+
+    They replace those that an earlier block of this kind left there, which a manifest lists with
+    their digests. Files of somebody else stay as they are. The empty folder lies in `folder`
+    itself, so that this may be a mount point or a link, and moving is renaming. A move that was
+    killed is done again by the same command: until it has ended the manifest lists both.
 
     Args:
-      is_older: whether a folder is an older one of the same kind, which may be replaced.
+      kind: of what is written, such as `export`.
+      last: the file without which nobody takes `folder` for whole; taken away first, put in last.
 
     Raises:
-      UserError: `path` is something else that is there already.
+      UserError: `folder` is no place to write to, or holds something else, or one of the earlier
+        files was changed since, or a file of somebody else is where one of the new ones goes.
     """
-    if path.exists() and (path.is_file() or (any(path.iterdir()) and not is_older(path))):
-        raise UserError(f"{path}: is there already and holds something else; name another folder")
-    beside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    check_local(folder)
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    staged = folder / STAGED
     try:
-        yield beside
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(beside, path)
+        old = _own_files(folder, kind)
+        _remove_folder(staged)
+        staged.mkdir(parents=True)
+        yield staged
+        _move_in(folder, staged, kind, last, old)
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        raise UserError(f"{folder}: {kind} failed{where}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
+        with suppress(OSError):  # where something is in them by now
+            for path in made:
+                path.rmdir()
+
+
+def check_local(path: Path) -> None:
+    """Raises UserError for `gs://...` and the like, which would become folders of these names."""
+    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", str(path))
+    if scheme:
+        raise UserError(f"{path}: expected a folder, not {scheme[1]}://; mount remote storage")
+
+
+def _own_files(folder: Path, kind: str) -> dict[str, list[str]]:
+    """What the manifest lists: digests that a file may have, by its path in the folder."""
+    if not os.path.lexists(folder):
+        return {}
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder}: is a link to {os.readlink(folder)}, which does not exist")
+    there = set()
+    if folder.is_dir():
+        there = {path.name for path in folder.iterdir()} - {STAGED}
+        if not there:
+            return {}
+    manifest = read_json_object(folder / MANIFEST) if MANIFEST in there else {}
+    if manifest.get("kind") != kind:
+        raise UserError(
+            f"{folder}: is there already and holds something else than an older {kind}; name "
+            "another folder"
+        )
+    files = manifest.get("files")
+    if not _is_listing(files):
+        raise UserError(f"{folder / MANIFEST}: expected digests by file; name another folder")
+    for name in _counted([name for name in files if os.path.lexists(folder / name)]):
+        path = folder / name
+        if not (path.is_file() and sha256_of(path).hex() in files[name]):
+            raise UserError(
+                f"{path}: was changed since the {kind} that wrote it; move it away, or name "
+                "another folder"
+            )
+    return files
+
+
+def _counted(files: list[Any]) -> Iterable[Any]:
+    """With a bar where it takes long: digests of large models do."""
+    return tqdm(files, desc="checksums", unit="file", leave=False, delay=2)
+
+
+def _is_listing(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(digests, list) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        for name, digests in files.items()
+    )
+
+
+def _move_in(folder: Path, staged: Path, kind: str, last: str, old: dict[str, list[str]]) -> None:
+    for path in _foreign(folder, staged, old):
+        raise UserError(
+            f"{path}: is in the way, and of no {kind}; move it away, or name another folder"
+        )
+    files = [path for path in sorted(staged.rglob("*")) if not path.is_dir()]
+    new = {str(path.relative_to(staged)): [sha256_of(path).hex()] for path in _counted(files)}
+
+    def list_files(listed: dict[str, list[str]]) -> None:
+        (staged / MANIFEST).write_text(json.dumps({"kind": kind, "files": listed}, indent=2) + "\n")
+        os.replace(staged / MANIFEST, folder / MANIFEST)
+
+    list_files({name: old.get(name, []) + new.get(name, []) for name in {**old, **new}})
+    (folder / last).unlink(missing_ok=True)
+    for name in old.keys() - new.keys():
+        (folder / name).unlink(missing_ok=True)
+        _remove_empty(folder, Path(name).parent)
+    for name in sorted(new, key=lambda name: name == last):
+        if name == last:
+            list_files(new)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / name, folder / name)
+
+
+def _foreign(folder: Path, staged: Path, old: dict[str, list[str]]) -> Iterator[Path]:
+    """What is not ours where our files go; of a subfolder of ours, everything else in it."""
+    for path in staged.iterdir():
+        there = folder / path.name
+        if path.is_dir() and there.is_dir():
+            inside = (file for file in there.rglob("*") if not file.is_dir())
+            yield from (file for file in inside if str(file.relative_to(folder)) not in old)
+        elif os.path.lexists(there) and path.name not in old:
+            yield there
+
+
+def _remove_folder(path: Path) -> None:
+    if os.path.lexists(path):
+        shutil.rmtree(path)
+
+
+def _remove_empty(folder: Path, inside: Path) -> None:
+    """Removes a subfolder and those around it, as far as nothing is in them."""
+    with suppress(OSError):
+        for path in (inside, *inside.parents)[:-1]:
+            (folder / path).rmdir()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; UserError names the file where that is no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def sha256_of(path: Path) -> bytes:

@@ -20,11 +20,13 @@ import numpy as np
 import transformers
 from tqdm import tqdm
 
+from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.files import MANIFEST
 from prefixmem_jax.hf.families import differing_key, huggingface_config, read_folder
 from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsWriter
-from prefixmem_jax.hf.tokenizer import sid_tokenizer
+from prefixmem_jax.hf.tokenizer import save_tokenizer, sid_tokenizer
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
@@ -60,7 +62,7 @@ def write_folder(
     catalog: Catalog,
     vocabulary: Vocabulary,
     text_model: str | None,
-    max_positions: int,
+    config: Config,
     card: str,
     dtype: str | None,
     max_shard_bytes: int,
@@ -69,7 +71,8 @@ def write_folder(
 
     Args:
       text_model: Hugging Face folder that the LLM and its tokenizer came from, if any.
-      max_positions: longest sequence it was trained on, where there is no `text_model` to say.
+      config: of the run: its longest sequence, where there is no `text_model` to say, and how its
+        recommendations are searched for.
       card: the model card, README.md.
       dtype, max_shard_bytes: see `write_weights`.
     """
@@ -79,22 +82,30 @@ def write_folder(
         stock = described.config
         stock.vocab_size = vocabulary.size
     else:
-        stock = huggingface_config(decoder, vocabulary.size, max_positions)
+        stock = huggingface_config(decoder, vocabulary.size, config.data.sequence_length)
     tokenizer = sid_tokenizer(
         vocabulary, text_model, None if described is None else described.config
     )
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     stock.pad_token_id = tokenizer.pad_token_id
-    _write_configs(folder, parameters.sid_encoder, vocabulary, stock, dtype or "float32")
+    sids = {
+        "codebook_sizes": list(vocabulary.space.codebook_sizes),
+        "text_tokens": vocabulary.text_tokens,
+        "items": len(catalog),
+        "max_items": config.data.max_items,
+        "beam": config.evaluation.beam,
+    }
+    _write_configs(folder, parameters.sid_encoder, vocabulary, stock, sids, dtype or "float32")
     for name in CODE if parameters.sid_encoder is not None else STOCK_CODE:
         source = resources.files("prefixmem_jax.hf") / "exported" / name
         (folder / name).write_text(source.read_text())
-    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
+    # What UTF-8 cannot say (half a surrogate pair) becomes `\\ud800`, which JSON reads.
+    with (folder / "items.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         listed = zip(catalog.sids.tolist(), catalog.titles, strict=True)
         for item, (sid, title) in enumerate(listed):
             entry = {"item": item, "sid": sid, "title": title}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     write_weights(folder, parameters, dtype, max_shard_bytes)
 
 
@@ -102,7 +113,7 @@ def copy_all_but_weights(source: Path, target: Path) -> None:
     """The small files of a Hugging Face folder: configs, tokenizer, code, catalogue."""
     weights_end = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".gguf")
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(weights_end):
+        if path.is_file() and path.name != MANIFEST and not path.name.endswith(weights_end):
             shutil.copyfile(path, target / path.name)
 
 
@@ -111,16 +122,13 @@ def _write_configs(
     sid_encoder: PrefixMemoryConfig | None,
     vocabulary: Vocabulary,
     stock: transformers.PretrainedConfig,
+    sids: dict[str, Any],
     dtype: str,
 ) -> None:
     stock.dtype = dtype
     content = stock.to_dict()
     content.pop("_name_or_path", None)
     content["architectures"] = [_ARCHITECTURES[stock.model_type]]
-    sids = {
-        "codebook_sizes": list(vocabulary.space.codebook_sizes),
-        "text_tokens": vocabulary.text_tokens,
-    }
     if sid_encoder is None:
         content["semantic_ids"] = sids
     else:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 
 from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import read_json_object
+from prefixmem_jax.hf.exported_config import (
+    object_at,
+    read_sid_encoder,
+    read_vocabulary,
+    validated,
+)
+from prefixmem_jax.hf.tokenizer import text_tokenizer
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 # What a config may say that would change the model and that the decoder cannot do.
@@ -23,6 +32,27 @@ _UNSUPPORTED = {
     "use_bidirectional_attention": False,
 }
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
+# What Hugging Face's configs call our keys: in every family, and where a family has them.
+_KEYS = {
+    "layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "query_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_epsilon": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+_FAMILY_KEYS = {
+    "query_scale": "query_pre_attn_scalar",
+    "logit_softcap": "final_logit_softcapping",
+    "rope_base": "rope_theta",
+    "sliding_rope_base": "rope_theta",
+    "low_frequency_factor": "low_freq_factor",
+    "high_frequency_factor": "high_freq_factor",
+    "original_length": "original_max_position_embeddings",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +73,7 @@ class ModelFolder:
     text_tokens: int
     codebook_sizes: tuple[int, ...] | None = None
     sid_encoder: PrefixMemoryConfig | None = None
-    multipliers: Any = None
+    multipliers: np.ndarray | None = None
 
 
 def read_folder(folder: str | Path) -> ModelFolder:
@@ -57,46 +87,42 @@ def read_folder(folder: str | Path) -> ModelFolder:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
-    try:
-        content = json.loads(path.read_text())
-        memory = content.get("prefix_memory")
-        if memory is None:
-            config = transformers.AutoConfig.from_pretrained(folder)
-        else:
-            config = transformers.AutoConfig.for_model(**content["text_config"])
-    except (AttributeError, TypeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    decoder = decoder_config(config, str(path))
-    sids = content.get("semantic_ids")
-    if sids is None:
-        tokens = max(config.vocab_size, _tokenizer_size(folder))
-        return ModelFolder(config, decoder, config.vocab_size, tokens)
-    try:
-        return ModelFolder(
-            config,
-            decoder,
-            config.vocab_size,
-            sids["text_tokens"],
-            tuple(sids["codebook_sizes"]),
-            *_sid_encoder(memory),
+    where, content, memory = str(path), read_json_object(path), None
+    if content.get("model_type") == "prefixmem" or content.get("prefix_memory") is not None:
+        memory = object_at(content, "prefix_memory", where)
+        stock = object_at(content, "text_config", where)
+        config = _stock_config(stock, where, lambda: transformers.AutoConfig.for_model(**stock))
+    else:
+        config = _stock_config(
+            content, where, lambda: transformers.AutoConfig.from_pretrained(folder)
         )
-    except (AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: semantic_ids or prefix_memory is malformed ({error})") from None
+    decoder, size = decoder_config(config, where), config.vocab_size
+    if memory is None and content.get("semantic_ids") is None:
+        tokenizer = text_tokenizer(folder)
+        tokens = 0 if tokenizer is None else len(tokenizer)
+        return ModelFolder(config, decoder, size, max(size, tokens))
+    vocabulary = read_vocabulary(object_at(content, "semantic_ids", where), size, where)
+    text_tokens, space = vocabulary.text_tokens, vocabulary.space
+    sid_encoder = (None, None) if memory is None else read_sid_encoder(memory, space, where)
+    return ModelFolder(config, decoder, size, text_tokens, space.codebook_sizes, *sid_encoder)
 
 
-def _sid_encoder(memory: dict[str, Any] | None) -> tuple[PrefixMemoryConfig | None, Any]:
-    """What an exported memory was trained as, and the multipliers of its hash."""
-    if memory is None:
-        return None, None
-    fields = {k: tuple(v) if k == "target_levels" else v for k, v in memory.items()}
-    multipliers = fields.pop("multipliers")
-    return PrefixMemoryConfig(**fields), multipliers
-
-
-def _tokenizer_size(folder: str | Path) -> int:
-    if not (Path(folder) / "tokenizer_config.json").is_file():
-        return 0
-    return len(transformers.AutoTokenizer.from_pretrained(folder))
+def _stock_config(
+    content: dict[str, Any], where: str, read: Callable[[], transformers.PretrainedConfig]
+) -> transformers.PretrainedConfig:
+    """What transformers reads of a stock model's keys, which may say anything."""
+    kind, dtype = content.get("model_type"), content.get("dtype", content.get("torch_dtype"))
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        raise UserError(f"{where}: model_type {kind!r}; expected one of {', '.join(_FAMILIES)}")
+    if dtype not in (None, *_DTYPES):
+        raise UserError(f"{where}: dtype {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    try:
+        config = read()
+    except Exception as error:  # of many kinds, in several lines, from its own checks
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+    if type(config.vocab_size) is not int or config.vocab_size < 1:
+        raise UserError(f"{where}: vocab_size: expected 1 or more, got {config.vocab_size!r}")
+    return config
 
 
 def decoder_config(config: transformers.PretrainedConfig, where: str) -> DecoderConfig:
@@ -119,20 +145,18 @@ def decoder_config(config: transformers.PretrainedConfig, where: str) -> Decoder
             f"{where}: activation {activation!r} is not supported; expected one of "
             f"{', '.join(_ACTIVATIONS)}"
         )
-    common = {
-        "layers": config.num_hidden_layers,
-        "d_model": config.hidden_size,
-        "d_ff": config.intermediate_size,
-        "query_heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
-        "activation": _ACTIVATIONS[activation],
-        "tied_embeddings": bool(config.tie_word_embeddings),
-        "norm_epsilon": float(config.rms_norm_eps),
-        "init_std": float(config.initializer_range),
-    }
-    return DecoderConfig(**{**common, **family(config, where)})
+    keys = {ours: getattr(config, theirs, None) for ours, theirs in _KEYS.items()}
+    if not keys["head_dim"]:
+        keys["head_dim"] = config.hidden_size // max(config.num_attention_heads, 1)
+    keys["activation"] = _ACTIVATIONS[activation]
+    keys["tied_embeddings"] = bool(config.tie_word_embeddings)
+    decoder = validated(DecoderConfig, keys | family(config, where), where, _KEYS | _FAMILY_KEYS)
+    try:
+        decoder.check()
+    except UserError as error:
+        text = re.sub(r"model\.(\w+)", lambda key: _KEYS.get(key[1], key[1]), str(error))
+        raise UserError(f"{where}: {text}") from None
+    return decoder
 
 
 def huggingface_config(
@@ -227,12 +251,12 @@ def _gemma3(config: Any, where: str) -> dict[str, Any]:
     sliding_base, sliding_scaling = _rope(config.rope_parameters["sliding_attention"], where)
     if sliding_scaling is not None:
         raise UserError(f"{where}: rope scaling of sliding_attention is not supported")
-    sliding = _sliding_layers(config)
+    sliding, scalar = _sliding_layers(config), config.query_pre_attn_scalar
     return {
         "qk_norm": True,
         "norm_plus_one": True,
         "post_norms": True,
-        "query_scale": float(config.query_pre_attn_scalar) ** -0.5,
+        "query_scale": float(scalar) ** -0.5 if scalar > 0 else scalar,
         "scale_embedding": True,
         "logit_softcap": config.final_logit_softcapping,
         "rope_base": base,
@@ -254,24 +278,21 @@ def _sliding_layers(config: Any) -> tuple[int, ...]:
     return tuple(n for n, kind in enumerate(config.layer_types) if kind == "sliding_attention")
 
 
-def _rope(parameters: dict[str, Any], where: str) -> tuple[float, RopeScalingConfig | None]:
-    """Base and scaling of one `rope_parameters` entry."""
-    kind, base = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+def _rope(parameters: dict[str, Any], where: str) -> tuple[Any, dict[str, Any] | None]:
+    """Base and `rope_scaling` of one `rope_parameters` entry, as they stand there."""
+    kind, base = parameters.get("rope_type", "default"), parameters.get("rope_theta")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: rope_parameters: partial_rotary_factor is not supported")
     if kind == "default":
         return base, None
-    if kind == "linear":
-        return base, RopeScalingConfig("linear", float(parameters["factor"]))
-    if kind == "llama3":
-        return base, RopeScalingConfig(
-            "llama3",
-            float(parameters["factor"]),
-            float(parameters["low_freq_factor"]),
-            float(parameters["high_freq_factor"]),
-            int(parameters["original_max_position_embeddings"]),
-        )
-    raise UserError(f"{where}: rope_type {kind!r} is not supported")
+    names = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_frequency_factor", "high_frequency_factor", "original_length"),
+    }
+    if kind not in tuple(names):
+        raise UserError(f"{where}: rope_type {kind!r} is not supported")
+    keys = {name: parameters.get(_FAMILY_KEYS.get(name, name)) for name in names[kind]}
+    return base, {"kind": kind, **keys}
 
 
 def _to_rope(base: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from prefixmem_jax.hf.mapping import Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
+DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+
 
 def load_parts(
     source: SafetensorsFolder,
@@ -101,7 +103,9 @@ def _check(
     problems = [f"missing {name}" for name in sorted(expected.keys() - names)]
     problems += [f"unexpected {name}" for name in sorted(names - expected.keys())]
     for name in sorted(expected.keys() & names):
-        shape, wanted = source.shape(name), expected[name]
+        shape, wanted, dtype = source.shape(name), expected[name], source.dtype(name)
+        if dtype not in DTYPES:
+            problems.append(f"{name}: dtype {dtype}, expected one of {', '.join(DTYPES)}")
         if wanted is not None and shape != wanted:
             problems.append(f"{name}: shape {shape}, expected {wanted}")
     if problems:

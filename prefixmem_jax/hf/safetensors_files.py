@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _DTYPES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
+
+
+def has_safetensors(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in (INDEX, SINGLE))
 
 
 class SafetensorsFolder:
@@ -26,39 +32,72 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if (folder / INDEX).is_file():
-            try:
-                files = json.loads((folder / INDEX).read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{folder / INDEX}: expected JSON with a weight_map ({error})"
-                ) from None
+            files = _read_index(folder / INDEX)
         elif (folder / SINGLE).is_file():
             files = dict.fromkeys(self._names(folder / SINGLE), SINGLE)
         else:
             raise UserError(f"{folder}: no {SINGLE} and no {INDEX}")
         self.folder = folder
-        self.files: dict[str, str] = files
+        self.files = files
+        names: dict[str, set[str]] = {}
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing, which {INDEX} names")
-            self._names(folder / name)  # that it can be read
+            names[name] = set(self._names(folder / name))
+        for tensor, name in files.items():
+            if tensor not in names[name]:
+                raise UserError(
+                    f"{folder / name}: has no tensor {tensor}, which {INDEX} puts there"
+                )
 
     @staticmethod
     def _names(path: Path) -> list[str]:
         try:
             with safe_open(path, framework="np") as file:
                 return list(file.keys())
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a safetensors file ({error})") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self.folder / self.files[name], framework="np") as file:
             return tuple(file.get_slice(name).get_shape())
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor, or some of its rows."""
+    def dtype(self, name: str) -> str:
+        """As the format calls it, such as `BF16`."""
         with safe_open(self.folder / self.files[name], framework="np") as file:
-            return file.get_slice(name)[rows]
+            return file.get_slice(name).get_dtype()
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor, or some of its rows; UserError where a number is not finite."""
+        path = self.folder / self.files[name]
+        with safe_open(path, framework="np") as file:
+            array = file.get_slice(name)[rows]
+        if not _is_finite(array):
+            raise UserError(f"{path}: tensor {name} has numbers that are not finite (NaN, inf)")
+        return array
+
+
+def _is_finite(array: np.ndarray, piece: int = 1 << 24) -> bool:
+    """Whether all numbers are, looked at some at a time: an array may be all that memory holds."""
+    flat = array.reshape(-1)
+    return all(
+        np.isfinite(flat[start : start + piece]).all() for start in range(0, flat.size, piece)
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor; all of them lie beside the index."""
+    files = read_json_object(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(
+            f"{path}: weight_map: expected an object, file by tensor, got {files!r:.40}"
+        )
+    for tensor, name in files.items():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise UserError(
+                f"{path}: weight_map: {tensor}: expected a file beside the index, got {name!r:.80}"
+            )
+    return files
 
 
 class SafetensorsWriter:
@@ -121,7 +160,7 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+            _reserve(file, 8 + len(text) + end)
         for name, offset in offsets.items():
             self._at[name] = (path, 8 + len(text) + offset)
 
@@ -130,3 +169,10 @@ class SafetensorsWriter:
         path, offset = self._at[name]
         shape, dtype = self._tensors[name]
         return np.memmap(path, dtype=dtype, mode="r+", offset=offset, shape=shape)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Makes a file so long. A full disk is an OSError here; under a memory map it is a signal."""
+    file.truncate(size)
+    if hasattr(os, "posix_fallocate"):  # Linux
+        os.posix_fallocate(file.fileno(), 0, size)

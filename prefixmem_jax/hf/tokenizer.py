@@ -8,13 +8,18 @@ gap.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import transformers
 
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import read_json_object
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
+CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+VOCABULARY_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt")
+JSON_FILES = (CONFIG, TOKENIZER, "special_tokens_map.json", "added_tokens.json", "vocab.json")
 PAD, BOS = "<|sid_pad|>", "<|sid_bos|>"
 
 
@@ -25,12 +30,44 @@ def token_names(vocabulary: Vocabulary) -> list[str]:
 
 
 def text_tokenizer(
-    folder: str | Path, config: transformers.PretrainedConfig
+    folder: str | Path, config: transformers.PretrainedConfig | None = None
 ) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer of a model folder, or None where it has none; `config` is the stock model's."""
-    if not (Path(folder) / "tokenizer_config.json").is_file():
+    if not (Path(folder) / CONFIG).is_file():
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder, config=config)
+    return open_tokenizer(folder, config=config)
+
+
+def open_tokenizer(folder: str | Path, **options: Any) -> transformers.PreTrainedTokenizerBase:
+    """What `AutoTokenizer` makes of a folder.
+
+    Raises:
+      UserError: no vocabulary there, of which it would make a tokenizer without text; or a file is
+        damaged, which is named.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise UserError(
+            f"{folder}: no tokenizer there; expected one of {', '.join(VOCABULARY_FILES)}"
+        )
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise _tokenizer_error(folder, error) from None
+
+
+def _tokenizer_error(folder: Path, error: Exception) -> UserError:
+    """Names the file: transformers reads several, and does not say which one it cannot use."""
+    path = folder / CONFIG
+    if (folder / TOKENIZER).is_file():
+        try:
+            tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+        except Exception as inner:
+            path, error = folder / TOKENIZER, inner
+    return UserError(f"{path}: makes no tokenizer ({' '.join(str(error).split())})")
 
 
 def sid_tokenizer(
@@ -47,13 +84,8 @@ def sid_tokenizer(
     """
     if text is None:
         return _without_text(vocabulary)
-    try:
-        # Decoders are prompted from the left; set afterwards, it would not be saved.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            text, config=config, padding_side="left"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{text}: no tokenizer there ({str(error).splitlines()[0]})") from None
+    # Decoders are prompted from the left; set afterwards, it would not be saved.
+    tokenizer = open_tokenizer(text, config=config, padding_side="left")
     names, have = token_names(vocabulary), len(tokenizer)
     if BOS not in tokenizer.get_vocab():
         if have > vocabulary.text_tokens:
@@ -69,6 +101,14 @@ def sid_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = PAD
     return tokenizer
+
+
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes its files; OSError where that fails, for the tokenizers library has its own."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise OSError(f"{folder / TOKENIZER}: {error}") from None
 
 
 def _without_text(vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.config_groups import InitConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.hf.load import load_parts, load_rows
-from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
+from prefixmem_jax.hf.safetensors_files import SafetensorsFolder, has_safetensors
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import TOKEN_AXIS
 from prefixmem_jax.models.new_tokens import add_tokens, directions, read_codebooks
@@ -87,7 +87,8 @@ def parts_of_folder(
 
     dense = {part: spec.params[part] for part in parts if part != "memory"}
     dense["llm"] = _with_vocabulary(dense["llm"], described.vocabulary)
-    if has_checkpoint(Path(folder)):
+    # What `prefixmem import` makes has no safetensors; checkpoints beside those are another model's.
+    if has_checkpoint(Path(folder)) and not has_safetensors(folder):
         abstract = dict(dense)
         if "memory" in parts:
             abstract["memory"] = abstract_memory_part(spec)

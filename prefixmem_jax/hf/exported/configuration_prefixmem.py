@@ -9,7 +9,9 @@ class PrefixMemConfig(PretrainedConfig):
     Attributes:
       text_config: config of the stock model.
       semantic_ids: `codebook_sizes` (codes by level), `text_tokens` (the token of level l, code c
-        is `text_tokens + 2 + codes of earlier levels + c`; the two are padding and BOS).
+        is `text_tokens + 2 + codes of earlier levels + c`; the two are padding and BOS), and what
+        `recommend` goes by: how many `items` there are, of how many at the end of a history
+        (`max_items`) the model makes use, and the width of the beam search (`beam`).
       prefix_memory: `target_levels`, `orders`, `heads`, `rows`, `d_mem`, `address` and the hash's
         `multipliers` [levels][heads]; the rest says how the memory was trained.
     """

@@ -39,10 +39,17 @@ class SidSpace:
 
 
 class Catalog:
-    """Items 0..N-1 with SIDs and titles, and a trie over the SIDs."""
+    """Items 0..N-1 with SIDs and titles, and a trie over the SIDs.
 
-    def __init__(self, space, sids, titles):
+    Attributes:
+      max_items: how much of the end of a history the model was trained with.
+      beam: width of its beam search.
+    """
+
+    def __init__(self, space, sids, titles, max_items, beam):
         self.space = space
+        self.max_items = max_items
+        self.beam = beam
         self.sids = [tuple(sid) for sid in sids]
         self.titles = titles
         self.items = {}
@@ -58,15 +65,27 @@ class Catalog:
 
     @classmethod
     def from_pretrained(cls, folder, config):
-        """Reads the items of an exported folder (or hub repository); `config` is the model's."""
+        """Reads the items of an exported folder (or hub repository); `config` is the model's.
+
+        Raises:
+          ValueError: names the line that is not the item it must be: another one, or without its
+            codes.
+        """
+        described = config.semantic_ids
+        space = SidSpace(described["codebook_sizes"], described["text_tokens"])
         sids, titles = [], []
-        with open(cached_file(folder, ITEMS), encoding="utf-8") as file:
-            for line in file:
-                entry = json.loads(line)
-                sids.append(entry["sid"])
-                titles.append(entry["title"])
-        space = SidSpace(config.semantic_ids["codebook_sizes"], config.semantic_ids["text_tokens"])
-        return cls(space, sids, titles)
+        path = cached_file(folder, ITEMS)
+        with open(path, encoding="utf-8") as file:
+            for item, line in enumerate(file):
+                try:
+                    sid, title = _parse_line(line, item, space)
+                except ValueError as error:
+                    raise ValueError(f"{path}: line {item + 1}: {error}") from None
+                sids.append(sid)
+                titles.append(title)
+        if len(sids) != described["items"]:
+            raise ValueError(f"{path}: {len(sids)} items, expected {described['items']}")
+        return cls(space, sids, titles, described["max_items"], described["beam"])
 
     def allowed(self, codes):
         """Which codes may follow: bool [prefixes, codes of the next level].
@@ -97,7 +116,8 @@ class Catalog:
 
         Args:
           model: a causal LM that speaks this catalogue's SIDs.
-          beams: width of the beam search, at least `top` (default).
+          history: its last `max_items` count.
+          beams: width of the beam search, at least `top` (default: `beam`, or `top` if greater).
 
         Returns:
           A list of (item, title, sid, score), best first; items that share a SID follow each other.
@@ -108,31 +128,55 @@ class Catalog:
         if unknown:
             raise ValueError(f"item {unknown[0]} is not in the catalogue of {len(self.sids)} items")
         tokens = [space.bos_token]
-        for item in history:
+        for item in list(history)[-self.max_items :]:
             tokens += space.encode(self.sids[item])
-        beams = max(beams or top, top, 2)
+        beams = max(beams or self.beam, top)
+        search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
         with torch.no_grad():
             output = model.generate(
                 torch.tensor([tokens], device=model.device),
                 attention_mask=torch.ones(1, len(tokens), dtype=torch.int64, device=model.device),
-                num_beams=beams,
-                num_return_sequences=beams,
                 max_new_tokens=space.levels,
                 do_sample=False,
-                length_penalty=0.0,
                 logits_processor=LogitsProcessorList([SidLogitsProcessor(space, self)]),
                 return_dict_in_generate=True,
                 output_scores=True,
+                **(search if beams > 1 else {}),
             )
+        if beams > 1:
+            scores = output.sequences_scores
+        else:
+            scores = model.compute_transition_scores(output.sequences, output.scores).sum(dim=1)
         results = []
         sequences = output.sequences[:, len(tokens) :].tolist()
-        for sequence, score in zip(sequences, output.sequences_scores.tolist(), strict=True):
+        for sequence, score in zip(sequences, scores.tolist(), strict=True):
             sid = space.decode(sequence)
             if score < EXHAUSTED or sid not in self.items:
                 continue
             for item in self.items[sid]:
                 results.append(Recommendation(item, self.titles[item], sid, score))
         return results[:top]
+
+
+def _parse_line(line, item, space):
+    """SID and title of an item; ValueError says why the line does not give them."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    number, sid, title = (entry.get(key) for key in ("item", "sid", "title"))
+    if type(number) is not int or number != item:
+        raise ValueError(f"item is {number!r}, expected {item}: 0, 1, 2, ...")
+    if not isinstance(sid, list) or len(sid) != space.levels:
+        raise ValueError(f"sid is {sid!r}, expected {space.levels} codes")
+    for level, (code, size) in enumerate(zip(sid, space.codebook_sizes, strict=True), start=1):
+        if type(code) is not int or not 0 <= code < size:
+            raise ValueError(f"sid level {level} is {code!r}, expected 0..{size - 1}")
+    if title is not None and not isinstance(title, str):
+        raise ValueError(f"title is {title!r}, expected a string or null")
+    return sid, title
 
 
 class SidLogitsProcessor(LogitsProcessor):
