@@ -13,6 +13,7 @@ import json
 import traceback
 import typing
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pydantic_core import from_json
 from prefixmem_jax.config import Config
 from prefixmem_jax.errors import UserError, nearest
 from prefixmem_jax.kinds import Kind, find_kind, kind_name
+from prefixmem_jax.text import shortened
 
 _CONFIG = TypeAdapter(Config)
 
@@ -30,14 +32,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Loads a config file (.py with get_config(), or a saved .json) and applies overrides.
 
     Args:
+      path: of a file, or where there is none the name of a config of the package, such as
+        `quickstart/baseline`.
       overrides: strings like `optimizer.learning_rate=3e-4`.
 
     Raises:
       UserError: names the file or key, what is wrong, and the nearest valid name.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
+    path = _find(Path(path))
     if path.suffix == ".json":
         try:
             data = from_json(path.read_bytes())
@@ -58,6 +60,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config
+
+
+def packaged_configs() -> Path:
+    """The folder of the configs that come with the package."""
+    return Path(str(resources.files("prefixmem_jax.configs")))
+
+
+def _find(path: Path) -> Path:
+    """The file that a path or the name of a packaged config means."""
+    if path.is_file():
+        return path
+    folder = packaged_configs()
+    packaged = {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in sorted(folder.glob("*/*.py"))
+        if file.stem != "__init__"
+    }
+    name = path.as_posix().removeprefix("configs/").removesuffix(".py")
+    if name not in packaged:
+        hint = "" if path.is_absolute() else nearest(name, list(packaged))
+        raise UserError(f"{path}: no such config file{hint}")
+    return packaged[name]
 
 
 def inherit(file: str, name: str) -> Config:
@@ -121,7 +145,7 @@ def _literal(text: str) -> Any:
         return words[text.lower()]
     try:
         value = json.loads(json.dumps(ast.literal_eval(text)))
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
     return text if isinstance(value, dict) else value
 
@@ -150,7 +174,9 @@ def _validate(data: Any) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
     path = [step for step in first["loc"] if isinstance(step, str)]
-    key, what, value = ".".join(path), first["type"], first["input"]
+    key, what, value = ".".join(path), first["type"], shortened(repr(first["input"]))
+    if what == "json_invalid":  # all that json.dumps writes and JSON does not allow
+        raise UserError("a value is not UTF-8 text")
     if what == "unexpected_keyword_argument":
         group = "".join(f"{step}." for step in path[:-1])
         hint = nearest(path[-1], _names(data, path[:-1]), group)
@@ -158,17 +184,17 @@ def _validate(data: Any) -> Config:
     if what == "missing":
         raise UserError(f"{key} is missing")
     if what == "dataclass_type" and not path:
-        raise UserError(f"expected an object of keys, got {value!r}")
+        raise UserError(f"expected an object of keys, got {value}")
     if what == "dataclass_type":
         example = f"{key}.{_names(data, path)[0]}"
         raise UserError(f"{key} is a group of keys; set one of them, such as {example}")
     if what == "literal_error":
         valid = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
-        raise UserError(f"{key}: {value!r} is not one of {valid}")
+        raise UserError(f"{key}: {value} is not one of {valid}")
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if what in _TYPES:
         reason = f"expected {_TYPES[what]}"
-    raise UserError(f"{key}: {reason}, got {value!r}")
+    raise UserError(f"{key}: {reason}, got {value}")
 
 
 # What was expected, by pydantic's type of error.

@@ -23,7 +23,8 @@ from prefixmem_jax.errors import UserError
 DType = Literal["float32", "bfloat16"]
 Trainable = Literal["everything", "new_tokens", "sid_encoder"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Codes = Annotated[int, Field(gt=0, le=2**24)]
+Sizes = Annotated[tuple[Codes, ...], Field(min_length=1, max_length=64)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -40,17 +41,17 @@ MeshSize = Annotated[int, AfterValidator(_mesh_size)]
 class SyntheticConfig:
     """Size and shape of the synthetic dataset; `data.synthetic` says what each means."""
 
-    items: PositiveInt = 20_000
-    users: PositiveInt = 20_000
+    items: Annotated[PositiveInt, Field(le=10_000_000)] = 20_000
+    users: Annotated[PositiveInt, Field(le=10_000_000)] = 20_000
     codebook_sizes: Sizes = (32, 64, 64, 64)
     children: Sizes = (32, 10, 10, 10)
-    zipf_exponent: NonNegativeFloat = 0.8
-    groups: PositiveInt = 12
+    zipf_exponent: Annotated[float, Field(ge=0, le=10)] = 0.8
+    groups: Annotated[PositiveInt, Field(le=1000)] = 12
     liked_codes: PositiveInt = 3
-    liking: PositiveFloat = 30.0
+    liking: Annotated[PositiveFloat, Field(le=1e6)] = 30.0
     loyalty: Annotated[float, Field(ge=0, le=1)] = 0.5
-    mean_length: Annotated[float, Field(ge=3)] = 10.0
-    max_length: PositiveInt = 40
+    mean_length: Annotated[float, Field(ge=3, le=10_000)] = 10.0
+    max_length: Annotated[PositiveInt, Field(le=10_000)] = 40
     seed: Seed = 0
 
     def check(self) -> None:
@@ -59,6 +60,11 @@ class SyntheticConfig:
             raise UserError(
                 f"data.synthetic.children={self.children}: expected a number for each of the "
                 f"{len(self.codebook_sizes)} levels of data.synthetic.codebook_sizes"
+            )
+        if max(map(min, self.children, self.codebook_sizes)) == 1:
+            raise UserError(
+                f"data.synthetic.children={self.children}: all items would have the same SID; "
+                "expected 2 or more on some level (and codes for them)"
             )
         if self.liked_codes > self.codebook_sizes[0]:
             raise UserError(
@@ -92,11 +98,11 @@ class DataConfig:
     codebook_sizes: Sizes | None = None
     split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    text_tokens: NonNegativeInt = 0
-    vocabulary_multiple: PositiveInt = 1
-    max_items: PositiveInt = 20
-    sequence_length: PositiveInt = 128
-    batch_size: PositiveInt = 40
+    text_tokens: Annotated[NonNegativeInt, Field(le=2**22)] = 0
+    vocabulary_multiple: Annotated[PositiveInt, Field(le=2**20)] = 1
+    max_items: Annotated[PositiveInt, Field(le=100_000)] = 20
+    sequence_length: Annotated[PositiveInt, Field(le=2**20)] = 128
+    batch_size: Annotated[PositiveInt, Field(le=2**20)] = 40
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -135,7 +141,7 @@ class DecoderConfig:
       remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
-    layers: PositiveInt = 2
+    layers: Annotated[PositiveInt, Field(le=1000)] = 2
     d_model: PositiveInt = 96
     d_ff: PositiveInt = 256
     query_heads: PositiveInt = 4
@@ -295,5 +301,5 @@ class EvaluationConfig:
     every_steps: PositiveInt = 100
     validation_examples: PositiveInt = 1000
     users: NonNegativeInt = 0
-    beam: PositiveInt = 20
+    beam: Annotated[PositiveInt, Field(le=100_000)] = 20
     batch_size: PositiveInt = 64

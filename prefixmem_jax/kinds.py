@@ -49,7 +49,10 @@ def _validate(base: type[Kind], value: Any, info: ValidationInfo) -> Kind:
         raise PydanticCustomError("kind", "expected the name of a kind, or keys with `kind`")
     kind = find_kind(base, name, info.field_name or base.__name__)
     others = {key: item for key, item in keys.items() if key != "kind"}
-    return _adapter(kind).validate_json(json.dumps(others))
+    try:
+        return _adapter(kind).validate_json(json.dumps(others))
+    except TypeError as error:  # a class that cannot be made: it lacks methods
+        raise UserError(f"{info.field_name or base.__name__}: {name}: {error}") from None
 
 
 @functools.cache
@@ -74,6 +77,8 @@ def find_module(package: str, name: str, key: str) -> ModuleType:
         absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
         if not absent:  # the module is there, and fails
             raise UserError(f"{key}: {name}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{key}: {name}: {type(error).__name__}: {error}") from None
     raise UserError(f"{key}: no kind {name!r}{nearest(name, own)}")
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_files import load_config, override, to_json
+from prefixmem_jax.config_files import load_config, override, packaged_configs, to_json
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
@@ -21,9 +20,10 @@ from prefixmem_jax.evaluation.evaluator import chosen_examples, evaluate_run
 from prefixmem_jax.evaluation.report import Results, text_table, write_report
 from prefixmem_jax.files import write_json
 from prefixmem_jax.inference.engine import Engine
-from prefixmem_jax.runs.run import Run
-from prefixmem_jax.training.loop import train
 from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.text import visible
+from prefixmem_jax.training.loop import train
 
 RUNS = ("baseline", "classification", "prefixmem")
 # The configs' own steps are for the synthetic dataset, which must be done in minutes.
@@ -34,7 +34,7 @@ def quickstart_configs(
     out: Path, data: str | None, overrides: Sequence[str] = ()
 ) -> dict[str, Config]:
     """The three runs of the comparison, with one set of overrides applied to all."""
-    folder = Path(str(resources.files("prefixmem_jax.configs"))) / "quickstart"
+    folder = packaged_configs() / "quickstart"
     configs = {}
     for name in RUNS:
         config = load_config(folder / f"{name}.py")
@@ -126,9 +126,10 @@ def quickstart(
 def describe_data(data: PreparedData) -> str:
     space, split = data.catalog.space, data.split
     return (
-        f"{data.dataset.name}: {len(data.catalog):,} items, {len(data.catalog.group_sids):,} "
-        f"distinct SIDs of {space.levels} levels {space.codebook_sizes}; "
-        f"{len(data.dataset.histories):,} users, {len(split.test):,} test users."
+        f"{visible(data.dataset.name)}: {len(data.catalog):,} items, "
+        f"{len(data.catalog.group_sids):,} distinct SIDs of {space.levels} levels "
+        f"{space.codebook_sizes}; {len(data.dataset.histories):,} users, "
+        f"{len(split.test):,} test users."
     )
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from prefixmem_jax.data.prepare import load_catalog
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference.engine import Engine
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.text import shortened
 
 
 class Recommendation(NamedTuple):
@@ -20,8 +26,20 @@ class Recommendation(NamedTuple):
     score: float
 
 
+def catalog_at(run: Run, path: str | Path) -> Catalog:
+    """A run's catalogue from another place: a dataset folder, or an exported items.jsonl."""
+    sizes = run.data_description.codebook_sizes
+    if Path(path).is_file():
+        return Catalog.read_jsonl(path, sizes)
+    return load_catalog(replace(run.config.data, path=str(path), codebook_sizes=sizes))
+
+
 def recommend(
-    engine: Engine, history: str | Sequence[int], top: int, exclude_seen: bool = False
+    engine: Engine,
+    history: str | Sequence[int],
+    top: int,
+    exclude_seen: bool = False,
+    beam: int | None = None,
 ) -> list[Recommendation]:
     """The best next items, best first; items that share a SID follow each other by id.
 
@@ -29,14 +47,23 @@ def recommend(
       history: item ids, oldest first, as a sequence or as text `12,55,803`.
       top: how many items; fewer come back where the catalogue has fewer.
       exclude_seen: leave out the history's items.
+      beam: width of the search; None means `evaluation.beam` of the config, or `top` where that is
+        more. What a search keeps, hence its first items, depends on its width.
     """
     catalog = engine.catalog
-    items = parse_history(history, len(catalog)) if isinstance(history, str) else history
     if top < 1:
         raise UserError(f"--top: expected 1 or more, got {top}")
-    codes, scores = engine.search(
-        [np.asarray(items, np.int64)], top, constrained=True, exclude_seen=exclude_seen
-    )
+    top = min(top, len(catalog))
+    if beam is None:
+        beam = max(engine.spec.config.evaluation.beam, top)
+    if beam < top:
+        raise UserError(f"--beam: expected as many as --top, {top}, or more, got {beam}")
+    if isinstance(history, str):
+        history = parse_history(history, len(catalog))
+    items = np.asarray(history, np.int64)
+    if ((items < 0) | (items >= len(catalog))).any():
+        raise UserError(f"history: expected items 0..{len(catalog) - 1}, got {list(history)}")
+    codes, scores = engine.search([items], beam, constrained=True, exclude_seen=exclude_seen)
     best = []
     for sid, score in zip(codes[0], scores[0], strict=True):
         if np.isfinite(score):
@@ -53,7 +80,7 @@ def parse_history(text: str, items: int) -> list[int]:
     for piece in map(str.strip, text.split(",")):
         # Digits alone, and few: int() takes much else, and refuses thousands of digits.
         if not (piece.isascii() and piece.isdigit() and len(piece) < 19 and int(piece) < items):
-            shown = piece if len(piece) <= 30 else piece[:30] + "..."
-            raise UserError(f"--history: {shown!r} is not an item id; expected 0..{items - 1}")
+            shown = shortened(piece, 30)
+            raise UserError(f"--history: '{shown}' is not an item id; expected 0..{items - 1}")
         history.append(int(piece))
     return history

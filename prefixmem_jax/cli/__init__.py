@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 from collections.abc import Sequence
 
-from prefixmem_jax.cli.parser import make_parser
+from prefixmem_jax.cli import terminal, verbs
+from prefixmem_jax.cli.parser import parse
 from prefixmem_jax.errors import UserError
+
+# Verbs that keep what they have done, and go on from there.
+RESUMED = (verbs.quickstart, verbs.train, verbs.evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; a user's mistake is one line on stderr and status 2."""
-    parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
-    # argparse gives up on overrides that stand after a flag; take them wherever they stand.
-    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns where there is no torch
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Runs one verb; whatever ends it early is one line on stderr.
+
+    Returns:
+      The exit status: 2 for a user's mistake, 1 where the machine failed (a file, memory), 130
+      where the user interrupted it, 141 where nobody reads on.
+    """
+    terminal.prepare()
+    verb = None
     try:
-        options.verb(options)
+        options = parse(arguments)
+        verb = options.verb
+        verb(options)
+        terminal.flush()
+    except SystemExit as stop:  # of --help, and of mistakes in the arguments
+        return stop.code
     except UserError as error:
-        print(f"prefixmem: {error}", file=sys.stderr)
-        return 2
+        return terminal.fail(str(error), 2)
     except KeyboardInterrupt:
-        print(
-            "prefixmem: interrupted; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 130
+        resumed = "; the same command goes on from there" if verb in RESUMED else ""
+        return terminal.fail(f"interrupted{resumed}", 130)
+    except BrokenPipeError:
+        return terminal.abandon()
+    except OSError as error:
+        return terminal.fail(_reason(error), 1)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return terminal.fail(f"not enough memory ({str(error).partition(chr(10))[0]})", 1)
     return 0
+
+
+def _reason(error: OSError) -> str:
+    """What failed, and with which file; the one that was to be written, of a renaming."""
+    reason = error.strerror or str(error) or type(error).__name__
+    path = error.filename2 or error.filename
+    return reason if path is None else f"{path}: {reason}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefixmem_jax.cli import verbs
+from prefixmem_jax.cli.arguments import (
+    OneLineParser,
+    first_and_last,
+    new_file,
+    number_from,
+    positive,
+    step,
+)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for; `verb` is the function that does it."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on overrides that stand after a flag; take them wherever they stand.
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="prefixmem",
         description="Train recommenders that generate Semantic IDs, with the PrefixMem encoder.",
         epilog="Start with: prefixmem quickstart",
     )
-    subparsers = parser.add_subparsers(required=True, metavar="VERB")
+    parser.set_defaults(verb=lambda options: parser.print_help())
+    subparsers = parser.add_subparsers(metavar="VERB")
 
-    def verb(name: str, function, summary: str, example: str) -> argparse.ArgumentParser:
-        added = subparsers.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"examples:\n{example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def verb(name: str, function, summary: str, examples: str) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(name, help=summary, **_described(summary, examples))
         added.set_defaults(verb=function)
         return added
 
@@ -52,11 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
         "train",
         verbs.train,
         "Train one config file, or go on with its run where it was stopped.",
-        "  prefixmem train configs/quickstart/baseline.py\n"
-        "  prefixmem train configs/quickstart/baseline.py --out runs/b2 data.path=DIR seed=1\n"
+        "  prefixmem train quickstart/baseline                   # comes with the package\n"
+        "  prefixmem train my_config.py --out runs/b2 data.path=DIR seed=1\n"
         "  prefixmem train runs/b2/config.json --out runs/b3     # a saved config runs again",
     )
-    training.add_argument("config", metavar="CONFIG", help="a .py with get_config(), or a .json")
+    config_help = "a .py with get_config(), a .json, or the name of a config of the package"
+    training.add_argument("config", metavar="CONFIG", help=config_help)
     training.add_argument(
         "--out",
         metavar="DIR",
@@ -64,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--profile",
-        type=_steps,
+        type=first_and_last,
         metavar="FIRST:LAST",
         help="trace the steps after FIRST up to LAST into the run's profile/ (xprof)",
     )
@@ -75,11 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
     evaluation = verb(
         "evaluate",
         verbs.evaluate,
-        "Evaluate runs' newest checkpoints side by side; writes each RUN/metrics.json and "
+        "Evaluate runs side by side, on the same users; writes each RUN/metrics.json and "
         "scores.npz, tables and plots.",
         "  prefixmem evaluate quickstart/prefixmem\n"
         "  prefixmem evaluate quickstart/baseline quickstart/prefixmem --beam 100 --heuristics\n"
-        "  prefixmem evaluate runs/b2 --data DIR --split validation --users 1000",
+        "  prefixmem evaluate runs/b2 --data DIR --split validation --users 1000\n"
+        "  prefixmem evaluate runs/b2 --step best        # not the newest checkpoint",
     )
     evaluation.add_argument(
         "runs",
@@ -108,13 +127,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument(
         "--users",
-        type=int,
+        type=number_from(0),
         metavar="N",
         help="test users for retrieval, 0 for all (default: the config's)",
     )
     evaluation.add_argument(
-        "--beam", type=int, metavar="N", help="beam width (default: the config's)"
+        "--beam", type=positive, metavar="N", help="beam width (default: the config's)"
     )
+    _add_step(evaluation)
     evaluation.add_argument("--distributed", action="store_true", help=distributed_help)
 
     recommend = verb(
@@ -123,8 +143,9 @@ def make_parser() -> argparse.ArgumentParser:
         "Recommend items after a history, best first, with titles and scores.",
         "  prefixmem recommend quickstart/prefixmem --history 12,55,803\n"
         "  prefixmem recommend quickstart/prefixmem      # a history a line, until end of input\n"
-        "  prefixmem recommend runs/b2 --history 12 --top 5\n"
-        "  prefixmem recommend runs/b2 --catalogue exported/items.jsonl   # without its data",
+        "  prefixmem recommend runs/b2 --history 12 --top 5 --beam 100\n"
+        "  prefixmem recommend runs/b2 --data DIR                  # its data lie there now\n"
+        "  prefixmem recommend runs/b2 --data exported/items.jsonl # or its catalogue alone",
     )
     recommend.add_argument("run", metavar="RUN", help="a run directory")
     recommend.add_argument(
@@ -133,21 +154,33 @@ def make_parser() -> argparse.ArgumentParser:
         help="item ids, oldest first (default: read one line after the other, answer each)",
     )
     recommend.add_argument(
-        "--catalogue",
-        metavar="FILE",
-        help="items.jsonl of an export of the run (default: the items of the run's data)",
+        "--data",
+        metavar="PATH",
+        help="the same items elsewhere: a dataset folder, or items.jsonl of an export "
+        "(default: the run's own)",
     )
     recommend.add_argument(
         "--exclude-seen", action="store_true", help="leave out the history's items"
     )
     recommend.add_argument(
-        "--top", type=int, default=10, metavar="N", help="items to show (default: %(default)s)"
+        "--top",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="items to show (default: %(default)s)",
     )
+    recommend.add_argument(
+        "--beam",
+        type=positive,
+        metavar="N",
+        help="beam width, at least --top (default: the config's)",
+    )
+    _add_step(recommend)
 
     exporting = verb(
         "export",
         verbs.export,
-        "Write a run's newest checkpoint as a Hugging Face folder that needs nothing of ours.",
+        "Write a run's model as a Hugging Face folder that needs nothing of ours.",
         "  prefixmem export quickstart/prefixmem --out exported\n"
         "  prefixmem export runs/b2 --out exported --dtype bfloat16 --max-shard-size 2GB",
     )
@@ -171,6 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the text tokenizer (default: that of the model the run started from)",
     )
+    _add_step(exporting)
 
     importing = verb(
         "import",
@@ -189,53 +223,73 @@ def make_parser() -> argparse.ArgumentParser:
         verbs.plan,
         "Compile a config's train step for a TPU pod that you do not have yet: memory, FLOPs, "
         "network traffic and what bounds the step, per chip.",
-        "  prefixmem plan configs/qwen3_1p7b/prefixmem.py --topology v5e:4x4\n"
-        "  prefixmem plan configs/qwen3_1p7b/prefixmem.py --topology v5e:16x16 "
-        "data.batch_size=1024\n"
-        "  prefixmem plan configs/quickstart/baseline.py --devices 8 --json plan.json",
+        "  prefixmem plan qwen3_1p7b/prefixmem --topology v5e:4x4\n"
+        "  prefixmem plan qwen3_1p7b/prefixmem --topology v5e:16x16 data.batch_size=1024\n"
+        "  prefixmem plan quickstart/baseline --devices 8 --json plan.json",
     )
-    planning.add_argument("config", metavar="CONFIG", help="a .py with get_config(), or a .json")
+    planning.add_argument("config", metavar="CONFIG", help=config_help)
     where = planning.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--topology", metavar="POD", help="such as v5e:16x16, v6e:8x8, v5p:4x4x8 (extra [tpu])"
     )
-    where.add_argument("--devices", type=_positive, metavar="N", help="simulated CPU devices")
-    planning.add_argument(
-        "--slices", type=_positive, default=1, metavar="N", help="pods of that shape (default: 1)"
+    where.add_argument(
+        "--devices", type=number_from(1, 1024), metavar="N", help="simulated CPU devices"
     )
     planning.add_argument(
-        "--json", type=_new_file, metavar="FILE", help="also write the plan there"
+        "--slices", type=positive, default=1, metavar="N", help="pods of that shape (default: 1)"
     )
+    planning.add_argument("--json", type=new_file, metavar="FILE", help="also write the plan there")
     planning.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
     benching = verb(
         "bench",
-        None,
+        lambda options: benching.print_help(),
         "Measure on this machine what the parts of this package cost.",
         "  prefixmem bench memory --json memory.json --plot memory.png\n"
         "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU\n"
         "  prefixmem bench load --size 2GB",
     )
-    _add_benchmarks(benching.add_subparsers(required=True, metavar="WHAT"))
+    _add_benchmarks(benching.add_subparsers(metavar="WHAT"))
     return parser
 
 
+def _described(summary: str, examples: str) -> dict[str, Any]:
+    """How --help begins and ends."""
+    return {
+        "description": summary,
+        "epilog": f"examples:\n{examples}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step",
+        type=step,
+        metavar="N",
+        help="of the checkpoint to read, or `best` (default: the newest)",
+    )
+
+
 def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
-    def benchmark(name: str, run, summary: str) -> argparse.ArgumentParser:
-        added = benchmarks.add_parser(name, help=summary, description=summary)
+    def benchmark(name: str, run, summary: str, examples: str) -> argparse.ArgumentParser:
+        added = benchmarks.add_parser(name, help=summary, **_described(summary, examples))
         added.set_defaults(verb=verbs.bench, benchmark=run)
-        added.add_argument("--json", type=_new_file, metavar="FILE", help="write the numbers there")
+        added.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there")
         added.add_argument(
-            "--plot", type=_new_file, metavar="FILE", help="write a picture there (.png)"
+            "--plot", type=new_file, metavar="FILE", help="write a picture there (.png)"
         )
         return added
 
     memory = benchmark(
-        "memory", verbs.bench_memory, "The memory table alone: rows, optimizers, exchange."
+        "memory",
+        verbs.bench_memory,
+        "The memory table alone: rows, optimizers, exchange.",
+        "  prefixmem bench memory --rows 16384 1048576 --plot memory.png",
     )
     memory.add_argument(
         "--rows",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=[2**14, 2**17, 2**20],
         metavar="T",
@@ -243,16 +297,19 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     )
     memory.add_argument(
         "--compared-rows",
-        type=_positive,
+        type=positive,
         default=500_000,
         metavar="T",
         help="rows per table where dense AdamW is compared (default: %(default)s)",
     )
     step = benchmark(
-        "step", verbs.bench_step, "A whole train step without and with the SID encoder."
+        "step",
+        verbs.bench_step,
+        "A whole train step without and with the SID encoder.",
+        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU",
     )
     step.add_argument(
-        "--rows", type=_positive, default=500_000, metavar="T", help="rows per table (%(default)s)"
+        "--rows", type=positive, default=500_000, metavar="T", help="rows per table (%(default)s)"
     )
     step.add_argument(
         "--decoder",
@@ -262,15 +319,16 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     )
     for added in (memory, step):
         added.add_argument(
-            "--d-mem", type=_positive, default=64, metavar="N", help="memory width (default: 64)"
+            "--d-mem", type=positive, default=64, metavar="N", help="memory width (default: 64)"
         )
         added.add_argument(
-            "--repeats", type=_positive, default=30, metavar="N", help="timed calls (default: 30)"
+            "--repeats", type=positive, default=30, metavar="N", help="timed calls (default: 30)"
         )
     decode = benchmark(
         "decode",
         verbs.bench_decode,
         "Beam search, constrained to catalogues of several sizes and not.",
+        "  prefixmem bench decode --catalogues 10000 1000000 --beams 20 100",
     )
     decode.add_argument(
         "--decoder",
@@ -284,7 +342,7 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     ):
         decode.add_argument(
             flag,
-            type=_positive,
+            type=positive,
             nargs="+",
             default=default,
             metavar="N",
@@ -298,7 +356,7 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     ):
         decode.add_argument(
             flag,
-            type=_positive,
+            type=positive,
             default=default,
             metavar="N",
             help=f"{what} (default: %(default)s)",
@@ -307,28 +365,8 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         "load",
         verbs.bench_load,
         "Peak of host memory when a run starts from a Hugging Face checkpoint.",
+        "  prefixmem bench load --size 2GB",
     )
     load.add_argument(
         "--size", default="2GB", metavar="SIZE", help="of the checkpoint (default: %(default)s)"
     )
-
-
-def _new_file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
-    return path
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return value
-
-
-def _steps(text: str) -> tuple[int, int]:
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)):
-        raise argparse.ArgumentTypeError(f"expected FIRST:LAST, such as 100:110, got {text}")
-    return int(first), int(last)

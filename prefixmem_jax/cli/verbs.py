@@ -11,9 +11,20 @@ import sys
 from pathlib import Path
 
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.text import visible
+
+
+def start(distributed: bool = False) -> None:
+    """Joins the other processes, if there are some, and sees that there are devices."""
+    from prefixmem_jax.parallel.mesh import all_devices, initialize_processes
+
+    if distributed:
+        initialize_processes()
+    all_devices()
 
 
 def quickstart(options: argparse.Namespace) -> None:
+    start()
     from prefixmem_jax.quickstart import quickstart
 
     quickstart(options.out, options.data, options.overrides, say=print)
@@ -25,7 +36,7 @@ def train(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
 
     config = load_config(options.config, options.overrides)
-    join(options)
+    start(options.distributed)
     from prefixmem_jax.training.loop import train
 
     run = Path(options.out or f"runs/{config.name}")
@@ -35,15 +46,8 @@ def train(options: argparse.Namespace) -> None:
     print(f"trained {config.name} for {config.steps} steps: {run}")
 
 
-def join(options: argparse.Namespace) -> None:
-    if options.distributed:
-        from prefixmem_jax.parallel.mesh import initialize_processes
-
-        initialize_processes()
-
-
 def evaluate(options: argparse.Namespace) -> None:
-    join(options)
+    start(options.distributed)
     import jax
 
     from prefixmem_jax.evaluation.comparison import evaluate_runs
@@ -57,6 +61,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.beam,
         options.heuristics,
         options.out,
+        options.step,
     )
     if jax.process_index():
         return
@@ -68,29 +73,29 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     print(text_table(results, levels))
     if paired:
-        print(f"\nagainst {next(iter(results))}, paired bootstrap over users, 95% interval:")
+        print(
+            f"\nagainst {visible(next(iter(results)))}, paired bootstrap over users, 95% interval:"
+        )
         print(comparison_table(paired, levels))
     print("  ".join(str(run / "metrics.json") for run in options.runs))
 
 
 def recommend(options: argparse.Namespace) -> None:
-    from prefixmem_jax.recommender import recommend
+    start()
+    from prefixmem_jax.recommender import catalog_at, recommend
     from prefixmem_jax.runs.run import Run
-    from prefixmem_jax.semantic_ids.catalog import Catalog
 
-    run, catalog = Run(options.run), None
-    if options.catalogue is not None:
-        catalog = Catalog.read_jsonl(options.catalogue, run.data_description.codebook_sizes)
-    engine = run.engine(catalog)
+    run = Run(options.run, step=options.step)
+    engine = run.engine(None if options.data is None else catalog_at(run, options.data))
 
     def answer(history: str) -> None:
-        best = recommend(engine, history, options.top, options.exclude_seen)
+        best = recommend(engine, history, options.top, options.exclude_seen, options.beam)
         print("rank  log-prob  item")
         for rank, one in enumerate(best, start=1):
             sid = "-".join(map(str, one.sid))
+            title = visible(one.title or "")
             print(
-                f"{rank:3d}  {one.score:8.3f}  item {one.item:<8d} {sid:<20s} {one.title or ''}",
-                flush=True,
+                f"{rank:3d}  {one.score:8.3f}  item {one.item:<8d} {sid:<20s} {title}", flush=True
             )
 
     if options.history is not None:
@@ -101,20 +106,21 @@ def recommend(options: argparse.Namespace) -> None:
         try:
             answer(line)
         except UserError as error:
-            print(f"prefixmem: {error}", file=sys.stderr)
+            print(f"prefixmem: {visible(str(error))}", file=sys.stderr)
 
 
 def export(options: argparse.Namespace) -> None:
+    start()
     from prefixmem_jax.convert import export_run
     from prefixmem_jax.runs.run import Run
 
-    export_run(
-        Run(options.run), options.out, options.dtype, options.max_shard_size, options.tokenizer
-    )
+    run = Run(options.run, step=options.step)
+    export_run(run, options.out, options.dtype, options.max_shard_size, options.tokenizer)
     print(f"exported {options.run}: {options.out}")
 
 
 def import_(options: argparse.Namespace) -> None:
+    start()
     from prefixmem_jax.convert import import_folder
 
     import_folder(options.folder, options.out)
@@ -145,6 +151,7 @@ def bench(options: argparse.Namespace) -> None:
     from prefixmem_jax.planning.topology import simulate_cpu_devices
 
     simulate_cpu_devices(8)
+    start()
     module, measured = options.benchmark(options)
     print(module.describe(measured))
     if options.json:

@@ -53,52 +53,57 @@ def evaluate_runs(
     beam: int | None = None,
     heuristics: bool = False,
     out: Path | None = None,
+    step: int | str | None = None,
 ) -> tuple[Results, dict[str, Any], int]:
     """Evaluates runs, writes each one's metrics.json and scores.npz, and compares them.
 
-    With several processes all of them call alike; the first writes.
+    With several processes all of them call alike; the first writes. Nothing is evaluated before it
+    is known that the runs' numbers can stand side by side.
 
     Args:
       data: dataset folder in place of each run's own, with the same catalogue.
       users, beam: in place of each run's `evaluation.users` and `evaluation.beam`.
       heuristics: evaluate the heuristics too, on the first run's users.
       out: for results.json, comparison.json and plots; None: the run's own folder if it is one.
+      step: of the checkpoints to evaluate, see `Run`.
 
     Returns:
-      Metrics by system; paired comparisons of the others with the first run, by system and metric,
-      where they were evaluated on the same data; the number of levels.
+      Metrics by system; paired comparisons of the others with the first run, by system and metric;
+      the number of levels.
+
+    Raises:
+      UserError: names two runs that have other data, another catalogue or other options.
     """
     for name, value, least in (("users", users, 0), ("beam", beam, 1)):
         if value is not None and value < least:
             raise UserError(f"--{name}: expected {least} or more, got {value}")
     if out is None and len(runs) > 1:
         out = Path("comparison")
-    opened = {name: Run(path) for name, path in zip(_names(runs), runs, strict=True)}
+    opened = {name: Run(path, step=step) for name, path in zip(_names(runs), runs, strict=True)}
     for run in opened.values():
         run.check_generates()
     changes = {k: v for k, v in {"users": users, "beam": beam}.items() if v is not None}
-    results: Results = {}
-    prepared: dict[str, PreparedData] = {}
-    for name, run in opened.items():
-        prepared[name] = run.data(data)
-        options = dataclasses.replace(run.config.evaluation, **changes)
-        results[name] = evaluate_run(run, prepared[name], options, split)
+    options = {
+        name: dataclasses.replace(run.config.evaluation, **changes) for name, run in opened.items()
+    }
+    prepared = {name: run.data(data) for name, run in opened.items()}
     base = next(iter(opened))
+    for name in opened:
+        _check_comparable(opened, prepared, options, base, name)
+    results: Results = {
+        name: evaluate_run(run, prepared[name], options[name], split)
+        for name, run in opened.items()
+    }
     levels = prepared[base].catalog.space.levels
     if jax.process_index():
         return results, {}, levels
     scores = {name: load_scores(run.path) for name, run in opened.items()}
     if heuristics:
-        options = dataclasses.replace(opened[base].config.evaluation, **changes)
         digest = prepared[base].dataset.sha256
-        for name, evaluated in evaluate_heuristics(prepared[base], options, split).items():
+        for name, evaluated in evaluate_heuristics(prepared[base], options[base], split).items():
             results[name] = {**evaluated.metrics, "dataset_sha256": digest}
             scores[name] = evaluated.scores
-    paired: dict[str, Any] = {}
-    for name in scores:
-        same = results[name]["dataset_sha256"] == results[base]["dataset_sha256"]
-        if name != base and same:
-            paired[name] = compare(scores[base], scores[name])
+    paired = {name: compare(scores[base], scores[name]) for name in scores if name != base}
     folder = out or opened[base].path
     folder.mkdir(parents=True, exist_ok=True)
     if out is not None or heuristics:
@@ -106,6 +111,36 @@ def evaluate_runs(
         write_json(folder / "comparison.json", {"compared_with": base, "systems": paired})
     write_comparison(folder, results, levels)
     return results, paired, levels
+
+
+def _check_comparable(
+    runs: dict[str, Run],
+    prepared: dict[str, PreparedData],
+    options: dict[str, EvaluationConfig],
+    base: str,
+    name: str,
+) -> None:
+    """Raises UserError where two runs' numbers do not belong in one table."""
+
+    def differ(what: str, first: Any, second: Any, instead: str) -> None:
+        if first != second:
+            raise UserError(
+                f"evaluate: {runs[base].path} and {runs[name].path} cannot be compared: {what} is "
+                f"{first} of the one, {second} of the other; {instead}"
+            )
+
+    data, others = prepared[base], prepared[name]
+    alone = "evaluate each by itself"
+    same = f"{alone}, or on the same data with --data DIR"
+    differ("the catalogue's sha256", data.catalog.sha256[:12], others.catalog.sha256[:12], alone)
+    differ("the dataset's sha256", data.dataset.sha256[:12], others.dataset.sha256[:12], same)
+    config, other = runs[base].config.data, runs[name].config.data
+    differ("data.split", config.split, other.split, alone)
+    if config.split != "leave_two_out":
+        differ("data.holdout", config.holdout, other.holdout, alone)
+    for key in ("users", "beam"):
+        mine, theirs = (getattr(options[run], key) for run in (base, name))
+        differ(f"evaluation.{key}", mine, theirs, f"set it for both with --{key} N")
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

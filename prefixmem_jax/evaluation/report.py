@@ -11,9 +11,13 @@ import matplotlib
 
 from prefixmem_jax.evaluation.metrics import CUTOFFS
 from prefixmem_jax.files import write_text
+from prefixmem_jax.text import visible
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+# Names of runs are shown as they are: `$^{` is no formula.
+matplotlib.rcParams["text.parse_math"] = False
 
 Results = dict[str, dict[str, Any]]
 
@@ -29,6 +33,11 @@ _COLORS = {
 
 def _color(system: str, number: int) -> str:
     return _COLORS.get(system, f"C{number % 10}")
+
+
+def _label(system: str) -> str:
+    """A run's name in a legend, which leaves out those that start with `_`."""
+    return f" {visible(system)}" if system.startswith("_") else visible(system)
 
 
 def metric_rows(levels: int) -> list[str]:
@@ -58,7 +67,7 @@ def text_table(results: Results, levels: int) -> str:
     """
     systems = list(results)
     compared = {"baseline", "prefixmem"} <= set(systems)
-    lines = [["metric", *systems, *(["ratio"] if compared else [])]]
+    lines = [["metric", *map(visible, systems), *(["ratio"] if compared else [])]]
     for metric in metric_rows(levels):
         values = [results[system].get(metric) for system in systems]
         if all(value is None for value in values):
@@ -128,7 +137,7 @@ def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> N
         shown = [i for i, metric in enumerate(metrics) if metric in values]
         heights = [values[metrics[i]] for i in shown]
         places = [i + shift for i in shown]
-        bars = axis.bar(places, heights, width, label=system, color=_color(system, index))
+        bars = axis.bar(places, heights, width, label=_label(system), color=_color(system, index))
         axis.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
     labels = [metric.removeprefix("tf_accuracy/").replace("/", "\n") for metric in metrics]
     axis.set_xticks(range(len(metrics)), labels)
@@ -147,7 +156,8 @@ def plot_recall(path: Path, results: Results) -> None:
         names = {k: f"item_recall@{k}/constrained" for k in CUTOFFS}
         shown = [k for k, name in names.items() if name in values]
         color = _color(system, number)
-        axis.plot(shown, [values[names[k]] for k in shown], marker="o", color=color, label=system)
+        recall = [values[names[k]] for k in shown]
+        axis.plot(shown, recall, marker="o", color=color, label=_label(system))
         if "intervals" in values:
             low, high = zip(*(values["intervals"][names[k]] for k in shown), strict=True)
             axis.fill_between(shown, low, high, color=color, alpha=0.15)
@@ -186,7 +196,7 @@ def comparison_table(paired: dict[str, Any], levels: int) -> str:
         for name in (row for row in rows if row in metrics):
             one = metrics[name]
             lines.append(
-                f"{system}  {name}  {one['difference']:+.4f}  "
+                f"{visible(system)}  {name}  {one['difference']:+.4f}  "
                 f"[{one['low']:+.4f}, {one['high']:+.4f}]  p {one['p']:.3f}"
             )
     return "\n".join(lines)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +16,10 @@ from jax.sharding import AxisType, Mesh
 from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 AXES = ("data", "fsdp", "tensor")
+SECONDS_TO_JOIN = 300
 
 
 def initialize_processes() -> None:
@@ -22,22 +27,67 @@ def initialize_processes() -> None:
 
     `launch/local.sh` names the coordinator in PREFIXMEM_COORDINATOR, PREFIXMEM_PROCESSES and
     PREFIXMEM_PROCESS_ID. Without them, JAX finds the others itself (TPU pods, Slurm, GKE).
+
+    Where they do not come together in time this process ends, with one line in the log: JAX waits
+    beyond the reach of exceptions, and would abort it.
     """
     names = ("PREFIXMEM_COORDINATOR", "PREFIXMEM_PROCESSES", "PREFIXMEM_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
-    if all(given):
-        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
-        return
-    if any(given):
+    if any(given) and not all(given):
         missing = ", ".join(n for n, v in zip(names, given, strict=True) if not v)
         raise UserError(f"--distributed: {missing} is not set; set all of {', '.join(names)}")
+    address, processes, number = (value or None for value in given)
+    who = "as JAX found them"
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise UserError(f"{names[0]}={address}: expected HOST:PORT")
+        processes = _number(names[1], processes, 1, None)
+        number = _number(names[2], number, 0, processes - 1)
+        who = f"this is process {number} of {processes}, the coordinator {address}"
+    late = threading.Timer(SECONDS_TO_JOIN, _end_process, [who])
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(
+            address, processes, number, initialization_timeout=2 * SECONDS_TO_JOIN
+        )
     except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--distributed: JAX found no other processes ({str(error).splitlines()[0]}); use "
-            "launch/local.sh or launch/tpu_vm.sh"
+            f"--distributed: JAX found no other processes ({reason}); use launch/local.sh or "
+            "launch/tpu_vm.sh"
         ) from None
+    finally:
+        late.cancel()
+
+
+def _number(name: str, text: str, least: int, most: int | None) -> int:
+    """A whole number from the environment."""
+    number = int(text) if text.isdecimal() and len(text) < 10 else -1
+    if number < least or (most is not None and number > most):
+        upto = "or more" if most is None else f"to {most}"
+        raise UserError(f"{name}={text}: expected a whole number, {least} {upto}")
+    return number
+
+
+def _end_process(who: str) -> None:
+    log.error(f"--distributed: not all processes came together within {SECONDS_TO_JOIN} s ({who})")
+    os._exit(1)
+
+
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes.
+
+    Raises:
+      UserError: this machine has none of the kind that is asked for.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that it has CUDA
+        asked = jax.config.jax_platforms
+        reason = (str(error).splitlines() or ["not installed"])[0].partition(" (set ")[0]
+        raise UserError(f"JAX_PLATFORMS={asked}: no such device here ({reason})") from None
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -63,7 +113,7 @@ def make_mesh(
 
     Devices of several TPU slices are laid out so that only `data` crosses between slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     shape = mesh_shape(config or MeshConfig(), len(devices))
     types = (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})

@@ -12,6 +12,7 @@ import jax
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.prepare import data_vocabulary
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning.hlo import Collective, Program
@@ -78,6 +79,8 @@ def plan(
         chip, pod = pod_devices(topology, slices)
     else:
         pod = jax.devices()[:devices]
+        if len(pod) < (devices or 1):
+            raise UserError(f"--devices {devices}: JAX has {len(pod)} in this process")
     mesh = make_mesh(config.mesh, pod)
     vocabulary = data_vocabulary(config.data)
     check_mesh(config, vocabulary, mesh)

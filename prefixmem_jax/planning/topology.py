@@ -53,7 +53,8 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "--topology needs the TPU compiler: pip install 'prefixmem_jax[tpu]' (no TPU needed)"
+            "--topology needs the TPU compiler: pip install '.[tpu]' in the repository (no TPU "
+            "needed)"
         )
     # Nothing is to be asked of a cloud machine's metadata: there is no TPU here.
     for key, value in {

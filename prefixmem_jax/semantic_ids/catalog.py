@@ -14,7 +14,8 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie
 
-MAX_CODES = 1 << 24  # of one level, where nobody states how many there are
+MAX_CODES = 1 << 16  # of one level, where nobody states how many there are
+STATE_CODES = "; state data.codebook_sizes if there are more"
 
 
 class Catalog:
@@ -53,6 +54,8 @@ class Catalog:
           UserError: one line that names the file, the line (from 1) and the cause.
         """
         path = Path(path)
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, expected a file such as items.jsonl")
         sids: list[list[int]] = []
         titles: list[str | None] = []
         try:
@@ -125,7 +128,8 @@ def _parse_line(
     for level, code in enumerate(sid, start=1):
         size = MAX_CODES if codebook_sizes is None else codebook_sizes[level - 1]
         if not 0 <= code < size:
-            raise ValueError(f"sid level {level} is {code}, expected 0..{size - 1}")
+            hint = STATE_CODES if codebook_sizes is None else ""
+            raise ValueError(f"sid level {level} is {_shown(code)}, expected 0..{size - 1}{hint}")
     return sid, title
 
 

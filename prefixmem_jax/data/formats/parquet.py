@@ -4,7 +4,7 @@ A dataset is a folder with two Parquet files (documented in docs/data.md):
 
 - `items.parquet`: `item_id` int (each of 0..N-1 once), `title` string or null, and a SID column
   list<int> (codes by level, no offset; `sid` unless the config names another).
-- `histories.parquet`: `user_id` string, `item_ids` list<int> oldest first, optionally
+- `histories.parquet`: `user_id` string (each once), `item_ids` list<int> oldest first, optionally
   `timestamps` list<int64> of the same length.
 """
 
@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from prefixmem_jax.data.dataset import Dataset, Histories
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing, sha256_of
-from prefixmem_jax.semantic_ids.catalog import MAX_CODES, Catalog
+from prefixmem_jax.semantic_ids.catalog import MAX_CODES, STATE_CODES, Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.text import shortened
 
 ITEMS = "items.parquet"
 HISTORIES = "histories.parquet"
@@ -62,7 +63,7 @@ def read_catalog(
     sids = _read_sids(path, table, sid_column, codebook_sizes)[row_of_item]
     titles: list[str | None] = [None] * len(sids)
     if "title" in table.column_names:
-        titles = table["title"].take(row_of_item).to_pylist()
+        titles = _texts(path, table, "title").take(row_of_item).to_pylist()
     sizes = codebook_sizes or tuple(int(size) for size in sids.max(axis=0) + 1)
     return Catalog(sids, titles, SidSpace(tuple(sizes)))
 
@@ -96,9 +97,10 @@ def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
 def _read_table(path: Path, required: dict[str, str], optional: str) -> pa.Table:
     """The columns that are asked for; others may be large (embeddings) and are not read."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a dataset needs {ITEMS} and {HISTORIES}")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; a dataset needs the files {ITEMS} and {HISTORIES}")
     try:
-        parquet = pq.ParquetDataset(path)
+        parquet = pq.ParquetDataset(path, partitioning=None)  # folders' names are no columns
         names = parquet.schema.names
         for column, meaning in required.items():
             if column not in names:
@@ -115,6 +117,53 @@ def _read_table(path: Path, required: dict[str, str], optional: str) -> pa.Table
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _texts(path: Path, table: pa.Table, column: str) -> pa.ChunkedArray:
+    """A column of strings, null where there is none, every one valid."""
+    texts = table[column]
+    if pa.types.is_dictionary(texts.type):
+        texts = texts.cast(texts.type.value_type)
+    if pa.types.is_null(texts.type):
+        texts = texts.cast(pa.string())
+    kind = texts.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"{path}: column {column!r} is {kind}, expected strings")
+    row = 0
+    for chunk in texts.chunks:
+        try:
+            chunk.validate(full=True)
+        except pa.ArrowInvalid:
+            row += next(i for i, text in enumerate(chunk) if not _is_utf8(text))
+            raise UserError(f"{path}: row {row}: {column} is not UTF-8 text") from None
+        row += len(chunk)
+    return texts
+
+
+def _is_utf8(text: pa.Scalar) -> bool:
+    try:
+        text.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _user_ids(path: Path, table: pa.Table) -> list[str]:
+    """A string for every user, each once: splits and comparisons tell users apart by them."""
+    column = table["user_id"]
+    if not pa.types.is_integer(column.type):
+        column = _texts(path, table, "user_id")
+    row_of_user: dict[str, int] = {}
+    for row, user in enumerate(column.to_pylist()):
+        if user is None:
+            raise UserError(f"{path}: row {row}: user_id is null")
+        first = row_of_user.setdefault(str(user), row)
+        if first != row:
+            raise UserError(
+                f"{path}: row {row}: user_id {shortened(str(user))} is already in row {first}; "
+                "expected one row a user"
+            )
+    return list(row_of_user)
 
 
 def _integer_lists(path: Path, table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -188,9 +237,10 @@ def _read_sids(
     bad = np.argwhere((sids < 0) | (sids >= limits))
     if len(bad):
         row, level = map(int, bad[0])
+        hint = STATE_CODES if codebook_sizes is None else ""
         raise UserError(
             f"{path}: row {row}: {sid_column} level {level + 1} is {sids[row, level]}, "
-            f"expected 0..{limits[level] - 1}"
+            f"expected 0..{limits[level] - 1}{hint}"
         )
     return sids
 
@@ -226,5 +276,4 @@ def _read_histories(path: Path, items: int) -> Histories:
             at = int(np.flatnonzero(backwards)[0])
             row = int(np.searchsorted(offsets, at, side="right")) - 1
             raise UserError(f"{path}: row {row}: timestamps go backwards, expected oldest first")
-    user_ids = [str(user) for user in table["user_id"].to_pylist()]
-    return Histories(flat, offsets, user_ids, timestamps)
+    return Histories(flat, offsets, _user_ids(path, table), timestamps)
