@@ -100,14 +100,14 @@ def _read_table(path: Path, required: dict[str, str], optional: str) -> pa.Table
         what = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; a dataset needs the files {ITEMS} and {HISTORIES}")
     try:
-        parquet = pq.ParquetDataset(path, partitioning=None)  # folders' names are no columns
+        parquet = pq.ParquetDataset(path)
         names = parquet.schema.names
         for column, meaning in required.items():
             if column not in names:
                 has = ", ".join(names)
                 raise UserError(f"{path}: no column {column!r} ({meaning}); the file has: {has}")
         table = parquet.read([name for name in names if name in (*required, optional)])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
     if table.num_rows == 0:
         raise UserError(f"{path}: the file has no rows")
