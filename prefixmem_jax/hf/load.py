@@ -103,6 +103,9 @@ def _check(
     problems = [f"missing {name}" for name in sorted(expected.keys() - names)]
     problems += [f"unexpected {name}" for name in sorted(names - expected.keys())]
     for name in sorted(expected.keys() & names):
+        if not source.holds(name):
+            problems.append(f"{name} is not in {source.files[name]}")
+            continue
         shape, wanted, dtype = source.shape(name), expected[name], source.dtype(name)
         if dtype not in DTYPES:
             problems.append(f"{name}: dtype {dtype}, expected one of {', '.join(DTYPES)}")

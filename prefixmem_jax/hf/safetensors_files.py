@@ -14,7 +14,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,16 +38,11 @@ class SafetensorsFolder:
             raise UserError(f"{folder}: no {SINGLE} and no {INDEX}")
         self.folder = folder
         self.files = files
-        names: dict[str, set[str]] = {}
+        self._stored: dict[str, set[str]] = {}
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing, which {INDEX} names")
-            names[name] = set(self._names(folder / name))
-        for tensor, name in files.items():
-            if tensor not in names[name]:
-                raise UserError(
-                    f"{folder / name}: has no tensor {tensor}, which {INDEX} puts there"
-                )
+            self._stored[name] = set(self._names(folder / name))
 
     @staticmethod
     def _names(path: Path) -> list[str]:
@@ -57,6 +51,10 @@ class SafetensorsFolder:
                 return list(file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a safetensors file ({error})") from None
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor that the index names is in its file."""
+        return name in self._stored[self.files[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self.folder / self.files[name], framework="np") as file:
@@ -87,11 +85,12 @@ def _is_finite(array: np.ndarray, piece: int = 1 << 24) -> bool:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The file of each tensor; all of them lie beside the index."""
-    files = read_json_object(path).get("weight_map")
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON with a weight_map ({error})") from None
     if not isinstance(files, dict) or not files:
-        raise UserError(
-            f"{path}: weight_map: expected an object, file by tensor, got {files!r:.40}"
-        )
+        raise UserError(f"{path}: weight_map: expected files by tensor, got {files!r:.80}")
     for tensor, name in files.items():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise UserError(

@@ -87,7 +87,7 @@ def parts_of_folder(
 
     dense = {part: spec.params[part] for part in parts if part != "memory"}
     dense["llm"] = _with_vocabulary(dense["llm"], described.vocabulary)
-    # What `prefixmem import` makes has no safetensors; checkpoints beside those are another model's.
+    # `prefixmem import` writes no safetensors; checkpoints beside those are another model's.
     if has_checkpoint(Path(folder)) and not has_safetensors(folder):
         abstract = dict(dense)
         if "memory" in parts:

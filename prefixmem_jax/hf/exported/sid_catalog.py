@@ -130,6 +130,7 @@ class Catalog:
         tokens = [space.bos_token]
         for item in list(history)[-self.max_items :]:
             tokens += space.encode(self.sids[item])
+        top = min(top, len(self.sids))
         beams = max(beams or self.beam, top)
         search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
         with torch.no_grad():
