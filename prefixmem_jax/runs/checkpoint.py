@@ -9,6 +9,7 @@ the dataset's digest are the checkpoint's metadata. Any stage can read any part 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -205,7 +206,12 @@ class Checkpoints:
                         f"{where}: {part}{leaf}: expected {expected.get(leaf, 'nothing')}, the "
                         f"checkpoint has {present.get(leaf, 'nothing')}"
                     )
-        loaded = self._checkpointer.load_checkpointables(step, abstract_parts)
+        loaded = {
+            part: jax.tree_util.tree_map_with_path(
+                lambda path, leaf, part=part: read_array(self._open(step, part, path), leaf), tree
+            )
+            for part, tree in abstract_parts.items()
+        }
         if "memory" in loaded:
             check_row_meaning(spec, loaded["memory"], where)
         return loaded
@@ -216,15 +222,53 @@ class Checkpoints:
         Raises:
           UserError: the memory was trained as another one.
         """
-        names = row_meaning(spec)
-        saved = {name: self._open_memory(name, step).read().result() for name in names}
-        check_row_meaning(spec, saved, f"{self.run / FOLDER}/{step}")
-        return self._open_memory("rows", step)
 
-    def _open_memory(self, name: str, step: int) -> ts.TensorStore:
-        folder = self.run.resolve() / FOLDER / str(step) / "memory"
+        def opened(name: str) -> ts.TensorStore:
+            return self._open(step, "memory", (jax.tree_util.DictKey(name),))
+
+        saved = {name: opened(name).read().result() for name in row_meaning(spec)}
+        check_row_meaning(spec, saved, f"{self.run / FOLDER}/{step}")
+        return opened("rows")
+
+    def _open(self, step: int, part: str, path: tuple) -> ts.TensorStore:
+        """An array on disk, by its path in the part's tree."""
+        folder = self.run.resolve() / FOLDER / str(step) / part
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
         return ts.open({"driver": "zarr3", "kvstore": kvstore}).result()
+
+
+def read_array(stored: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array on disk as an array on the devices, a piece at a time.
+
+    Orbax's own restore holds every array twice. Here each device's share is put together in memory
+    that a CPU device takes over as it is; another device's is let go once it is copied there.
+    """
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [cut.indices(size)[:2] for cut, size in zip(index, target.shape, strict=True)]
+        host = _aligned([stop - start for start, stop in bounds], target.dtype)
+        if not bounds:
+            host[...] = stored.read().result()
+            return host
+        (first, last), rest = bounds[0], tuple(slice(*bound) for bound in bounds[1:])
+        rows = stored.chunk_layout.read_chunk.shape[0]
+        start = first
+        while start < last:  # one stored chunk after the other
+            stop = min(start - start % rows + rows, last)
+            host[start - first : stop - first] = stored[(slice(start, stop), *rest)].read().result()
+            start = stop
+        return host
+
+    return jax.make_array_from_callback(target.shape, target.sharding, share)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts where XLA wants one to start, so that it need not be copied."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
