@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+torch.set_num_threads(1)  # so small that more would only wait for each other
 VOCABULARY = 64
 SIZES = {
     "vocab_size": VOCABULARY,
