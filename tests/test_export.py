@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT, command_environment, python_without_us
+from conftest import ROOT, command_environment, prefixmem, python_without_us
 from models import SID_ENCODER, make_run, small_config, whole_logits
 from oracles import close, save_oracle, torch_logits
 from safetensors import safe_open
@@ -404,7 +404,7 @@ def test_bfloat16_and_bfloat16_rows(tmp_path):
 def test_the_card_says_what_it_is_and_exporting_needs_no_torch(plain_run, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(plain_run.path, run)
-    assert main(["evaluate", str(run), "--users", "5", "--beam", "6"]) == 0
+    prefixmem("evaluate", run, "--users", "5", "--beam", "6")
     accuracy = json.loads((run / "metrics.json").read_text())["tf_accuracy/level_4"]
     script = (
         "import sys; sys.modules['torch'] = None\n"
