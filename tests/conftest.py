@@ -16,6 +16,10 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The same programs are compiled by many tests and commands; once a session is enough.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process that starts them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefixmem-test-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
@@ -29,17 +33,12 @@ DATA = ROOT.parent / "shared" / "data"
 def command_environment() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    # The same programs are compiled by many of these processes; once is enough.
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    environment["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/prefixmem-test-{session}"
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     return environment
 
 
-@pytest.fixture(scope="session", autouse=True)
-def remove_compilation_cache():
-    yield
-    shutil.rmtree(command_environment()["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_sessionfinish() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def prefixmem(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:

@@ -9,11 +9,11 @@ import pytest
 from conftest import command_environment, prefixmem
 
 from prefixmem_jax.benchmarks.fixtures import (
-    one_device_trainer,
+    one_device_model,
     random_batches,
     table_training,
 )
-from prefixmem_jax.config import PrefixMemoryConfig
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
 def test_bench_memory_writes_numbers_and_a_plot(tmp_path):
@@ -38,7 +38,7 @@ def test_bench_step_writes_the_overhead(tmp_path):
     prefixmem("bench", "step", "--rows", 512, "--repeats", 1, "--json", tmp_path / "s.json")
     found = json.loads((tmp_path / "s.json").read_text())
     seconds = found["step_seconds"]
-    assert found["encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
+    assert found["sid_encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
 
 
 def test_loading_takes_the_parameters_and_little_more(tmp_path):
@@ -76,10 +76,10 @@ def test_mistakes_are_one_line_before_anything_runs(tmp_path):
 
 def test_row_wise_and_dense_tables_take_the_same_steps():
     """What the benchmark compares is the same work: rows of the batch end up alike."""
-    encoder = PrefixMemoryConfig(target_levels=(4, 5), rows=300, d_mem=64)
-    trainer = one_device_trainer("quickstart", encoder, 4, 32, 16)
-    batches = random_batches(trainer, 1)
-    calls = [table_training(trainer, batches, dense=dense) for dense in (False, True)]
+    memory = PrefixMemoryConfig(target_levels=(4, 5), rows=300, d_mem=64)
+    spec = one_device_model("quickstart", memory, 4, 32, 16)
+    batches = random_batches(spec, 1)
+    calls = [table_training(spec, batches, dense=dense) for dense in (False, True)]
     for step in range(2):  # the warm-up starts at rate zero: the second step moves the rows
         row_wise, dense = (np.asarray(call()[0]) for call in calls)
         if step == 0:

@@ -14,10 +14,12 @@ from prefixmem_jax.config_files import load_config, override, to_json
 from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.data.prepare import data_vocabulary, prepare_data
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
-from prefixmem_jax.training.step import Trainer
+from prefixmem_jax.training.state import abstract_state
+from prefixmem_jax.training.step import abstract_batch, train_step
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__init__.py")
 
@@ -26,11 +28,10 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__ini
 def test_every_config_loads_builds_and_lowers(path):
     config = load_config(path)
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = Trainer.create(config, data_vocabulary(config.data), mesh)
-    state = trainer.abstract_state()
-    assert jax.tree.leaves(state.params)
-    with jax.set_mesh(trainer.mesh):
-        jax.jit(trainer.train_step).lower(state, trainer.abstract_batch())
+    spec = ModelSpec.create(config, data_vocabulary(config.data), mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda state, batch: train_step(spec, state, batch))
+        step.lower(abstract_state(spec), abstract_batch(spec))
 
 
 def test_prefixmem_differs_from_its_baseline_only_in_the_encoder_and_its_own_best_rate():
@@ -196,7 +197,7 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path, overrides, words)
 TOY = """
 from dataclasses import dataclass, field
 from pydantic import PositiveInt
-from prefixmem_jax.objectives.objective import Objective
+from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class ToyEncoder(SidEncoderConfig):
         raise NotImplementedError
 
 @dataclass(frozen=True)
-class ToyObjective(Objective):
+class ToyObjective(NextToken):
     weight: float = 0.5
 """
 

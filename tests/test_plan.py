@@ -12,25 +12,33 @@ from conftest import ROOT, prefixmem
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config import Config, DataConfig, DecoderConfig, MeshConfig, PrefixMemoryConfig
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import DataConfig, DecoderConfig, MeshConfig
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning import topology
 from prefixmem_jax.planning.hlo import Program
-from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning.plan import Plan, describe, plan
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]"
 )
 
 
-def config_for(devices: int, rows: int = 50_000, mesh: MeshConfig | None = None) -> Config:
-    """Four sequences of 512 tokens for each device."""
+# Where sizes say nothing, sequences that a TPU's compiler is soon done with.
+SHORT = 64
+
+
+def config_for(
+    devices: int, rows: int = 50_000, mesh: MeshConfig | None = None, length: int = 512
+) -> Config:
+    """Four sequences for each device."""
     return Config(
         "plan",
-        data=DataConfig(codebook_sizes=(256,) * 5, sequence_length=512, batch_size=4 * devices),
+        data=DataConfig(codebook_sizes=(256,) * 5, sequence_length=length, batch_size=4 * devices),
         model=DecoderConfig(layers=3, d_model=128, d_ff=256, query_heads=4, head_dim=32),
-        encoder=PrefixMemoryConfig(rows=rows, d_mem=256),
+        sid_encoder=PrefixMemoryConfig(rows=rows, d_mem=256),
         mesh=mesh or MeshConfig(),
     )
 
@@ -114,7 +122,7 @@ def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table()
 @needs_tpu_compiler
 @pytest.mark.parametrize("pod", ["v5p:2x2x1", "v6e:2x2"])
 def test_other_chips_have_plans(pod):
-    found = plan(config_for(4), pod)
+    found = plan(config_for(4, length=SHORT), pod)
     assert found.devices == 4 and found.fits
     assert found.hbm_capacity > 31 * 2**30
 
@@ -126,7 +134,7 @@ def test_only_the_data_axis_crosses_slices():
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 2}
     assert slices.tolist() == [[[n] * 2] * 2 for n in (0, 0, 1, 1)]
-    found = plan(config_for(16, mesh=MeshConfig(-1, 2, 2)), "v5e:2x4", slices=2)
+    found = plan(config_for(16, mesh=MeshConfig(-1, 2, 2), length=SHORT), "v5e:2x4", slices=2)
     assert found.devices == 16 and found.fits
     with pytest.raises(UserError, match="data=1 does not divide by the 2 slices"):
         make_mesh(MeshConfig(1, 8, 2), devices)
@@ -134,7 +142,7 @@ def test_only_the_data_axis_crosses_slices():
 
 @needs_tpu_compiler
 def test_a_step_that_does_not_fit_says_so():
-    config = config_for(4, rows=20_000_000, mesh=MeshConfig(-1, 1, 1))
+    config = config_for(4, rows=20_000_000, mesh=MeshConfig(-1, 1, 1), length=SHORT)
     found = plan(config, "v5e:2x2")
     assert found.fits is False and found.hbm_bytes["table"] > 15 * 2**30
     assert found.hbm_bytes["total"] > found.hbm_capacity

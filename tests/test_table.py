@@ -1,5 +1,7 @@
 """The sharded table against the dense one-device reference, on 1 to 8 devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from prefixmem_jax.config import MeshConfig
+from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.memory import lines
 from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
 from prefixmem_jax.memory.table import ADDRESSES, Table, round_stochastically, spread
@@ -48,47 +50,61 @@ KINDS = [
 ]  # fmt: skip
 
 
-def sharded_step(devices: int, optimizer: optax.GradientTransformation, addresses_list, weights):
-    """Runs one update per entry of addresses_list on a mesh of that many devices."""
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "adam": optax.adamw(0.1, weight_decay=0.1),
+    "adagrad": optax.chain(scale_by_row_adagrad(), optax.scale(-0.1)),
+    "row_adam": optax.chain(scale_by_row_adam(0.9, 0.99), optax.scale(-0.1)),
+    "plain_adam": optax.scale_by_adam(),
+    "strong_decay": optax.adamw(0.05, weight_decay=0.3),
+}
+
+
+@functools.cache
+def mesh_of(devices: int) -> jax.sharding.Mesh:
     shape = (2, 2, 2) if devices == 8 else (devices, 1, 1)  # eight: every axis at once
-    mesh = make_mesh(MeshConfig(*shape), jax.devices()[:devices])
-    rows_sharding = NamedSharding(mesh, row_spec())
-    values = initial_rows()
+    return make_mesh(MeshConfig(*shape), jax.devices()[:devices])
+
+
+@functools.cache
+def compiled_step(devices: int, name: str):
+    """One update of the table; tests share it."""
+
+    def step(memory, state, addresses, weight, scale):
+        fetched = TABLE.fetch(memory, addresses)
+        read = spread(fetched)
+
+        def loss(rows):
+            return jnp.sum(jnp.sin(spread(fetched._replace(rows=rows)) * weight))
+
+        gradients = jax.grad(loss)(fetched.rows)
+        merged = TABLE.merge(fetched, gradients)
+        memory, state = TABLE.apply(
+            memory, state, merged, OPTIMIZERS[name], scale, jax.random.key(0)
+        )
+        return memory, state, read, merged.squared_norm, fetched.rounds
+
+    return jax.jit(step)
+
+
+def sharded_steps(devices: int, name: str, addresses_list, weights, scales=None):
+    """Runs one update per entry of addresses_list on a mesh of that many devices."""
+    mesh, step = mesh_of(devices), compiled_step(devices, name)
+    scales = [0.5] * len(weights) if scales is None else scales
     with jax.set_mesh(mesh):
-        memory = jax.device_put(values.reshape(TABLE.shape), rows_sharding)
+        memory = jax.device_put(
+            initial_rows().reshape(TABLE.shape), NamedSharding(mesh, row_spec())
+        )
         state = jax.tree.map(
             lambda leaf: jax.device_put(leaf, NamedSharding(mesh, TABLE.partition(leaf))),
-            TABLE.init_optimizer(optimizer),
+            TABLE.init_optimizer(OPTIMIZERS[name]),
         )
-
-        @jax.jit
-        def step(memory, state, addresses, weight):
-            fetched = TABLE.fetch(memory, addresses)
-            read = spread(fetched)
-
-            def loss(rows):
-                return jnp.sum(jnp.sin(spread(fetched._replace(rows=rows)) * weight))
-
-            gradients = jax.grad(loss)(fetched.rows)
-            merged = TABLE.merge_gradients(fetched, gradients)
-            memory, state = TABLE.update(
-                memory,
-                state,
-                optimizer,
-                fetched,
-                gradients,
-                merged,
-                jnp.float32(0.5),
-                jax.random.key(0),
-            )
-            return memory, state, read, merged.squared_norm, fetched.rounds
-
         out = []
-        for addresses, weight in zip(addresses_list, weights, strict=True):
+        for addresses, weight, scale in zip(addresses_list, weights, scales, strict=True):
             placed = [
                 jax.device_put(x, NamedSharding(mesh, ADDRESSES)) for x in (addresses, weight)
             ]
-            memory, state, read, squared, rounds = step(memory, state, *placed)
+            memory, state, read, squared, rounds = step(memory, state, *placed, jnp.float32(scale))
             out.append((np.asarray(read), float(squared), int(rounds)))
         return by_row(memory), jax.tree.map(by_row, state), out
 
@@ -103,23 +119,25 @@ def by_row(leaf: jax.Array) -> np.ndarray:
     return leaf.reshape(ROWS, WIDTH) if leaf.ndim == 2 else leaf
 
 
-def lookup(rows: jax.Array, addresses: np.ndarray) -> jax.Array:
+def gather(rows: jax.Array, addresses: np.ndarray) -> jax.Array:
     """The plain gather from rows [ROWS, WIDTH], written without the table's code."""
     return jnp.where(addresses[..., None] < 0, 0, rows[jnp.maximum(addresses, 0)])
 
 
-def dense_step(optimizer: optax.GradientTransformation, addresses_list, weights):
+@jax.jit
+def dense_gradient(memory, addresses, weight):
+    """Of the whole table."""
+    return jax.grad(lambda memory: jnp.sum(jnp.sin(gather(memory, addresses) * weight)))(memory)
+
+
+def dense_steps(optimizer: optax.GradientTransformation, addresses_list, weights):
     """The plain reference: gradient of the whole table, update of the touched rows."""
     memory = jnp.asarray(initial_rows())
     state = optimizer.init(memory)
     out = []
     for addresses, weight in zip(addresses_list, weights, strict=True):
-
-        def loss(memory, addresses=addresses, weight=weight):
-            return jnp.sum(jnp.sin(lookup(memory, addresses) * weight))
-
-        read = lookup(memory, addresses)
-        gradient = jax.grad(loss)(memory)
+        read = gather(memory, addresses)
+        gradient = dense_gradient(memory, addresses, weight)
         updates, new_state = optimizer.update(0.5 * gradient, state, memory)
         touched = np.zeros(ROWS, bool)
         touched[np.asarray(addresses)[np.asarray(addresses) >= 0]] = True
@@ -135,13 +153,13 @@ def dense_step(optimizer: optax.GradientTransformation, addresses_list, weights)
     return np.asarray(memory), jax.device_get(state), out
 
 
-def check(devices: int, kinds: list[str], seed: int, optimizer) -> list[int]:
+def check(devices: int, kinds: list[str], seed: int, name: str) -> list[int]:
     rng = np.random.default_rng(seed)
     shape = (8, 6, 3)
     addresses = [addresses_of(kind, rng, shape).astype(np.int32) for kind in kinds]
     weights = [rng.normal(size=(*shape, WIDTH)).astype(np.float32) for _ in kinds]
-    memory, state, out = sharded_step(devices, optimizer, addresses, weights)
-    expected_memory, expected_state, expected = dense_step(optimizer, addresses, weights)
+    memory, state, out = sharded_steps(devices, name, addresses, weights)
+    expected_memory, expected_state, expected = dense_steps(OPTIMIZERS[name], addresses, weights)
     for (read, squared, rounds), (expected_read, expected_squared) in zip(
         out, expected, strict=True
     ):
@@ -158,13 +176,7 @@ def check(devices: int, kinds: list[str], seed: int, optimizer) -> list[int]:
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "row_adam"])
 def test_every_distribution_matches_the_dense_reference(devices, name):
-    optimizer = {
-        "sgd": optax.sgd(0.1),
-        "adam": optax.adamw(0.1, weight_decay=0.1),
-        "adagrad": optax.chain(scale_by_row_adagrad(), optax.scale(-0.1)),
-        "row_adam": optax.chain(scale_by_row_adam(0.9, 0.99), optax.scale(-0.1)),
-    }[name]
-    rounds = check(devices, KINDS, 0, optimizer)
+    rounds = check(devices, KINDS, 0, name)
     if devices == 8:  # the adversarial ones really overflow one exchange, the rest do not
         by_kind = dict(zip(KINDS, rounds, strict=True))
         assert by_kind["last owner, distinct"] > 1 and by_kind["one device busy"] > 1
@@ -178,21 +190,58 @@ def test_every_distribution_matches_the_dense_reference(devices, name):
     seed=st.integers(0, 10**6),
 )
 def test_any_sequence_of_distributions_matches_the_dense_reference(devices, kinds, seed):
-    check(devices, kinds, seed, optax.scale_by_adam())
+    check(devices, kinds, seed, "plain_adam")
 
 
 def test_untouched_rows_and_their_moments_stay_bit_identical():
-    optimizer = optax.scale_by_adam()
-    addresses = np.arange(48, dtype=np.int32).reshape(8, 6, 1)
-    weights = [np.ones((8, 6, 1, WIDTH), np.float32)] * 2
-    memory, state, _ = sharded_step(4, optimizer, [addresses, addresses + 1000], weights)
+    addresses = np.arange(144, dtype=np.int32).reshape(8, 6, 3)
+    weights = [np.ones((8, 6, 3, WIDTH), np.float32)] * 2
+    memory, state, _ = sharded_steps(4, "plain_adam", [addresses, addresses + 1000], weights)
     before = initial_rows()
     untouched = np.ones(ROWS, bool)
-    untouched[:48] = untouched[1000:1048] = False
+    untouched[:144] = untouched[1000:1144] = False
     assert np.array_equal(memory[untouched], before[untouched])
     assert not np.any(memory[~untouched] == before[~untouched])
     assert not state.mu[untouched].any() and not state.nu[untouched].any()
     assert int(state.count) == 2
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "row_adam"])
+def test_a_scale_that_is_nan_changes_no_bit(devices, name):
+    """Whatever the gradients are, and however many exchanges they need."""
+    rng = np.random.default_rng(5)
+    kinds = ["uniform", "last owner, distinct"]
+    addresses = [addresses_of(kind, rng, (8, 6, 3)).astype(np.int32) for kind in kinds]
+    weights = [rng.normal(size=(8, 6, 3, WIDTH)).astype(np.float32) for _ in kinds]
+    first = sharded_steps(devices, name, addresses[:1], weights[:1])
+    weights[1][3:] = np.nan
+    both = sharded_steps(devices, name, addresses, weights, [0.5, np.nan])
+    assert both[0].tobytes() == first[0].tobytes()
+    leaves = zip(jax.tree.leaves(both[1]), jax.tree.leaves(first[1]), strict=True)
+    assert all(one.tobytes() == other.tobytes() for one, other in leaves)
+
+
+def test_the_gathers_of_inference_read_the_same_rows():
+    rng = np.random.default_rng(7)
+    rows = initial_rows()
+    mesh = mesh_of(8)
+    exchange = jax.jit(
+        jax.shard_map(
+            TABLE.gather_by_exchange,
+            mesh=mesh,
+            in_specs=(row_spec(), row_spec()),  # each device its own addresses
+            out_specs=row_spec(),
+        )
+    )
+    sharded = jax.device_put(rows.reshape(TABLE.shape), NamedSharding(mesh, row_spec()))
+    whole = jnp.asarray(rows.reshape(TABLE.shape))
+    for kind in KINDS:
+        addresses = addresses_of(kind, rng, (8, 6, 3)).astype(np.int32)
+        expected = gather(rows, addresses)
+        np.testing.assert_array_equal(TABLE.gather(whole, addresses), expected)
+        placed = jax.device_put(addresses, NamedSharding(mesh, row_spec()))
+        np.testing.assert_array_equal(exchange(sharded, placed), expected)
 
 
 def dense_trajectory(optimizer, gradients):
@@ -207,20 +256,17 @@ def dense_trajectory(optimizer, gradients):
 
 def test_lazy_adamw_is_adamw_on_rows_touched_in_every_step():
     """And not on others: there it leaves out the decay of weights and moments, as documented."""
-    optimizer = optax.adamw(0.05, weight_decay=0.3)
+    optimizer = OPTIMIZERS["strong_decay"]
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=(8, 6, 1, WIDTH)).astype(np.float32) for _ in range(20)]
     addresses = np.arange(48, dtype=np.int32).reshape(8, 6, 1)
-    memory, _, _ = sharded_step(2, optimizer, [addresses] * 20, weights)
+    memory, _, _ = sharded_steps(2, "strong_decay", [addresses] * 20, weights)
     initial = initial_rows()
     dense = jnp.asarray(initial)
     state = optimizer.init(dense)
     for weight in weights:
-
-        def loss(dense, weight=weight):
-            return 0.5 * jnp.sum(jnp.sin(lookup(dense, addresses) * weight))
-
-        updates, state = optimizer.update(jax.grad(loss)(dense), state, dense)
+        gradient = 0.5 * dense_gradient(dense, addresses, weight)
+        updates, state = optimizer.update(gradient, state, dense)
         dense = optax.apply_updates(dense, updates)
     np.testing.assert_allclose(memory[:48], dense[:48], rtol=1e-4, atol=1e-6)
     assert np.array_equal(memory[48:], initial[48:]) and not np.allclose(dense[48:], initial[48:])
@@ -278,13 +324,10 @@ def test_bfloat16_rows_are_rounded_so_that_small_updates_add_up():
             def step(memory, addresses, key):
                 fetched = table.fetch(memory, addresses)
                 gradients = jnp.where(fetched.ids[:, None] < 48, 1.0, 0.0) + 0 * fetched.rows
-                merged = table.merge_gradients(fetched, gradients)
+                merged = table.merge(fetched, gradients)
                 optimizer = optax.sgd(1e-4)
                 state = table.init_optimizer(optimizer)
-                one = jnp.float32(1)
-                return table.update(memory, state, optimizer, fetched, gradients, merged, one, key)[
-                    0
-                ]
+                return table.apply(memory, state, merged, optimizer, jnp.float32(1), key)[0]
 
             for number in range(200):
                 memory = step(memory, placed, jax.random.key(number))
