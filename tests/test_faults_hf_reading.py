@@ -212,6 +212,10 @@ ITEMS = {
         items_changed(lambda x: [*x[:-1], x[-1][:9]]),
         "line 150: not a JSON object",
     ),
+    "a line in latin-1": (
+        lambda f: (f / "items.jsonl").write_bytes('{"item": 0, "ä"}\n'.encode("latin-1")),
+        "line 1: not a JSON object",
+    ),
     "no lines": (items_changed(lambda x: []), "0 items, expected 150"),
     "a code too few": (with_line(4, sid=[1, 2, 3]), "line 5: sid is [1, 2, 3], expected 4 codes"),
     "a code out of range": (with_line(4, sid=[1, 8, 0, 0]), "line 5: sid level 2 is 8, expected"),

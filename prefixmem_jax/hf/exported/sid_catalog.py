@@ -75,7 +75,7 @@ class Catalog:
         space = SidSpace(described["codebook_sizes"], described["text_tokens"])
         sids, titles = [], []
         path = cached_file(folder, ITEMS)
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for item, line in enumerate(file):
                 try:
                     sid, title = _parse_line(line, item, space)
