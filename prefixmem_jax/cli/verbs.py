@@ -29,7 +29,7 @@ def quickstart(options: argparse.Namespace) -> None:
 
     quickstart(options.out, options.data, options.overrides, say=print)
     names = ("report.html", "results.json", "export")
-    print("\n" + "  ".join(str(options.out / name) for name in names))
+    print("\n" + "  ".join(visible(str(options.out / name)) for name in names))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -43,7 +43,7 @@ def train(options: argparse.Namespace) -> None:
     if "://" in (options.out or ""):
         raise UserError(f"--out {options.out}: expected a folder; mount remote storage")
     train(config, run, profile=options.profile)
-    print(f"trained {config.name} for {config.steps} steps: {run}")
+    print(visible(f"trained {config.name} for {config.steps} steps: {run}"))
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def evaluate(options: argparse.Namespace) -> None:
             f"\nagainst {visible(next(iter(results)))}, paired bootstrap over users, 95% interval:"
         )
         print(comparison_table(paired, levels))
-    print("  ".join(str(run / "metrics.json") for run in options.runs))
+    print("  ".join(visible(str(run / "metrics.json")) for run in options.runs))
 
 
 def recommend(options: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def export(options: argparse.Namespace) -> None:
 
     run = Run(options.run, step=options.step)
     export_run(run, options.out, options.dtype, options.max_shard_size, options.tokenizer)
-    print(f"exported {options.run}: {options.out}")
+    print(visible(f"exported {options.run}: {options.out}"))
 
 
 def import_(options: argparse.Namespace) -> None:
@@ -124,7 +124,7 @@ def import_(options: argparse.Namespace) -> None:
     from prefixmem_jax.convert import import_folder
 
     import_folder(options.folder, options.out)
-    print(f"imported {options.folder}: {options.out}")
+    print(visible(f"imported {options.folder}: {options.out}"))
 
 
 def plan(options: argparse.Namespace) -> None:
