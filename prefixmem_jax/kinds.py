@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import pkgutil
 from types import ModuleType
@@ -109,7 +110,11 @@ def find_kind(base: type[Kind], name: str, key: str) -> type[Kind]:
     ]
     if len(kinds) != 1:
         raise UserError(f"{key}: {name!r} names {len(kinds)} kinds of {base.__name__}, expected 1")
-    return kinds[0]
+    (kind,) = kinds
+    if inspect.isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise UserError(f"{key}: {name!r} does not define {missing}")
+    return kind
 
 
 def kind_name(kind: type[Kind]) -> str:

@@ -130,7 +130,6 @@ def test_a_checkpoint_and_an_exported_catalogue_are_enough(tmp_path):
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="restoring copies the rows: the peak is twice their size")
 def test_opening_a_run_takes_little_more_memory_than_it_keeps(tmp_path):
     """The rows are much the largest array; they must not be in memory twice."""
     if not Path("/proc/self/clear_refs").exists():

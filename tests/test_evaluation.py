@@ -19,8 +19,7 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation import evaluator
 from prefixmem_jax.evaluation.comparison import evaluate_runs
 from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
-from prefixmem_jax.inference.engine import seen_groups
-from prefixmem_jax.recommender import parse_history, recommend
+from prefixmem_jax.recommender import parse_history
 from prefixmem_jax.runs.run import Run
 
 
@@ -33,20 +32,6 @@ def runs(tmp_path_factory):
     run = Run(folder / "second")
     data = run.data()
     return folder, run, data, run.engine(data.catalog, jax.devices()[:1])
-
-
-def test_seen_items_are_left_out(runs):
-    _, _, data, engine = runs
-    catalog = data.catalog
-    everything = recommend(engine, [5, 9], 400)
-    seen = [everything[0].item, everything[3].item]
-    kept = [r.item for r in recommend(engine, seen, 400, exclude_seen=True)]
-    assert sorted([*kept, *seen]) == list(range(len(catalog)))
-    shared = np.flatnonzero(catalog.group_sizes > 1)
-    if len(shared):  # a SID that a seen item shares with another stays
-        items = catalog.items_of_group(shared[0])
-        assert (seen_groups(catalog, [items[:1]]) == -1).all()
-        assert seen_groups(catalog, [items])[0, 0] == shared[0]
 
 
 def test_histories_are_item_ids_and_nothing_else():

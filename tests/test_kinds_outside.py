@@ -25,9 +25,9 @@ from prefixmem_jax.config_groups import (
     SyntheticConfig,
 )
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.training.loop import train
-from prefixmem_jax.runs.metrics import read_metrics
 
 CONFIG = Config(
     "outside",

@@ -16,8 +16,8 @@ from pathlib import Path
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.files import write_json
 from prefixmem_jax.quickstart import fit_sid_encoder, quickstart_configs
-from prefixmem_jax.training.loop import train
 from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.training.loop import train
 
 
 def main() -> None:

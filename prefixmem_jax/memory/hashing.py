@@ -82,35 +82,3 @@ def addresses(
         row = (hashed_BSH % jnp.uint32(rows)).astype(jnp.int32) * tables + table
         columns.append(jnp.where(exists_BS[..., None], row, NO_ADDRESS))
     return jnp.concatenate(columns, axis=-1)
-
-
-def reference_addresses(
-    codes: np.ndarray,
-    multipliers_LH: np.ndarray,
-    *,
-    scheme: AddressScheme,
-    orders: int,
-    rows: int,
-) -> np.ndarray:
-    """The NumPy twin of `addresses` for one prefix c_1..c_l: int32 [tables].
-
-    Written from the formula with Python's unbounded integers, so that wrap-around is explicit.
-    """
-    heads = multipliers_LH.shape[1]
-    length = len(codes)
-    tables = table_count(scheme, orders, heads)
-    out = np.full(tables, NO_ADDRESS, np.int32)
-    if scheme == "full_prefix":
-        spans = [(0, min(length, orders))] if length else []
-    elif scheme == "suffix":
-        spans = [(length - n, length) for n in range(1, min(length, orders) + 1)]
-    else:
-        spans = [(0, n) for n in range(1, min(length, orders) + 1)]
-    for number, (start, stop) in enumerate(spans):
-        for head in range(heads):
-            hashed = 0
-            for i in range(start, stop):
-                hashed ^= (int(codes[i]) * int(multipliers_LH[i, head])) % 2**32
-            table = number * heads + head
-            out[table] = (hashed % rows) * tables + table
-    return out

@@ -71,6 +71,10 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if "lockfile" in str(error):
+            raise UserError(
+                f"--topology {topology}: another process is compiling for TPUs; try again after it"
+            ) from None
         raise UserError(f"--topology {topology}: not a pod that exists ({reason})") from None
     return CHIPS[name], list(described.devices)
 

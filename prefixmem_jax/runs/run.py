@@ -275,6 +275,7 @@ class Run:
                     f"{self.data_description.sha256[:12]}..., now {description.sha256[:12]}...)"
                 )
         if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / DATA, description.__dict__)
             write_text(self.path / CONFIG, to_json(config))
         self.__dict__.pop("config", None)
