@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return terminal.fail(str(error), 2)
     except KeyboardInterrupt:
-        resumed = "; the same command goes on from there" if verb in RESUMED else ""
+        resumed = "; the same command goes on from what was saved" if verb in RESUMED else ""
         return terminal.fail(f"interrupted{resumed}", 130)
     except BrokenPipeError:
         return terminal.abandon()

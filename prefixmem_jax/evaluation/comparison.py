@@ -82,6 +82,7 @@ def evaluate_runs(
     opened = {name: Run(path, step=step) for name, path in zip(_names(runs), runs, strict=True)}
     for run in opened.values():
         run.check_generates()
+        _ = run.step  # a checkpoint is missing now, not when the runs before are evaluated
     changes = {k: v for k, v in {"users": users, "beam": beam}.items() if v is not None}
     options = {
         name: dataclasses.replace(run.config.evaluation, **changes) for name, run in opened.items()
@@ -90,6 +91,8 @@ def evaluate_runs(
     base = next(iter(opened))
     for name in opened:
         _check_comparable(opened, prepared, options, base, name)
+    folder = out or opened[base].path
+    folder.mkdir(parents=True, exist_ok=True)
     results: Results = {
         name: evaluate_run(run, prepared[name], options[name], split)
         for name, run in opened.items()
@@ -104,8 +107,6 @@ def evaluate_runs(
             results[name] = {**evaluated.metrics, "dataset_sha256": digest}
             scores[name] = evaluated.scores
     paired = {name: compare(scores[base], scores[name]) for name in scores if name != base}
-    folder = out or opened[base].path
-    folder.mkdir(parents=True, exist_ok=True)
     if out is not None or heuristics:
         write_json(folder / "results.json", results)
         write_json(folder / "comparison.json", {"compared_with": base, "systems": paired})
