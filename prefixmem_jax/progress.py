@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15
+SECONDS_UNSAID = 5  # what takes no longer needs no line
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
 
 
@@ -26,7 +27,7 @@ class _Lines(tqdm):
 
     def close(self) -> None:
         if not self.disable:
-            if self.n > self.last_print_n:
+            if self.n > self.last_print_n and self._time() - self.start_t >= SECONDS_UNSAID:
                 self.display()
             self.disable = True
             self._decr_instances(self)
@@ -45,7 +46,13 @@ def progress_bar(
         return tqdm(**options, disable=True)
     if sys.stderr.isatty():
         return tqdm(**options, dynamic_ncols=True)
-    return _Lines(**options, bar_format=_LINE, mininterval=SECONDS_BETWEEN_LINES, maxinterval=60)
+    return _Lines(
+        **options,
+        bar_format=_LINE,
+        mininterval=SECONDS_BETWEEN_LINES,
+        maxinterval=60,
+        delay=SECONDS_UNSAID,
+    )
 
 
 def say(text: str) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command_environment, prefixmem, python_without_us, real_data
+from conftest import ROOT, command_environment, prefixmem, python_without_us
 
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import write_dataset
@@ -176,14 +176,6 @@ def test_own_data_with_five_levels_and_shared_sids(tmp_path):
     sid_encoder = results["prefixmem"]["config"]["sid_encoder"]
     assert sid_encoder["target_levels"] == [3, 4, 5] and sid_encoder["orders"] == 4
     assert all(name in results["prefixmem"] for name in names(5))
-
-
-def test_microlens_with_uneven_codebooks(tmp_path):
-    data = real_data("microlens")
-    prefixmem("quickstart", "--data", data, "--out", tmp_path / "x", *SMALL)
-    results = json.loads((tmp_path / "x" / "results.json").read_text())
-    assert results["baseline"]["config"]["data"]["path"] == str(data)
-    assert results["heuristic_successor"]["tf_accuracy/level_1"] > 0.1
 
 
 def test_help_teaches():
