@@ -11,7 +11,6 @@ from flax import nnx
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import to_json
-from prefixmem_jax.data.prepare import load_catalog
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import parse_size, read_json_object, replacing_files
 from prefixmem_jax.hf.export import Parameters, copy_all_but_weights, write_folder
@@ -24,6 +23,7 @@ from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.parameters import abstract_parameters
 from prefixmem_jax.runs.checkpoint import Checkpoints, memory_part
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
@@ -34,6 +34,7 @@ def export_run(
     dtype: str | None = None,
     max_shard_size: str = "4GB",
     tokenizer: str | None = None,
+    catalog: Catalog | None = None,
 ) -> None:
     """Writes a run's newest checkpoint as a Hugging Face folder.
 
@@ -45,6 +46,7 @@ def export_run(
       max_shard_size: such as `4GB`; a larger tensor has a file of its own.
       tokenizer: folder of the text tokenizer; None means that of the folder in `init` that the run,
         or the run it took `llm` from, started from.
+      catalog: the run's, where the caller has it; None means that of its data.
 
     Raises:
       UserError: not a run that generates, an `out` that holds something else, no tokenizer for the
@@ -58,7 +60,7 @@ def export_run(
             f"{run.path}: trained with {config.data.text_tokens} text tokens, from no Hugging Face "
             "folder; name their tokenizer with --tokenizer"
         )
-    catalog = run.checked(load_catalog(config.data))
+    catalog = run.catalog() if catalog is None else run.checked(catalog)
     with replacing_files(out, "export", last="config.json") as staged:
         write_folder(
             staged,

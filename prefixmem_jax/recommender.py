@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from prefixmem_jax.data.prepare import load_catalog
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference.engine import Engine
-from prefixmem_jax.runs.run import Run
-from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.text import shortened
 
 
@@ -24,14 +19,6 @@ class Recommendation(NamedTuple):
     title: str | None
     sid: tuple[int, ...]
     score: float
-
-
-def catalog_at(run: Run, path: str | Path) -> Catalog:
-    """A run's catalogue from another place: a dataset folder, or an exported items.jsonl."""
-    sizes = run.data_description.codebook_sizes
-    if Path(path).is_file():
-        return Catalog.read_jsonl(path, sizes)
-    return load_catalog(replace(run.config.data, path=str(path), codebook_sizes=sizes))
 
 
 def recommend(

@@ -153,12 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ID,ID,...",
         help="item ids, oldest first (default: read one line after the other, answer each)",
     )
-    recommend.add_argument(
-        "--data",
-        metavar="PATH",
-        help="the same items elsewhere: a dataset folder, or items.jsonl of an export "
-        "(default: the run's own)",
-    )
+    _add_catalogue(recommend)
     recommend.add_argument(
         "--exclude-seen", action="store_true", help="leave out the history's items"
     )
@@ -204,6 +199,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the text tokenizer (default: that of the model the run started from)",
     )
+    _add_catalogue(exporting)
     _add_step(exporting)
 
     importing = verb(
@@ -260,6 +256,15 @@ def _described(summary: str, examples: str) -> dict[str, Any]:
         "epilog": f"examples:\n{examples}",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
+
+
+def _add_catalogue(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="the same items elsewhere: a dataset folder, or items.jsonl of an export "
+        "(default: the run's own)",
+    )
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:

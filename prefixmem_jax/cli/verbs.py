@@ -82,11 +82,11 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def recommend(options: argparse.Namespace) -> None:
     start()
-    from prefixmem_jax.recommender import catalog_at, recommend
+    from prefixmem_jax.recommender import recommend
     from prefixmem_jax.runs.run import Run
 
     run = Run(options.run, step=options.step)
-    engine = run.engine(None if options.data is None else catalog_at(run, options.data))
+    engine = run.engine(run.catalog(options.data))
 
     def answer(history: str) -> None:
         best = recommend(engine, history, options.top, options.exclude_seen, options.beam)
@@ -115,7 +115,14 @@ def export(options: argparse.Namespace) -> None:
     from prefixmem_jax.runs.run import Run
 
     run = Run(options.run, step=options.step)
-    export_run(run, options.out, options.dtype, options.max_shard_size, options.tokenizer)
+    export_run(
+        run,
+        options.out,
+        options.dtype,
+        options.max_shard_size,
+        options.tokenizer,
+        run.catalog(options.data),
+    )
     print(visible(f"exported {options.run}: {options.out}"))
 
 

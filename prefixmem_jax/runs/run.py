@@ -112,13 +112,22 @@ class Run:
         space = SidSpace(self.data_description.codebook_sizes)
         return Vocabulary(space, options.text_tokens, options.vocabulary_multiple)
 
-    def catalog(self) -> Catalog:
+    def catalog(self, place: str | Path | None = None) -> Catalog:
         """The catalogue of its data (no histories are read).
 
+        Args:
+          place: where it lies now: a dataset folder, or the items.jsonl of an export.
+
         Raises:
-          UserError: its data has another catalogue by now; the model's SIDs would name other items.
+          UserError: there is another catalogue by now; the model's SIDs would name other items.
         """
-        return self.checked(load_catalog(self.config.data))
+        options, sizes = self.config.data, self.data_description.codebook_sizes
+        if place is None:
+            return self.checked(load_catalog(options))
+        if Path(place).is_file():
+            return self.checked(Catalog.read_jsonl(place, sizes))
+        moved = replace(options, path=str(place), codebook_sizes=sizes)
+        return self.checked(load_catalog(moved))
 
     def checked(self, catalog: Catalog) -> Catalog:
         """The catalogue, where it is the one that the run was trained with."""
