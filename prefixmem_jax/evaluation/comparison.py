@@ -82,15 +82,15 @@ def evaluate_runs(
     opened = {name: Run(path, step=step) for name, path in zip(_names(runs), runs, strict=True)}
     for run in opened.values():
         run.check_generates()
-        _ = run.step  # a checkpoint is missing now, not when the runs before are evaluated
     changes = {k: v for k, v in {"users": users, "beam": beam}.items() if v is not None}
     options = {
         name: dataclasses.replace(run.config.evaluation, **changes) for name, run in opened.items()
     }
     prepared = {name: run.data(data) for name, run in opened.items()}
     base = next(iter(opened))
-    for name in opened:
+    for name, run in opened.items():
         _check_comparable(opened, prepared, options, base, name)
+        _ = run.step  # a checkpoint is missing now, not when the runs before are evaluated
     folder = out or opened[base].path
     folder.mkdir(parents=True, exist_ok=True)
     results: Results = {
