@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_jax.config_groups import DecoderConfig
-from prefixmem_jax.models.attention import (
+from prefixmem_jax.layers.attention import (
     NO_WINDOW,
     KeyValues,
     Place,

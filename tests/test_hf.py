@@ -28,8 +28,8 @@ from prefixmem_jax.hf.families import (
 )
 from prefixmem_jax.hf.load import load_parts
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
+from prefixmem_jax.layers.attention import Place
 from prefixmem_jax.model_spec import ModelSpec
-from prefixmem_jax.models.attention import Place
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.parameters import abstract_parameters

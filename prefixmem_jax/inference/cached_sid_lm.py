@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.models.attention import KeyValues, Place
+from prefixmem_jax.layers.attention import KeyValues, Place
 from prefixmem_jax.models.sid_lm import SidLM
 
 # Memory rows float32 [..., width] at addresses [...]: `Table.gather` with the table where it lies.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.inference.cached_sid_lm import RowsAt, rows_for
-from prefixmem_jax.models.attention import Place
+from prefixmem_jax.layers.attention import Place
 from prefixmem_jax.models.sid_lm import SidLM
 
 

@@ -19,14 +19,14 @@ import numpy as np
 from flax import nnx
 
 from prefixmem_jax.config_groups import DecoderConfig
-from prefixmem_jax.models.attention import (
+from prefixmem_jax.layers.attention import (
     NO_WINDOW,
     KeyValues,
     Place,
     attention,
     beam_attention,
 )
-from prefixmem_jax.models.layers import WHOLE, Layer, RMSNorm, rope_frequencies
+from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import constrain, einsum, gather_over_fsdp, take
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.models.attention import KeyValues, Place
+from prefixmem_jax.layers.attention import KeyValues, Place
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary

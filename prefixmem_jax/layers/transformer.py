@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
-from prefixmem_jax.models.attention import KeyValues
+from prefixmem_jax.layers.attention import KeyValues
 from prefixmem_jax.parallel.parameters import normal, parameter
 from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp
 

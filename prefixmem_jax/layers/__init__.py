@@ -1,0 +1,1 @@
+"""Building blocks of transformers: attention and layers, for decoders and SID encoders alike."""
