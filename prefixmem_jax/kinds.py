@@ -50,10 +50,7 @@ def _validate(base: type[Kind], value: Any, info: ValidationInfo) -> Kind:
         raise PydanticCustomError("kind", "expected the name of a kind, or keys with `kind`")
     kind = find_kind(base, name, info.field_name or base.__name__)
     others = {key: item for key, item in keys.items() if key != "kind"}
-    try:
-        return _adapter(kind).validate_json(json.dumps(others))
-    except TypeError as error:  # a class that cannot be made: it lacks methods
-        raise UserError(f"{info.field_name or base.__name__}: {name}: {error}") from None
+    return _adapter(kind).validate_json(json.dumps(others))
 
 
 @functools.cache

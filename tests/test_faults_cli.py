@@ -485,6 +485,9 @@ def test_another_catalogue_elsewhere_is_refused(runs, capsys, tmp_path):
     (tmp_path / "items.jsonl").write_bytes(b"\x00\xff")
     line = failed(capsys, 2, *asked, tmp_path / "items.jsonl")
     assert "items.jsonl: line 1: not a JSON object" in line
+    asked = ("export", runs / "plain", "--out", tmp_path / "out", "--data", tmp_path / "other")
+    assert "was trained with another catalogue" in failed(capsys, 2, *asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_histories_are_read_line_after_line(runs, one_engine, capsys, monkeypatch):

@@ -117,7 +117,7 @@ class Half(Objective):
         ("a.py", b"name = 'caf\xe9'\n", "a.py: line 1: SyntaxError"),
         ("a.py", b"x = 1\x00\n", "a.py: "),
         ("a.py", b"open('/nowhere/x')\n", "a.py: line 1: FileNotFoundError"),
-        ("a.json", b'{"name": "x", "objective": "half_kind"}', "objective: half_kind: Can't instantiate abstract class Half"),
+        ("a.json", b'{"name": "x", "objective": "half_kind"}', "objective: 'half_kind' does not define abstract_batch, build_model"),
         ("a.json", b'{"name": "x", "objective": "wrong_kind"}', "objective: wrong_kind: SyntaxError"),
     ],
 )  # fmt: skip
