@@ -25,8 +25,8 @@ from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 PACKAGE = ROOT / "prefixmem_jax"
 # Files and folders of the package, each of which imports only from those before it.
 ROOMS = [
-    "errors", "text", "progress", "files", "kinds", "config_groups", "parallel", "semantic_ids", "data", "memory", "layers",
-    "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
+    "errors", "text", "progress", "files", "kinds", "config_groups", "parallel", "semantic_ids",
+    "data", "memory", "layers", "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
     "hf", "runs", "training", "planning", "evaluation", "recommender", "convert", "quickstart",
     "benchmarks", "cli",
 ]  # fmt: skip

@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(monkeypatch):
         with pytest.raises(UserError, match="expected one of v5e, v5p, v6e and a shape"):
             topology.pod_devices(name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'prefixmem_jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[tpu\]'"):
         topology.pod_devices("v5e:4x4")
 
 

@@ -234,7 +234,8 @@ class Checkpoints:
         """An array on disk, by its path in the part's tree."""
         folder = self.run.resolve() / FOLDER / str(step) / part
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        base = {"driver": "file", "path": f"{folder}/"}  # no URL: a folder may be called 100%
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         return ts.open({"driver": "zarr3", "kvstore": kvstore}).result()
 
 
