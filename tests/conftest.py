@@ -10,11 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    # Most of the time goes into compiling small programs; the commands below run as users' do.
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# Most of the time goes into compiling small programs.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The same programs are compiled by many tests and commands; once a session is enough.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process that starts them
@@ -31,7 +29,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 def command_environment() -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": QUICK}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return environment
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import command_environment, prefixmem
+from conftest import QUICK, command_environment, prefixmem
 from models import make_run, small_config
 
 from prefixmem_jax.config_groups import DecoderConfig
@@ -81,7 +81,7 @@ def test_two_processes_evaluate_a_run_as_one_does(runs, tmp_path):
              "--heuristics", "--distributed", "--out", tmp_path / "two"],
             env={
                 **command_environment(),
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}",
                 "PREFIXMEM_COORDINATOR": f"127.0.0.1:{port}",
                 "PREFIXMEM_PROCESSES": "2",
                 "PREFIXMEM_PROCESS_ID": str(number),
