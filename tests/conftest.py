@@ -10,9 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Most of the time goes into compiling small programs.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8"
+    # Most of the time goes into compiling small programs.
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The same programs are compiled by many tests and commands; once a session is enough.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process that starts them
@@ -26,6 +28,8 @@ from prefixmem_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+# What commands are compiled with: they have one device.
+QUICK = os.environ["XLA_FLAGS"].partition(" ")[2]
 
 
 def command_environment() -> dict[str, str]:
