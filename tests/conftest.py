@@ -3,6 +3,7 @@
 Commands run as a user runs them, in processes of their own with one device, by `prefixmem`.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -75,6 +76,19 @@ def one_device():
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    """A file system of its own, or skips the test where mounting is not permitted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def real_data(name: str) -> Path:

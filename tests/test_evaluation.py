@@ -59,11 +59,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(runs, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, data, engine=engine)
     assert len(list((run.path / "evaluation").glob("*/*.npz"))) == 2
+    first, _ = sorted((run.path / "evaluation").glob("*/*.npz"))
+    first.write_bytes(first.read_bytes()[:100])  # and one of them is damaged
     later = []
     monkeypatch.setattr(evaluator, "_search", lambda *a: later.append(1) or search(*a))
     resumed = evaluate_run(run, data, engine=engine)
     shares = -(-len(data.split.test) // 16)
-    assert len(later) == shares - 2 > 0
+    assert len(later) == shares - 1 > 0
     assert json.dumps(resumed, sort_keys=True) == json.dumps(whole, sort_keys=True)
     assert not list((run.path / "evaluation").glob("*/*.npz"))
 

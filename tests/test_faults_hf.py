@@ -1,6 +1,5 @@
 """Faults of Hugging Face folders, injected for real: each is one line, and nothing is lost."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, mounted
 from hf_folders import contents, edit_json, refused, save_model
 from models import DECODER, make_run, small_config
 from transformers import AutoModelForCausalLM
@@ -241,19 +240,6 @@ def test_checkpoints_beside_an_export_are_not_read_for_it(run, exported, model):
 
 
 # Where they write.
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, options: str):
-    """A file system of its own, or skips the test where mounting is not permitted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs to mount a file system")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 # Orbax's threads tell of it too.

@@ -11,6 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from conftest import mounted, prefixmem
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import (
@@ -266,6 +267,21 @@ def test_a_save_that_fails_is_the_runs_failure(tmp_path, monkeypatch):
     )
     with pytest.raises(OSError, match="No space left"):
         train(CONFIG, tmp_path / "run", DATA)
+
+
+def test_a_disk_that_fills_up_while_training_is_one_line(tmp_path):
+    """And what was saved before stands."""
+    with mounted(tmp_path / "disk", "size=1500k"):
+        done = prefixmem(
+            "train", "quickstart/baseline", "--out", tmp_path / "disk" / "run",
+            "data.synthetic.items=300", "data.synthetic.users=300", "data.batch_size=8",
+            "data.sequence_length=64", "model.d_model=32", "steps=20", "checkpoint.every_steps=3",
+            "evaluation.validation_examples=40", expect=1,
+        )  # fmt: skip
+        lines = [line for line in done.stderr.splitlines() if line.startswith("prefixmem: ")]
+        assert len(lines) == 1 and "No space left on device" in lines[0]
+        assert "Traceback" not in done.stderr and done.stderr.endswith(lines[0] + "\n")
+        assert Run(tmp_path / "disk" / "run").step >= 3
 
 
 def test_checkpoints_keep_their_checksums(trained):

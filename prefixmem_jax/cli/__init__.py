@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return terminal.fail(_reason(error), 1)
     except Exception as error:
-        if not _is_out_of_memory(error):
+        what = _exhausted(error)
+        if what is None:
             raise
-        return terminal.fail(f"not enough memory ({str(error).partition(chr(10))[0]})", 1)
+        return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
     return 0
 
 
@@ -51,5 +52,10 @@ def _reason(error: OSError) -> str:
     return reason if path is None else f"{path}: {reason}"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+def _exhausted(error: Exception) -> str | None:
+    """What the machine has no more of, where that is what is wrong; libraries say it in words."""
+    if "No space left on device" in str(error):
+        return "the disk is full"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "not enough memory"
+    return None

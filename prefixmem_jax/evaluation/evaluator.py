@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -34,6 +35,8 @@ from prefixmem_jax.files import replacing, write_json
 from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.runs.run import Run
 
+# What is kept of each user until the metrics are made.
+NAMES = ("ranks", "unconstrained", "constrained", "greedy")
 # Users whose beams are kept in memory, and lost where an evaluation is killed.
 SHARE = 4096
 
@@ -70,10 +73,8 @@ def evaluate(
     for start in range(0, len(everyone), SHARE):
         users = np.arange(start, min(start + SHARE, len(everyone)))
         path = None if work is None else work / f"{start}.npz"
-        if path is not None and _all_agree(path.is_file()):
-            with np.load(path) as saved:
-                share = dict(saved)
-        else:
+        share = None if path is None else _saved_share(path)
+        if not _all_agree(share is not None):
             share = _search(engine, everyone.take(users), in_sample[users], options.beam, name)
             if path is not None and jax.process_index() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,15 @@ def evaluate(
     if work is not None and jax.process_index() == 0:
         shutil.rmtree(work, ignore_errors=True)
     return Evaluated(scores, overall)
+
+
+def _saved_share(path: Path) -> dict[str, np.ndarray] | None:
+    """What an evaluation that was killed had done of these users, if it can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in NAMES}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
 
 
 def _all_agree(flag: bool) -> bool:
