@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from prefixmem_jax import convert
 from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.hf.families import read_folder
 from prefixmem_jax.hf.tokenizer import text_tokenizer
@@ -257,11 +256,9 @@ def test_titles_and_names_of_any_characters(exported, described, run, monkeypatc
     catalog = run.catalog()
     titles = [TITLES[item % len(TITLES)] for item in range(len(catalog))]
     config = dataclasses.replace(run.config, name="a\nname \udcff\n---\n```")
-    monkeypatch.setattr(
-        convert, "load_catalog", lambda _: Catalog(catalog.sids, titles, catalog.space)
-    )
+    renamed = Catalog(catalog.sids, titles, catalog.space)
     monkeypatch.setattr(run, "config", config)
-    export_run(run, tmp_path / "out")
+    export_run(run, tmp_path / "out", catalog=renamed)
     theirs = described[1].from_pretrained(str(tmp_path / "out"), described[0])
     ours = Catalog.read_jsonl(tmp_path / "out" / "items.jsonl", catalog.space.codebook_sizes)
     assert theirs.titles == ours.titles == titles
