@@ -18,10 +18,13 @@ class _Lines(tqdm):
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
+        last = [""]
+
         def write(text: str) -> None:
-            if text:
+            if text and text != last[0]:
                 file.write(text + "\n")
                 file.flush()
+                last[0] = text
 
         return write
 
