@@ -242,9 +242,6 @@ def test_checkpoints_beside_an_export_are_not_read_for_it(run, exported, model):
 # Where they write.
 
 
-# Orbax's threads tell of it too.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("size", ["16k", "64k"])
 def test_a_full_disk(run, model, tmp_path, size):
     out = tmp_path / "disk"

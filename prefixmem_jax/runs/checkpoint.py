@@ -96,7 +96,11 @@ class Checkpoints:
             self._move_damaged()
         policy = None if keep is None else ocp.training.preservation_policies.LatestN(keep)
         context = ocp.Context()
-        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+        saving = context.array.saving
+        saving.storage_options.chunk_byte_size = CHUNK_BYTES
+        # Whoever reads says where to; threads that write these would outlive a save that failed.
+        saving.enable_write_sharding_file = False
+        saving.array_metadata_store = None
         self._checkpointer = ocp.training.Checkpointer(
             (run / FOLDER).resolve(),
             preservation_policy=policy,
@@ -110,8 +114,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._wait()
-        self._checkpointer.close()
+        try:
+            self._wait()
+        finally:
+            self._checkpointer.close()
 
     def _move_damaged(self) -> None:
         """Takes damaged checkpoints out of the way of those to come; nothing is deleted."""
