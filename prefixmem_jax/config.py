@@ -17,6 +17,7 @@ from prefixmem_jax.config_groups import (
     DecoderConfig,
     EvaluationConfig,
     InitConfig,
+    ItemHeadConfig,
     MeshConfig,
     OptimizerConfig,
     Seed,
@@ -37,6 +38,7 @@ class Config:
       objective: what the run learns: `next_token` trains the decoder, with the SID encoder if there
         is one (stage 2, baseline); `classification` the SID encoder alone (stage 1).
       sid_encoder: what is added to the input embedding at SID positions, or none.
+      item_head: what scores whole items beside their codes, or none.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     sid_encoder: SidEncoderConfig | None = None
+    item_head: ItemHeadConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     init: InitConfig = field(default_factory=InitConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -63,5 +66,12 @@ class Config:
             raise UserError(
                 "optimizer.trainable=sid_encoder trains the SID encoder alone, and sid_encoder is "
                 "none"
+            )
+        if self.evaluation.patience and self.evaluation.select_by is None:
+            raise UserError("evaluation.patience needs a metric to wait for: evaluation.select_by")
+        if self.evaluation.retrieves and not self.objective.generates:
+            raise UserError(
+                f"evaluation.select_by={self.evaluation.select_by}: this objective's model "
+                "recommends nothing; expected loss"
             )
         self.objective.check(self)

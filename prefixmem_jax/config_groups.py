@@ -25,7 +25,8 @@ Trainable = Literal["everything", "new_tokens", "sid_encoder"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Codes = Annotated[int, Field(gt=0, le=2**24)]
 Sizes = Annotated[tuple[Codes, ...], Field(min_length=1, max_length=64)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _mesh_size(size: int) -> int:
@@ -82,6 +83,7 @@ class DataConfig:
       format: how it is stored: a file of `data/formats`, or a module of your own.
       sid_column: column of items.parquet with the SIDs.
       codebook_sizes: codes per level; none means largest code + 1 of each level.
+      items: of the catalogue, for `plan` where there is no data yet; none means those of the data.
       split: see `data.splits.split_dataset`.
       holdout: share held out for validation, and again for test (splits time and users).
       text_tokens: size of the text vocabulary that stands before the SID tokens.
@@ -96,6 +98,7 @@ class DataConfig:
     format: str = "parquet"
     sid_column: str = "sid"
     codebook_sizes: Sizes | None = None
+    items: PositiveInt | None = None
     split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     text_tokens: Annotated[NonNegativeInt, Field(le=2**22)] = 0
@@ -138,6 +141,8 @@ class DecoderConfig:
         rotary base `sliding_rope_base` and without `rope_scaling`.
       compute_dtype: of activations and matrix products; parameters, norms, softmax and logits
         are float32.
+      dropout: share of numbers zeroed in training: of the embeddings, and of every attention's and
+        feed-forward's output.
       remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -163,6 +168,7 @@ class DecoderConfig:
     norm_epsilon: PositiveFloat = 1e-6
     init_std: PositiveFloat = 0.02
     compute_dtype: DType = "float32"
+    dropout: Rate = 0.0
     remat: bool = False
 
     def check(self) -> None:
@@ -190,6 +196,20 @@ class DecoderConfig:
                 "less than model.rope_scaling.high_frequency_factor="
                 f"{scaling.high_frequency_factor}"
             )
+
+
+@dataclass(frozen=True)
+class ItemHeadConfig:
+    """Scores whole items where an item's first code is to come (`models.item_head`).
+
+    Attributes:
+      weight: of an item's cross-entropy in the loss, beside that of its codes.
+      mix: its share in the beam search: a SID scores
+        (1 - mix) * log p(codes) + mix * log p(its items).
+    """
+
+    weight: PositiveFloat = 1.0
+    mix: Share = 0.5
 
 
 @dataclass(frozen=True)
@@ -221,6 +241,9 @@ class OptimizerConfig:
       clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
       weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
       final_rate: the learning rate at the end as a share of its peak.
+      average_decay: keep an exponential moving average of the dense parameters with this decay a
+        step (in the first steps less), and use it for everything but training; none keeps none.
+        Memory rows, which most steps leave alone, are used as they are.
       accumulation_steps: pieces that a batch is cut into; their gradients are computed one after
         the other and applied once, which needs less memory and gives the same step.
     """
@@ -228,11 +251,12 @@ class OptimizerConfig:
     learning_rate: PositiveFloat = 3e-3
     warmup_steps: NonNegativeInt = 50
     final_rate: NonNegativeFloat = 0.1
-    beta1: Beta = 0.9
-    beta2: Beta = 0.99
+    beta1: Rate = 0.9
+    beta2: Rate = 0.99
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat = 1.0
+    average_decay: Rate | None = None
     accumulation_steps: PositiveInt = 1
     trainable: Trainable = "everything"
     memory: MemoryOptimizerConfig = field(default_factory=MemoryOptimizerConfig)
@@ -293,6 +317,12 @@ class EvaluationConfig:
     Attributes:
       every_steps: steps between validations during training.
       validation_examples: examples in each of those (a fixed sample).
+      select_by: validation metric whose best checkpoint is kept, and is the one that everything
+        reads; `item_...` recommends to the validation examples at each validation. None: the
+        newest.
+      patience: end training after so many validations without a better one; 0: never.
+      exclude_seen: leave out what a user's history holds, in retrieval that is constrained to the
+        catalogue.
       users: test users for retrieval metrics (a fixed sample; 0 means all).
       beam: width of the beam search.
       batch_size: users per beam-search batch.
@@ -300,6 +330,14 @@ class EvaluationConfig:
 
     every_steps: PositiveInt = 100
     validation_examples: PositiveInt = 1000
+    select_by: Literal["loss", "item_recall@10", "item_ndcg@10"] | None = None
+    patience: NonNegativeInt = 0
+    exclude_seen: bool = True
     users: NonNegativeInt = 0
     beam: Annotated[PositiveInt, Field(le=100_000)] = 20
     batch_size: PositiveInt = 64
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether validation recommends."""
+        return (self.select_by or "").startswith("item_")

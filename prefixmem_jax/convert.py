@@ -16,6 +16,7 @@ from prefixmem_jax.files import parse_size, read_json_object, replacing_files
 from prefixmem_jax.hf.export import Parameters, copy_all_but_weights, write_folder
 from prefixmem_jax.hf.families import ModelFolder, read_folder
 from prefixmem_jax.hf.load import load_parts, load_rows
+from prefixmem_jax.hf.mapping import Architecture
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import Decoder
@@ -88,7 +89,8 @@ def _parameters(run: Run) -> Parameters:
         def read_lines(first: int, last: int) -> np.ndarray:
             return stored[first:last].read().result()
 
-    return Parameters(run.config.model, run.config.sid_encoder, params, lines, read_lines)
+    model = Architecture(run.config.model, run.config.sid_encoder, run.config.item_head)
+    return Parameters(model, params, lines, read_lines)
 
 
 def model_card(run: Run) -> str:
@@ -112,7 +114,7 @@ def model_card(run: Run) -> str:
         "from transformers import AutoModelForCausalLM",
         "",
     ]
-    if sid_encoder:
+    if sid_encoder or config.item_head:
         lines += [
             'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
             "for best in model.recommend([0, 1, 2], top=5):",
@@ -188,17 +190,31 @@ def import_folder(folder: Path, out: Path) -> None:
 def _imported_parts(described: ModelFolder, files: SafetensorsFolder) -> dict[str, Any]:
     """The folder's parts on one device, the vocabulary exactly as it is there."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    if described.sid_encoder is None:
+    model = described.model
+    if model.is_stock:
         decoder = nnx.eval_shape(
-            lambda: Decoder(described.decoder, described.vocabulary, rngs=nnx.Rngs(0))
+            lambda: Decoder(model.decoder, described.vocabulary, rngs=nnx.Rngs(0))
         )
         abstract = {"llm": abstract_parameters(decoder, mesh)}
-        return load_parts(files, described.decoder, None, abstract)
+        return load_parts(files, model, abstract)
     space = SidSpace(described.codebook_sizes)
     # Filled up to the size that it has there.
-    vocabulary = Vocabulary(space, described.text_tokens, described.vocabulary)
-    config = Config("import", model=described.decoder, sid_encoder=described.sid_encoder)
+    vocabulary = Vocabulary(space, described.text_tokens, described.vocabulary, described.items)
+    config = Config(
+        "import",
+        model=model.decoder,
+        sid_encoder=model.sid_encoder,
+        item_head=model.item_head,
+    )
     spec = ModelSpec.create(config, vocabulary, mesh)
-    parts = load_parts(files, described.decoder, described.sid_encoder, spec.params)
-    parts["memory"] = memory_part(spec, load_rows(files, described.sid_encoder, spec.memory))
+    abstract = dict(spec.params)
+    if model.item_head is not None:
+        (vectors,) = abstract["item_head"].values()
+        shape = (vectors.shape[0], described.item_outputs)
+        abstract["item_head"] = {
+            "vectors": jax.ShapeDtypeStruct(shape, vectors.dtype, sharding=vectors.sharding)
+        }
+    parts = load_parts(files, model, abstract)
+    if spec.table is not None:
+        parts["memory"] = memory_part(spec, load_rows(files, model.sid_encoder, spec.memory))
     return parts

@@ -81,4 +81,4 @@ class ModelSpec:
 
 
 def _build(config: Config, vocabulary: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
-    return config.objective.build_model(config.model, config.sid_encoder, vocabulary, rngs)
+    return config.objective.build_model(config, vocabulary, rngs)

@@ -101,7 +101,8 @@ def quickstart(
         f"{describe_data(prepared)}\n"
         f"Teacher-forced accuracy on {len(everyone):,} test users, retrieval on "
         f"{len(sample):,} of them over all {len(prepared.catalog):,} items, "
-        f"beam {configs['baseline'].evaluation.beam}.\n"
+        f"beam {configs['baseline'].evaluation.beam}, seen items "
+        f"{'left out' if configs['baseline'].evaluation.exclude_seen else 'kept'}.\n"
         "A SID that several items share counts as its items in random order (expected value)."
     )
     say(facts.partition("\n")[2])

@@ -25,7 +25,7 @@ def recommend(
     engine: Engine,
     history: str | Sequence[int],
     top: int,
-    exclude_seen: bool = False,
+    exclude_seen: bool = True,
     beam: int | None = None,
 ) -> list[Recommendation]:
     """The best next items, best first; items that share a SID follow each other by id.

@@ -16,6 +16,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import (
     DataConfig,
     DecoderConfig,
+    ItemHeadConfig,
     OptimizerConfig,
     SyntheticConfig,
 )
@@ -64,6 +65,7 @@ def make_model(
     with_sid_encoder: bool,
     seed: int,
     decoder: DecoderConfig = DECODER,
+    item_head: ItemHeadConfig | None = None,
 ) -> tuple[SidLM, RowsAt | None, Catalog, np.random.Generator]:
     """A model without a run, the rows of its memory, a random catalogue, and what drew it."""
     space = SidSpace(sizes)
@@ -72,11 +74,18 @@ def make_model(
     catalog = Catalog(sids, [None] * items, space)
     sid_encoder = rows_at = None
     if with_sid_encoder:
-        levels = space.levels
+        # The paper's, or with the memory across items in one way or the other.
+        first, levels = 2 - seed % 2, space.levels
         sid_encoder = PrefixMemoryConfig(
-            target_levels=tuple(range(2, levels + 1)), orders=levels - 1, heads=2, rows=64, d_mem=8
+            target_levels=tuple(range(first, levels + 1)),
+            orders=levels - 1,
+            items=seed % 3,
+            heads=2,
+            rows=64,
+            d_mem=8,
         )
-    model = SidLM(decoder, sid_encoder, Vocabulary(space), rngs=nnx.Rngs(seed))
+    vocabulary = Vocabulary(space, items=items)
+    model = SidLM(decoder, sid_encoder, vocabulary, item_head, rngs=nnx.Rngs(seed))
     if with_sid_encoder:  # strong enough to change every ranking
         table = sid_encoder.table(space)
         rows_at = partial(table.gather, 20 * table.init(jax.random.key(seed)))
@@ -106,7 +115,7 @@ def whole_logits(model: SidLM, rows_at: RowsAt | None, sequences: Sequence) -> n
     @jax.jit
     def logits(batch: Batch) -> jax.Array:
         rows = rows_for(model, rows_at, batch.tokens, batch.segment_ids)
-        return model.next_token_logits(batch, rows)
+        return model.logits(model(batch, rows)[0])
 
     return np.asarray(logits(batch))
 
@@ -140,11 +149,13 @@ def make_run(folder: Path, config: Config) -> Run:
     data = prepare_data(config.data)
     spec = ModelSpec.create(config, data.vocabulary, make_mesh(devices=jax.devices()[:1]))
     state = initial_state(spec, config.init, seed=1)
+    params = dict(state.params)
     if config.sid_encoder is not None:
-        sid_encoder = jax.tree.map(lambda x: 20 * x, state.params["sid_encoder"])
-        memory = (50 * state.memory).astype(state.memory.dtype)
-        params = {**state.params, "sid_encoder": sid_encoder}
-        state = state._replace(params=params, memory=memory)
+        params["sid_encoder"] = jax.tree.map(lambda x: 20 * x, params["sid_encoder"])
+        state = state._replace(memory=(50 * state.memory).astype(state.memory.dtype))
+    if config.item_head is not None:
+        params["item_head"] = jax.tree.map(lambda x: 30 * x, params["item_head"])
+    state = state._replace(params=params)
     run = Run(folder)
     run.claim(config, DataDescription.of(data))
     with Checkpoints(folder, keep=1) as checkpoints:

@@ -302,7 +302,9 @@ def test_packing_is_best_fit_in_decreasing_length(lengths, seed):
         space_left.append(space - length)
     offsets = np.cumsum([0, *lengths])
     tokens = np.arange(offsets[-1], dtype=np.int32)
-    documents = Documents(tokens, np.ones(len(tokens), np.float32), offsets)
+    documents = Documents(
+        tokens, np.ones(len(tokens), np.float32), np.zeros(len(tokens), np.int32), offsets
+    )
     batch = pack(documents, 12, seed)
     assert sorted((batch.segment_ids == 0).sum(axis=1)) == sorted(space_left)
     with pytest.raises(UserError, match=f"a document has {max(lengths)}"):

@@ -10,6 +10,7 @@ import sys
 from functools import cached_property, partial
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -28,7 +29,12 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from prefixmem_jax.cli import main
-from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig, InitConfig
+from prefixmem_jax.config_groups import (
+    DecoderConfig,
+    EvaluationConfig,
+    InitConfig,
+    ItemHeadConfig,
+)
 from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.sid_to_text import title_bleu
@@ -45,12 +51,16 @@ from prefixmem_jax.training.initialise import initial_state
 FAMILIES = ("qwen3", "llama, llama3 rope, tied", "gemma3", "quickstart")
 
 
+# Beyond the paper: across the border of items.
+ITEM_MEMORY = dataclasses.replace(SID_ENCODER, target_levels=(1, 2, 3, 4), orders=4, items=2)
+
+
 class Exported:
     """A run and its export: a family's with text, or one from scratch without."""
 
     def __init__(self, folder: Path, family: str):
         if family == "quickstart":
-            config = small_config(DecoderConfig(), 0)
+            config = small_config(DecoderConfig(), 0, sid_encoder=ITEM_MEMORY)
         else:
             save_oracle(folder / "text", family)
             save_tokenizer(folder / "text")
@@ -312,6 +322,7 @@ def bits(array) -> np.ndarray:
 def test_import_back_is_bit_identical(exported, tmp_path):
     """From the exported folder, and from the Orbax checkpoint that `prefixmem import` makes of it."""
     config, engine = exported.run.config, exported.engine
+    described = config.sid_encoder
     import_folder(exported.out, tmp_path / "imported")
     mesh = make_mesh(devices=jax.devices()[:1])
     for folder in (exported.out, tmp_path / "imported"):
@@ -324,16 +335,16 @@ def test_import_back_is_bit_identical(exported, tmp_path):
             state.params,
             engine.params,
         )
-        rows = SID_ENCODER.rows * SID_ENCODER.tables
+        rows = described.rows * described.tables
         found, expected = (
-            bits(memory).reshape(-1, SID_ENCODER.row_width)[:rows]
+            bits(memory).reshape(-1, described.row_width)[:rows]
             for memory in (state.memory, engine.memory)
         )
         np.testing.assert_array_equal(found, expected)
         assert expected.any()
     imported = {path.name for path in (tmp_path / "imported").iterdir()}
     assert "tokenizer.json" in imported and not any(n.endswith("tensors") for n in imported)
-    other = dataclasses.replace(config, sid_encoder=dataclasses.replace(SID_ENCODER, seed=1))
+    other = dataclasses.replace(config, sid_encoder=dataclasses.replace(described, seed=1))
     spec = ModelSpec.create(other, exported.vocabulary, mesh)
     with pytest.raises(UserError, match=r"its seed is 0, sid_encoder\.seed is 1"):
         initial_state(spec, InitConfig(from_huggingface=str(exported.out)), seed=0)
@@ -343,11 +354,12 @@ def test_tables_are_written_in_pieces_and_under_their_own_hash(plain_run, tmp_pa
     engine, out = one_device_engine(plain_run), tmp_path / "out"
     monkeypatch.setattr("prefixmem_jax.hf.export.PIECE_BYTES", 900)
     export_run(plain_run, out, max_shard_size="10KB")
-    tables, count = SafetensorsFolder(out), SID_ENCODER.tables
-    rows = jax.device_get(engine.memory).reshape(-1, SID_ENCODER.row_width)
+    tables, described = SafetensorsFolder(out), plain_run.config.sid_encoder
+    rows = jax.device_get(engine.memory).reshape(-1, described.row_width)
+    count = described.tables
     for table in range(count):
         found = tables.read(f"prefix_memory.tables.{table}.weight")
-        np.testing.assert_array_equal(found, rows[table : SID_ENCODER.rows * count : count])
+        np.testing.assert_array_equal(found, rows[table : described.rows * count : count])
     config = json.loads((out / "config.json").read_text())
     config["prefix_memory"]["multipliers"][0][0] += 2
     (out / "config.json").write_text(json.dumps(config))
@@ -367,6 +379,36 @@ def test_other_addresses(address, tmp_path):
     engine = one_device_engine(run)
     tokens = some_items(engine)
     close(torch_logits(open_in_torch(tmp_path / "out"), tokens), our_logits(engine, tokens), 1e-4)
+
+
+@pytest.mark.parametrize("sid_encoder", [None, ITEM_MEMORY], ids=["alone", "with memory"])
+def test_an_item_head_goes_along(sid_encoder, tmp_path):
+    config = small_config(
+        DecoderConfig(layers=1), 0, sid_encoder=sid_encoder, item_head=ItemHeadConfig(mix=0.4)
+    )
+    run = make_run(tmp_path / "run", config)
+    export_run(run, tmp_path / "out")
+    engine, model = one_device_engine(run), open_in_torch(tmp_path / "out")
+    for history in run.data().split.test.take(np.arange(3)).histories():
+        history = history.tolist()[-8:]
+        ours = recommend(engine, history, 10, exclude_seen=False, beam=12)
+        theirs = model.recommend(history, 10, beams=12)
+        assert [one.item for one in ours] == [one.item for one in theirs]
+        np.testing.assert_allclose(
+            [one.score for one in ours], [one.score for one in theirs], rtol=1e-4
+        )
+        plain = engine.search([history], 12, constrained=False)  # the head says nothing there
+        assert abs(plain[1][0, 0] - ours[0].score) > 1e-3
+    import_folder(tmp_path / "out", tmp_path / "imported")
+    parts = ["llm", "item_head"] + ["sid_encoder"] * (sid_encoder is not None)
+    for source in (tmp_path / "out", tmp_path / "imported"):
+        fresh = ("memory",) if sid_encoder is not None else ()
+        init = InitConfig(from_huggingface=str(source), fresh=fresh)
+        spec = engine.spec
+        state = initial_state(spec, init, seed=3)
+        chex.assert_trees_all_equal(
+            {part: state.params[part] for part in parts}, run.load(spec, parts)
+        )
 
 
 def test_without_sid_encoder_it_is_the_stock_architecture(tmp_path):

@@ -116,7 +116,7 @@ MALFORMED = {
     ),
     "levels beyond": (
         within("prefix_memory", target_levels=[2, 9]),
-        "prefix_memory is malformed: target_levels=(2, 9): level 9 is outside 2..4",
+        "prefix_memory is malformed: target_levels=(2, 9): level 9 is outside 1..4",
     ),
     "multipliers too few": (
         within("prefix_memory", multipliers=[[1, 2]]),

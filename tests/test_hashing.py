@@ -16,14 +16,19 @@ def reference_addresses(
     scheme: hashing.AddressScheme,
     orders: int,
     rows: int,
+    items: np.ndarray | None = None,
+    count: int = 0,
 ) -> np.ndarray:
     """`hashing.addresses` of one prefix c_1..c_l: int32 [tables].
+
+    With n-grams of up to `count` items, `items` [any, levels] are those before the next one's
+    prefix, oldest first: where the prefix is a whole SID, the last of them is its own.
 
     Written from the formula with Python's unbounded integers, so that wrap-around is explicit.
     """
     heads = multipliers_LH.shape[1]
     length = len(codes)
-    tables = hashing.table_count(scheme, orders, heads)
+    tables = hashing.table_count(scheme, orders, heads, count)
     out = np.full(tables, hashing.NO_ADDRESS, np.int32)
     if scheme == "full_prefix":
         spans = [(0, min(length, orders))] if length else []
@@ -37,6 +42,18 @@ def reference_addresses(
             for i in range(start, stop):
                 hashed ^= (int(codes[i]) * int(multipliers_LH[i, head])) % 2**32
             table = number * heads + head
+            out[table] = (hashed % rows) * tables + table
+    levels = len(multipliers_LH) // (1 + count)
+    for number in range(min(count, 0 if items is None else len(items))):
+        for head in range(heads):
+            hashed = 0
+            for i in range(length % levels):
+                hashed ^= (int(codes[i]) * int(multipliers_LH[i, head])) % 2**32
+            for k in range(number + 1):
+                for i in range(levels):
+                    factor = int(multipliers_LH[(1 + k) * levels + i, head])
+                    hashed ^= (int(items[-1 - k][i]) * factor) % 2**32
+            table = (tables // heads - count + number) * heads + head
             out[table] = (hashed % rows) * tables + table
     return out
 

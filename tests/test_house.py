@@ -27,7 +27,7 @@ PACKAGE = ROOT / "prefixmem_jax"
 ROOMS = [
     "errors", "text", "progress", "files", "kinds", "config_groups", "parallel", "semantic_ids",
     "data", "memory", "layers", "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
-    "hf", "runs", "training", "planning", "evaluation", "recommender", "convert", "quickstart",
+    "hf", "runs", "evaluation", "training", "planning", "recommender", "convert", "quickstart",
     "benchmarks", "cli",
 ]  # fmt: skip
 # Written into exported folders, where the package is not.
@@ -229,11 +229,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name != "__ini
 def test_every_parameter_of_every_config_says_where_it_lies(path):
     config = load_config(path)
     vocabulary = data_vocabulary(config.data)
-    model = nnx.eval_shape(
-        lambda: config.objective.build_model(
-            config.model, config.sid_encoder, vocabulary, nnx.Rngs(0)
-        )
-    )
+    model = nnx.eval_shape(lambda: config.objective.build_model(config, vocabulary, nnx.Rngs(0)))
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     assert parameters
     for where, variable in parameters:

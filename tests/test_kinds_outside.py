@@ -73,7 +73,7 @@ class Nearness(NextToken):
     width: int = 4
     generates: ClassVar[bool] = False
 
-    def build_model(self, model, sid_encoder, vocabulary, rngs):
+    def build_model(self, config, vocabulary, rngs):
         return TwoTables(vocabulary.size, self.width, rngs)
 
     def loss_sums(self, model, batch, rows, key):

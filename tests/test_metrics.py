@@ -8,7 +8,7 @@ from conftest import real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixmem_jax.config_groups import DataConfig, SyntheticConfig
+from prefixmem_jax.config_groups import DataConfig, EvaluationConfig, SyntheticConfig
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.evaluation import heuristics
 from prefixmem_jax.evaluation.metrics import (
@@ -77,19 +77,24 @@ def test_beam_metrics_by_hand():
 def test_heuristics_equal_the_published_ones(name, popularity, successor):
     data = prepare_data(DataConfig(path=str(real_data(name))))
 
-    def evaluate(scorer):
-        test = data.split.test
+    def evaluate(scorer, exclude_seen=False):
+        test, options = data.split.test, EvaluationConfig(beam=10, exclude_seen=exclude_seen)
         metrics = heuristics.evaluate_scorer(
-            scorer(data), data, test, np.arange(len(test)), 10
+            scorer(data), data, test, np.arange(len(test)), options
         ).metrics
         names = ("item_recall@5", "item_ndcg@5", "item_recall@10", "item_ndcg@10")
         return [round(metrics[f"{name}/constrained"], 4) for name in names]
 
     assert evaluate(heuristics.popularity_heuristic)[2:] == list(popularity)
     assert evaluate(heuristics.successor_heuristic) == list(successor)
+    if name == "beauty":
+        left_out = evaluate(heuristics.successor_heuristic, exclude_seen=True)
+        assert left_out[2:] == [0.0668, 0.0439]
 
 
-def test_scorer_ranks_and_predictions_by_brute_force():
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_scorer_ranks_and_predictions_by_brute_force(exclude_seen):
+    options = EvaluationConfig(beam=10, exclude_seen=exclude_seen)
     data = prepare_data(
         DataConfig(
             synthetic=SyntheticConfig(
@@ -99,11 +104,12 @@ def test_scorer_ranks_and_predictions_by_brute_force():
     )
     catalog, examples = data.catalog, data.split.test.take(slice(40))
     for scorer in (heuristics.popularity_heuristic(data), heuristics.optimum(data)):
-        metrics = heuristics.evaluate_scorer(scorer, data, examples, np.arange(40), 10).metrics
+        metrics = heuristics.evaluate_scorer(scorer, data, examples, np.arange(40), options).metrics
         hits, ranks, sid_ranks = np.zeros(3), [], []
         for user, item in enumerate(examples.targets):
             scores = scorer(examples.history(user))
-            order = sorted(range(60), key=lambda i: (-scores[i], i))
+            left_out = set(examples.history(user)) if exclude_seen else set()
+            order = sorted(range(60), key=lambda i: (i in left_out, -scores[i], i))
             ranks.append(order.index(item) + 1)
             sids = list(dict.fromkeys(tuple(catalog.sids[i]) for i in order))
             target = tuple(catalog.sids[item])
@@ -122,9 +128,9 @@ def test_scorer_ranks_and_predictions_by_brute_force():
 
 def test_no_heuristic_beats_the_optimum():
     data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=500, users=2000)))
-    test = data.split.test
+    test, options = data.split.test, EvaluationConfig(beam=10, exclude_seen=False)
     best, popular, successor = (
-        heuristics.evaluate_scorer(make(data), data, test, np.arange(len(test)), 10).metrics
+        heuristics.evaluate_scorer(make(data), data, test, np.arange(len(test)), options).metrics
         for make in (
             heuristics.optimum,
             heuristics.popularity_heuristic,

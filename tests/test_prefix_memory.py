@@ -25,10 +25,11 @@ VOCABULARY = Vocabulary(SPACE)
 class Memory:
     """A SID encoder with its rows, whole on one device."""
 
-    def __init__(self, address="prefix", targets=(3, 4), orders=3):
+    def __init__(self, address="prefix", targets=(3, 4), orders=3, items=0):
         self.config = PrefixMemoryConfig(
-            target_levels=targets, orders=orders, heads=2, rows=97, d_mem=8, address=address
-        )
+            target_levels=targets, orders=orders, items=items, heads=2, rows=97, d_mem=8,
+            address=address,
+        )  # fmt: skip
         self.sid_encoder = self.config.build(VOCABULARY, 6, 1.0, nnx.Rngs(0))
         self.table = self.config.table(SPACE)
         self.rows = self.table.init(jax.random.key(1))
@@ -41,7 +42,7 @@ class Memory:
         rows = self.table.gather(self.rows, addresses)
         return np.asarray(self.sid_encoder(tokens, segments, rows, last))
 
-    def formula(self, prefix):
+    def formula(self, prefix, items=None):
         """m_l = W_out @ sum_n concat_h E[n,h][idx[n,h]], with E[n,h] out of the one array."""
         config = self.config
         addresses = reference_addresses(
@@ -50,6 +51,8 @@ class Memory:
             scheme=config.address,
             orders=config.orders,
             rows=config.rows,
+            items=items,
+            count=config.items,
         )
         total = np.zeros(config.d_mem)
         rows = np.asarray(self.rows).reshape(-1, config.d_mem // config.heads)
@@ -66,8 +69,9 @@ def random_sids(items, seed):
 
 
 @pytest.mark.parametrize("address", hashing.SCHEMES)
-def test_vectors_follow_the_formula_and_are_zero_elsewhere(address):
-    memory = Memory(address)
+@pytest.mark.parametrize("targets, items", [((3, 4), 0), ((1, 3, 4), 0), ((1, 2, 4), 2)])
+def test_vectors_follow_the_formula_and_are_zero_elsewhere(address, targets, items):
+    memory = Memory(address, targets, items=items)
     sids = random_sids(5, 0)
     tokens = np.concatenate([[VOCABULARY.bos_token], VOCABULARY.encode(sids).reshape(-1)])[None]
     computed = memory.vectors(tokens, np.ones_like(tokens))
@@ -75,9 +79,9 @@ def test_vectors_follow_the_formula_and_are_zero_elsewhere(address):
     for item in range(5):
         for level in range(1, 5):
             at = 4 * item + level
-            assert active[0, at] == (level + 1 in memory.config.target_levels)
+            assert active[0, at] == (level % 4 + 1 in memory.config.target_levels)
             if active[0, at]:
-                expected = memory.formula(sids[item, :level])
+                expected = memory.formula(sids[item, :level], sids[: item + level // 4])
                 np.testing.assert_allclose(computed[0, at], expected, rtol=1e-5, atol=1e-6)
                 assert np.abs(computed[0, at]).max() > 0
     assert not active[0, 0] and not computed[~active].any()
@@ -95,12 +99,35 @@ def test_ngrams_do_not_cross_packed_documents_or_broken_items():
     assert whole[1, 1].any() and not whole[1, 2:].any()  # c_1 c_2 c_2 c_3: no item
 
 
+def test_items_count_only_where_they_stand_whole_and_in_a_row():
+    memory = Memory(targets=(1, 2), items=1, orders=1)
+    bos, (one, two) = VOCABULARY.bos_token, VOCABULARY.encode(random_sids(2, 4))
+
+    def last(*tokens, segments=None):
+        tokens = np.array([tokens])
+        segments = np.ones_like(tokens) if segments is None else np.array([segments])
+        return memory.vectors(tokens, segments)[0, -1]
+
+    after_item = last(bos, *one, two[0])
+    alone = last(bos, two[0])
+    assert np.abs(after_item - alone).max() > 0.1
+    np.testing.assert_array_equal(last(*two, *one, two[0]), after_item)  # one item is looked at
+    for broken in (
+        last(bos, *one[:3], two[0]),
+        last(*one, bos, two[0]),
+        last(*one, two[0], segments=[1, 1, 1, 1, 2]),
+        last(one[0], one[2], one[1], one[3], two[0]),
+    ):
+        np.testing.assert_array_equal(broken, alone)
+
+
+@pytest.mark.parametrize("items", [0, 2])
 @pytest.mark.parametrize("address", hashing.SCHEMES)
-def test_the_last_tokens_are_enough_for_decoding(address):
-    memory = Memory(address)
+def test_the_last_tokens_are_enough_for_decoding(address, items):
+    memory = Memory(address, (1, 3, 4) if items else (3, 4), items=items)
     tokens = VOCABULARY.encode(random_sids(4, 2)).reshape(1, -1)
     whole = memory.vectors(tokens, np.ones_like(tokens))
-    window = SPACE.levels - 1
+    window = memory.sid_encoder.reach + 1
     for at in range(window - 1, tokens.shape[1]):
         newest = tokens[:, at - window + 1 : at + 1]
         ones = np.ones_like(newest)
@@ -121,8 +148,9 @@ def test_rows_and_tables_have_the_papers_sizes():
 def test_sizes_that_do_not_fit_the_sids_are_refused():
     PrefixMemoryConfig(target_levels=(3, 4), orders=3).check(SPACE)
     for changes, words in (
-        ({"target_levels": (4, 5), "orders": 3}, "level 5 is outside 2..4"),
+        ({"target_levels": (4, 5), "orders": 3}, "level 5 is outside 1..4"),
         ({"target_levels": (3,), "orders": 3}, "longest prefix"),
+        ({"target_levels": (1, 2), "orders": 5}, "longest prefix"),
         ({"target_levels": ()}, "empty"),
         ({"target_levels": (4,), "orders": 3, "rows": 2**30}, "2^31"),
     ):

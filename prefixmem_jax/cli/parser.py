@@ -134,6 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--beam", type=positive, metavar="N", help="beam width (default: the config's)"
     )
+    _add_include_seen(evaluation)
     _add_step(evaluation)
     evaluation.add_argument("--distributed", action="store_true", help=distributed_help)
 
@@ -154,9 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="item ids, oldest first (default: read one line after the other, answer each)",
     )
     _add_catalogue(recommend)
-    recommend.add_argument(
-        "--exclude-seen", action="store_true", help="leave out the history's items"
-    )
+    _add_include_seen(recommend)
     recommend.add_argument(
         "--top",
         type=positive,
@@ -264,6 +263,14 @@ def _add_catalogue(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the same items elsewhere: a dataset folder, or items.jsonl of an export "
         "(default: the run's own)",
+    )
+
+
+def _add_include_seen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--include-seen",
+        action="store_true",
+        help="recommend what the history holds too (default: leave it out)",
     )
 
 

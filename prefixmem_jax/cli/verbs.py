@@ -59,6 +59,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.split,
         options.users,
         options.beam,
+        options.include_seen,
         options.heuristics,
         options.out,
         options.step,
@@ -69,7 +70,8 @@ def evaluate(options: argparse.Namespace) -> None:
     users = first[f"{options.split}_users"]
     print(
         f"retrieval on {first['retrieval_users']:,} of {users:,} {options.split} users, "
-        f"beam {first['beam']}; teacher-forced accuracy on all; {first['collisions']}"
+        f"beam {first['beam']}, seen items {'left out' if first['exclude_seen'] else 'kept'}; "
+        f"teacher-forced accuracy on all; {first['collisions']}"
     )
     print(text_table(results, levels))
     if paired:
@@ -89,7 +91,7 @@ def recommend(options: argparse.Namespace) -> None:
     engine = run.engine(run.catalog(options.data))
 
     def answer(history: str) -> None:
-        best = recommend(engine, history, options.top, options.exclude_seen, options.beam)
+        best = recommend(engine, history, options.top, not options.include_seen, options.beam)
         print("rank  log-prob  item")
         for rank, one in enumerate(best, start=1):
             sid = "-".join(map(str, one.sid))

@@ -21,12 +21,14 @@ class Batch(NamedTuple):
       segment_ids: int32, 1, 2, ... by document within the row, 0 for padding.
       positions: int32, from 0 within each document.
       loss_mask: float32, 1 where the *next* token is to be predicted.
+      next_item: int32, 1 + the item that starts with the next token; 0 where none does.
     """
 
     tokens: Array
     segment_ids: Array
     positions: Array
     loss_mask: Array
+    next_item: Array
 
     @classmethod
     def zeros(cls, rows: int, length: int) -> Batch:
@@ -40,7 +42,7 @@ class Batch(NamedTuple):
         """Shapes and dtypes."""
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
         mask = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=sharding)
-        return cls(ids, ids, ids, mask)
+        return cls(ids, ids, ids, mask, ids)
 
 
 def count_rows(rows: Rows) -> int:

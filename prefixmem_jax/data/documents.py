@@ -23,11 +23,13 @@ class Documents:
     Attributes:
       tokens: int32 [tokens].
       loss_mask: float32 [tokens], 1 where the *next* token is to be predicted.
+      next_item: int32 [tokens], 1 + the item that starts with the next token; 0 where none does.
       offsets: int64 [documents + 1]; document i is tokens[offsets[i]:offsets[i + 1]].
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
+    next_item: np.ndarray
     offsets: np.ndarray
 
     def __len__(self) -> int:
@@ -116,5 +118,8 @@ def _of_items(
     is_sid = np.ones(len(tokens), bool)
     is_sid[offsets[:-1]] = False
     tokens[~is_sid] = vocabulary.bos_token
-    tokens[is_sid] = item_tokens[items[ranges.indices()]].reshape(-1)
-    return Documents(tokens, np.zeros(len(tokens), np.float32), offsets)
+    named = items[ranges.indices()]
+    tokens[is_sid] = item_tokens[named].reshape(-1)
+    next_item = np.zeros(len(tokens), np.int32)
+    next_item[np.flatnonzero(is_sid)[:: vocabulary.levels] - 1] = named + 1
+    return Documents(tokens, np.zeros(len(tokens), np.float32), next_item, offsets)

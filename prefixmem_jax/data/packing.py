@@ -81,6 +81,7 @@ def _filled(
         (batch.segment_ids, np.repeat(segment, lengths)),
         (batch.positions, position),
         (batch.loss_mask, documents.loss_mask),
+        (batch.next_item, documents.next_item),
     ):
         array.reshape(-1)[target] = values
     return batch

@@ -57,7 +57,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         )
         _check_codebooks(config, dataset.catalog)
     split = split_dataset(dataset, config.split, config.holdout)
-    return PreparedData(dataset, split, _vocabulary(config, dataset.catalog.space), process)
+    return PreparedData(dataset, split, _vocabulary(config, dataset.catalog), process)
 
 
 def load_catalog(config: DataConfig) -> Catalog:
@@ -72,17 +72,19 @@ def load_catalog(config: DataConfig) -> Catalog:
 
 def data_vocabulary(config: DataConfig) -> Vocabulary:
     """The data's tokens; reads the catalogue only where the config does not state codebooks."""
+    items = config.items or 0
     if config.codebook_sizes is not None:
         space = SidSpace(tuple(config.codebook_sizes))
     elif config.path is None:
         space = SidSpace(tuple(config.synthetic.codebook_sizes))
+        items = config.synthetic.items
     else:
-        space = load_catalog(config).space
-    return _vocabulary(config, space)
+        return _vocabulary(config, load_catalog(config))
+    return Vocabulary(space, config.text_tokens, config.vocabulary_multiple, items)
 
 
-def _vocabulary(config: DataConfig, space: SidSpace) -> Vocabulary:
-    return Vocabulary(space, config.text_tokens, config.vocabulary_multiple)
+def _vocabulary(config: DataConfig, catalog: Catalog) -> Vocabulary:
+    return Vocabulary(catalog.space, config.text_tokens, config.vocabulary_multiple, len(catalog))
 
 
 def _format(config: DataConfig) -> ModuleType:

@@ -40,7 +40,7 @@ def evaluate_heuristics(
     if data.process is not None:
         makers["optimum"] = optimum
     return {
-        name: evaluate_scorer(make(data), data, examples, sample, options.beam, name)
+        name: evaluate_scorer(make(data), data, examples, sample, options, name)
         for name, make in makers.items()
     }
 
@@ -51,6 +51,7 @@ def evaluate_runs(
     split: str = "test",
     users: int | None = None,
     beam: int | None = None,
+    include_seen: bool = False,
     heuristics: bool = False,
     out: Path | None = None,
     step: int | str | None = None,
@@ -63,6 +64,7 @@ def evaluate_runs(
     Args:
       data: dataset folder in place of each run's own, with the same catalogue.
       users, beam: in place of each run's `evaluation.users` and `evaluation.beam`.
+      include_seen: do not leave out what a history holds, whatever the runs' configs say.
       heuristics: evaluate the heuristics too, on the first run's users.
       out: for results.json, comparison.json and plots; None: the run's own folder if it is one.
       step: of the checkpoints to evaluate, see `Run`.
@@ -82,7 +84,10 @@ def evaluate_runs(
     opened = {name: Run(path, step=step) for name, path in zip(_names(runs), runs, strict=True)}
     for run in opened.values():
         run.check_generates()
-    changes = {k: v for k, v in {"users": users, "beam": beam}.items() if v is not None}
+    changes: dict[str, Any] = {"users": users, "beam": beam}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if include_seen:
+        changes["exclude_seen"] = False
     options = {
         name: dataclasses.replace(run.config.evaluation, **changes) for name, run in opened.items()
     }
@@ -142,6 +147,8 @@ def _check_comparable(
     for key in ("users", "beam"):
         mine, theirs = (getattr(options[run], key) for run in (base, name))
         differ(f"evaluation.{key}", mine, theirs, f"set it for both with --{key} N")
+    left_out = [options[run].exclude_seen for run in (base, name)]
+    differ("evaluation.exclude_seen", *left_out, "use --include-seen")
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

@@ -75,7 +75,7 @@ def evaluate(
         path = None if work is None else work / f"{start}.npz"
         share = None if path is None else _saved_share(path)
         if not _all_agree(share is not None):
-            share = _search(engine, everyone.take(users), in_sample[users], options.beam, name)
+            share = _search(engine, everyone.take(users), in_sample[users], options, name)
             if path is not None and jax.process_index() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as beside, beside.open("wb") as file:
@@ -122,7 +122,7 @@ def _all_agree(flag: bool) -> bool:
 
 
 def _search(
-    engine: Engine, examples: Examples, chosen: np.ndarray, beam: int, name: str
+    engine: Engine, examples: Examples, chosen: np.ndarray, options: EvaluationConfig, name: str
 ) -> dict[str, np.ndarray]:
     """Teacher-forced ranks of all, SIDs of the chosen ones."""
 
@@ -137,7 +137,11 @@ def _search(
     }
     for suffix, constrained in (("unconstrained", False), ("constrained", True)):
         results[suffix], _ = engine.search(
-            histories, beam, constrained, label(f"{suffix} beam search")
+            histories,
+            options.beam,
+            constrained,
+            label(f"{suffix} beam search"),
+            exclude_seen=constrained and options.exclude_seen,
         )
     greedy, _ = engine.search(histories, 1, constrained=False)
     results["greedy"] = greedy[:, 0]
@@ -163,6 +167,7 @@ def evaluate_run(
         "step": run.step,
         "beam": options.beam,
         "users": options.users,
+        "exclude_seen": options.exclude_seen,
         "dataset_sha256": data.dataset.sha256,
         "catalogue_sha256": data.catalog.sha256,
         "config": json.loads(to_json(dataclasses.replace(run.config, evaluation=options))),

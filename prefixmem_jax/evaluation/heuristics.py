@@ -15,6 +15,7 @@ import numpy as np
 from scipy import sparse
 from tqdm import tqdm
 
+from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.data.splits import Examples
 from prefixmem_jax.evaluation.metrics import (
@@ -147,14 +148,14 @@ def evaluate_scorer(
     data: PreparedData,
     examples: Examples,
     sample: np.ndarray,
-    depth: int,
+    options: EvaluationConfig,
     progress: str = "",
 ) -> Evaluated:
     """The scores of `evaluator` that a system which ranks items has.
 
     Args:
       sample: which of the examples retrieval is evaluated on.
-      depth: of the ranking; cut-offs go up to it.
+      options: cut-offs go up to the beam's width; whether seen items are left out.
     """
     catalog = data.catalog
     prefix_sums = _PrefixSums(catalog)
@@ -166,6 +167,9 @@ def evaluate_scorer(
         values = score(examples.history(user))
         hits.append(prefix_sums.hits(values, target))
         if user in chosen:
+            if options.exclude_seen:
+                values = values.copy()
+                values[examples.history(user)] = -np.inf
             ranks.append(_ranks(values, target, catalog))
     levels = np.array(hits).T
     scores: Scores = {f"tf_accuracy/level_{n}": hit for n, hit in enumerate(levels, start=1)}
@@ -177,8 +181,8 @@ def evaluate_scorer(
     for suffix in ("unconstrained", "constrained"):
         # Items are ranked one by one: the target shares its place with no other.
         alone = np.ones_like(sid_rank)
-        retrieved |= rank_scores(sid_rank, item_rank - 1, alone, depth, suffix)
-        for cutoff in cutoffs(depth):
+        retrieved |= rank_scores(sid_rank, item_rank - 1, alone, options.beam, suffix)
+        for cutoff in cutoffs(options.beam):
             retrieved[f"sid_valid@{cutoff}/{suffix}"] = np.ones(len(ranks))
     return Evaluated(scores | over_users(retrieved, sample, len(examples)), {})
 

@@ -1,8 +1,8 @@
 """Writing a model as a Hugging Face folder that opens without this package.
 
-With a SID encoder the folder brings its own modelling code (`exported/`); without one it is a
-stock Qwen3, Llama or Gemma 3. Both have a tokenizer, the catalogue (`items.jsonl`) and code that
-generates its SIDs (`sid_catalog.py`).
+With a SID encoder or an item head the folder brings its own modelling code (`exported/`); without
+either it is a stock Qwen3, Llama or Gemma 3. Both have a tokenizer, the catalogue (`items.jsonl`)
+and code that generates its SIDs (`sid_catalog.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ import transformers
 from tqdm import tqdm
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.files import MANIFEST
 from prefixmem_jax.hf.families import differing_key, huggingface_config, read_folder
-from prefixmem_jax.hf.mapping import Weight, table_names, weights
+from prefixmem_jax.hf.mapping import Architecture, Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsWriter
 from prefixmem_jax.hf.tokenizer import save_tokenizer, sid_tokenizer
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 CODE = ("configuration_prefixmem.py", "modeling_prefixmem.py", "sid_catalog.py")
 STOCK_CODE = ("sid_catalog.py",)
@@ -45,12 +43,11 @@ class Parameters:
     """A model's numbers, and what model they are of.
 
     Attributes:
-      dense: parts `llm` and, with a SID encoder, `sid_encoder`.
+      dense: by part.
       lines: shape of the memory's array; `read_lines` reads a range of its lines.
     """
 
-    decoder: DecoderConfig
-    sid_encoder: PrefixMemoryConfig | None
+    model: Architecture
     dense: Mapping[str, Any]
     lines: tuple[int, int] | None = None
     read_lines: ReadLines | None = None
@@ -76,7 +73,7 @@ def write_folder(
       card: the model card, README.md.
       dtype, max_shard_bytes: see `write_weights`.
     """
-    decoder = parameters.decoder
+    model, decoder = parameters.model, parameters.model.decoder
     described = None if text_model is None else read_folder(text_model)
     if described is not None and differing_key(described.decoder, decoder) is None:
         stock = described.config
@@ -95,8 +92,8 @@ def write_folder(
         "max_items": config.data.max_items,
         "beam": config.evaluation.beam,
     }
-    _write_configs(folder, parameters.sid_encoder, vocabulary, stock, sids, dtype or "float32")
-    for name in CODE if parameters.sid_encoder is not None else STOCK_CODE:
+    _write_configs(folder, model, vocabulary, stock, sids, dtype or "float32")
+    for name in STOCK_CODE if model.is_stock else CODE:
         source = resources.files("prefixmem_jax.hf") / "exported" / name
         (folder / name).write_text(source.read_text())
     # What UTF-8 cannot say (half a surrogate pair) becomes `\\ud800`, which JSON reads.
@@ -119,7 +116,7 @@ def copy_all_but_weights(source: Path, target: Path) -> None:
 
 def _write_configs(
     folder: Path,
-    sid_encoder: PrefixMemoryConfig | None,
+    model: Architecture,
     vocabulary: Vocabulary,
     stock: transformers.PretrainedConfig,
     sids: dict[str, Any],
@@ -129,11 +126,15 @@ def _write_configs(
     content = stock.to_dict()
     content.pop("_name_or_path", None)
     content["architectures"] = [_ARCHITECTURES[stock.model_type]]
-    if sid_encoder is None:
+    if model.is_stock:
         content["semantic_ids"] = sids
     else:
-        memory = dict(vars(sid_encoder))
-        memory["multipliers"] = sid_encoder.multipliers(vocabulary.space).tolist()
+        memory = head = None
+        if model.sid_encoder is not None:
+            memory = dict(vars(model.sid_encoder))
+            memory["multipliers"] = model.sid_encoder.multipliers(vocabulary.space).tolist()
+        if model.item_head is not None:
+            head = {**vars(model.item_head), "outputs": vocabulary.item_outputs}
         content = {
             "architectures": ["PrefixMemForCausalLM"],
             "auto_map": {
@@ -141,6 +142,7 @@ def _write_configs(
                 "AutoModelForCausalLM": "modeling_prefixmem.PrefixMemForCausalLM",
             },
             "dtype": dtype,
+            "item_head": head,
             "model_type": "prefixmem",
             "pad_token_id": stock.pad_token_id,
             "prefix_memory": memory,
@@ -181,7 +183,7 @@ def write_weights(
       dtype: of all tensors; None keeps each as it was trained.
       max_shard_bytes: of one file; a larger tensor has a file of its own.
     """
-    sid_encoder = parameters.sid_encoder
+    sid_encoder = parameters.model.sid_encoder
     tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for weight, name, array, layer in _dense(parameters):
         kept = DTYPES[dtype] if dtype else np.dtype(array.dtype)
@@ -201,7 +203,7 @@ def write_weights(
 
 def _dense(parameters: Parameters) -> Iterable[tuple[Weight, str, Any, int | None]]:
     """Every dense weight: its name, our array, and the layer of it (None: all of it)."""
-    for weight in weights(parameters.decoder, parameters.sid_encoder):
+    for weight in weights(parameters.model):
         array: Any = parameters.dense
         for key in weight.path:
             array = array[key]
@@ -214,7 +216,8 @@ def _dense(parameters: Parameters) -> Iterable[tuple[Weight, str, Any, int | Non
 
 def _write_tables(writer: SafetensorsWriter, parameters: Parameters) -> None:
     """Deals the rows of our one array out to the tables, some lines at a time."""
-    sid_encoder, tables = parameters.sid_encoder, parameters.sid_encoder.tables
+    sid_encoder = parameters.model.sid_encoder
+    tables = sid_encoder.tables
     width = sid_encoder.row_width
     pack = parameters.lines[1] // width
     # A multiple of both a line and a row of every table.

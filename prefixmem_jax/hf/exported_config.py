@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from prefixmem_jax.config_groups import Sizes
+from prefixmem_jax.config_groups import ItemHeadConfig, Sizes
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -64,13 +64,32 @@ def read_vocabulary(semantic_ids: dict[str, Any], tokens: int, where: str) -> Vo
     return vocabulary
 
 
+@dataclass(frozen=True)
+class _ItemHead:
+    items: PositiveInt
+    outputs: PositiveInt
+
+
+def read_item_head(
+    head: dict[str, Any], semantic_ids: dict[str, Any], where: str
+) -> tuple[ItemHeadConfig, int, int]:
+    """What an item head was trained as by `item_head`; its items, and its outputs."""
+    where = f"{where}: item_head is malformed"
+    sizes = {"items": semantic_ids.get("items"), "outputs": head.get("outputs")}
+    sizes = validated(_ItemHead, sizes, where, {})
+    if sizes.outputs < sizes.items:
+        raise UserError(f"{where}: outputs: expected {sizes.items} or more, got {sizes.outputs}")
+    keys = {key: value for key, value in head.items() if key != "outputs"}
+    return validated(ItemHeadConfig, keys, where, {}), sizes.items, sizes.outputs
+
+
 def read_sid_encoder(
     memory: dict[str, Any], space: SidSpace, where: str
 ) -> tuple[PrefixMemoryConfig, np.ndarray]:
     """What a memory was trained as by `prefix_memory`, and the multipliers of its hash."""
     where = f"{where}: prefix_memory is malformed"
     for item in dataclasses.fields(PrefixMemoryConfig):
-        if item.name not in memory:
+        if item.name not in memory and item.name not in ("items", "dropout"):
             raise UserError(f"{where}: {item.name} is missing")
     keys = {key: value for key, value in memory.items() if key != "multipliers"}
     sid_encoder = validated(PrefixMemoryConfig, keys, where, {})
@@ -79,7 +98,7 @@ def read_sid_encoder(
         sid_encoder.check(space)
     except UserError as error:
         raise UserError(f"{where}: {str(error).replace('sid_encoder.', '')}") from None
-    shape = (space.levels, sid_encoder.heads)
+    shape = (space.levels * (1 + sid_encoder.items), sid_encoder.heads)
     try:
         multipliers = np.array(memory.get("multipliers"), np.uint32)
     except (TypeError, ValueError, OverflowError):

@@ -17,12 +17,13 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import read_json_object
 from prefixmem_jax.hf.exported_config import (
     object_at,
+    read_item_head,
     read_sid_encoder,
     read_vocabulary,
     validated,
 )
+from prefixmem_jax.hf.mapping import Architecture
 from prefixmem_jax.hf.tokenizer import text_tokenizer
-from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 # What a config may say that would change the model and that the decoder cannot do.
 _UNSUPPORTED = {
@@ -64,16 +65,23 @@ class ModelFolder:
       text_tokens: tokens before padding, BOS and SID tokens; where the folder has no SID tokens,
         all of its weights or of its tokenizer, whichever has more.
       codebook_sizes: of its SID tokens, or none.
-      sid_encoder: what its memory was trained as, or none. `multipliers` are those of its hash.
+      model: what it is made of.
+      multipliers: of its memory's hash, if it has a memory.
+      item_outputs: of its item head, if it has one; items: those that are real.
     """
 
     config: transformers.PretrainedConfig
-    decoder: DecoderConfig
+    model: Architecture
     vocabulary: int
     text_tokens: int
     codebook_sizes: tuple[int, ...] | None = None
-    sid_encoder: PrefixMemoryConfig | None = None
     multipliers: np.ndarray | None = None
+    items: int = 0
+    item_outputs: int = 0
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return self.model.decoder
 
 
 def read_folder(folder: str | Path) -> ModelFolder:
@@ -87,9 +95,11 @@ def read_folder(folder: str | Path) -> ModelFolder:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
-    where, content, memory = str(path), read_json_object(path), None
-    if content.get("model_type") == "prefixmem" or content.get("prefix_memory") is not None:
-        memory = object_at(content, "prefix_memory", where)
+    where, content = str(path), read_json_object(path)
+    memory, head = content.get("prefix_memory"), content.get("item_head")
+    if content.get("model_type") == "prefixmem" or memory is not None or head is not None:
+        if memory is not None or head is None:
+            memory = object_at(content, "prefix_memory", where)
         stock = object_at(content, "text_config", where)
         config = _stock_config(stock, where, lambda: transformers.AutoConfig.for_model(**stock))
     else:
@@ -97,14 +107,30 @@ def read_folder(folder: str | Path) -> ModelFolder:
             content, where, lambda: transformers.AutoConfig.from_pretrained(folder)
         )
     decoder, size = decoder_config(config, where), config.vocab_size
-    if memory is None and content.get("semantic_ids") is None:
+    if memory is None and head is None and content.get("semantic_ids") is None:
         tokenizer = text_tokenizer(folder)
         tokens = 0 if tokenizer is None else len(tokenizer)
-        return ModelFolder(config, decoder, size, max(size, tokens))
-    vocabulary = read_vocabulary(object_at(content, "semantic_ids", where), size, where)
-    text_tokens, space = vocabulary.text_tokens, vocabulary.space
-    sid_encoder = (None, None) if memory is None else read_sid_encoder(memory, space, where)
-    return ModelFolder(config, decoder, size, text_tokens, space.codebook_sizes, *sid_encoder)
+        return ModelFolder(config, Architecture(decoder), size, max(size, tokens))
+    sids = object_at(content, "semantic_ids", where)
+    vocabulary = read_vocabulary(sids, size, where)
+    sid_encoder = multipliers = item_head = None
+    items = outputs = 0
+    if memory is not None:
+        sid_encoder, multipliers = read_sid_encoder(memory, vocabulary.space, where)
+    if head is not None:
+        item_head, items, outputs = read_item_head(
+            object_at(content, "item_head", where), sids, where
+        )
+    return ModelFolder(
+        config,
+        Architecture(decoder, sid_encoder, item_head),
+        size,
+        vocabulary.text_tokens,
+        vocabulary.space.codebook_sizes,
+        multipliers,
+        items,
+        outputs,
+    )
 
 
 def _stock_config(
@@ -218,6 +244,7 @@ def _in_one_form(decoder: DecoderConfig) -> DecoderConfig:
         "query_scale": decoder.head_dim**-0.5 if scale is None else scale,
         "compute_dtype": plain.compute_dtype,
         "remat": plain.remat,
+        "dropout": plain.dropout,
         "init_std": plain.init_std,
     }
     if not decoder.sliding_layers:

@@ -10,9 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.hf.mapping import Weight, table_names, weights
+from prefixmem_jax.hf.mapping import Architecture, Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
@@ -21,11 +20,10 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 
 def load_parts(
     source: SafetensorsFolder,
-    decoder: DecoderConfig,
-    sid_encoder: PrefixMemoryConfig | None,
+    model: Architecture,
     abstract: dict[str, Any],
 ) -> dict[str, Any]:
-    """Dense parts of a model: those of `llm` and `sid_encoder` that `abstract` has.
+    """Dense parts of a model: those that `abstract` has.
 
     Args:
       abstract: by part, nested dicts of `jax.ShapeDtypeStruct` with the folder's own vocabulary and
@@ -34,8 +32,8 @@ def load_parts(
     Raises:
       UserError: a tensor is missing, left over, or of another shape; lists them.
     """
-    table = weights(decoder, sid_encoder)
-    _check(source, decoder, sid_encoder, table, abstract)
+    table = weights(model)
+    _check(source, model, table, abstract)
     loaded: dict[str, Any] = {}
     for weight in table:
         if weight.path[0] not in abstract:
@@ -81,8 +79,7 @@ def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
 
 def _check(
     source: SafetensorsFolder,
-    decoder: DecoderConfig,
-    sid_encoder: PrefixMemoryConfig | None,
+    model: Architecture,
     table: list[Weight],
     abstract: dict[str, Any],
 ) -> None:
@@ -92,13 +89,13 @@ def _check(
         if weight.path[0] in abstract:
             shape = _at(abstract, weight.path).shape
             shape = weight.hf_shape(shape[1:] if weight.per_layer else shape)
-        layers = range(decoder.layers) if weight.per_layer else range(1)
+        layers = range(model.decoder.layers) if weight.per_layer else range(1)
         expected |= dict.fromkeys((weight.name.format(layer=n) for n in layers), shape)
-    if sid_encoder is not None:
-        width = sid_encoder.row_width
-        expected |= dict.fromkeys(table_names(sid_encoder), (sid_encoder.rows, width))
+    if model.sid_encoder is not None:
+        shape = (model.sid_encoder.rows, model.sid_encoder.row_width)
+        expected |= dict.fromkeys(table_names(model.sid_encoder), shape)
     # Where embeddings are tied, some files repeat them as a head.
-    repeated = {"lm_head.weight", "llm.lm_head.weight"} if decoder.tied_embeddings else set()
+    repeated = {"lm_head.weight", "llm.lm_head.weight"} if model.decoder.tied_embeddings else set()
     names = set(source.files) - repeated
     problems = [f"missing {name}" for name in sorted(expected.keys() - names)]
     problems += [f"unexpected {name}" for name in sorted(names - expected.keys())]

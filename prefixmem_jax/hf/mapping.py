@@ -1,7 +1,7 @@
 """One table of weights: their Hugging Face names, our paths, and how the two shapes correspond.
 
-A model with a SID encoder is, in Hugging Face's format, the stock model under `llm.` beside a
-module `prefix_memory` (`exported/modeling_prefixmem.py`).
+A model with a SID encoder or an item head is, in Hugging Face's format, the stock model under
+`llm.` beside modules `prefix_memory` and `item_head` (`exported/modeling_prefixmem.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
@@ -51,9 +51,24 @@ class Weight:
         return array.reshape(math.prod(array.shape[: self.inputs]), -1).T
 
 
-def weights(decoder: DecoderConfig, sid_encoder: PrefixMemoryConfig | None) -> list[Weight]:
+@dataclass(frozen=True)
+class Architecture:
+    """What a model is made of."""
+
+    decoder: DecoderConfig
+    sid_encoder: PrefixMemoryConfig | None = None
+    item_head: ItemHeadConfig | None = None
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether transformers' own class computes it."""
+        return self.sid_encoder is None and self.item_head is None
+
+
+def weights(model: Architecture) -> list[Weight]:
     """Every weight of a model, but for the memory's rows (`table_names`)."""
-    above = "" if sid_encoder is None else "llm."
+    decoder = model.decoder
+    above = "" if model.is_stock else "llm."
 
     def of_model(name: str, *path: str, inputs: int | None = None) -> Weight:
         return Weight(f"{above}{name}.weight", ("llm", *path), inputs)
@@ -84,8 +99,10 @@ def weights(decoder: DecoderConfig, sid_encoder: PrefixMemoryConfig | None) -> l
         table.append(of_layer("post_feedforward_layernorm", "mlp_post_norm", "scale"))
     else:
         table.append(of_layer("post_attention_layernorm", "mlp_norm", "scale"))
-    if sid_encoder is not None:
+    if model.sid_encoder is not None:
         table.append(Weight("prefix_memory.projection.weight", ("sid_encoder", "projection"), 2))
+    if model.item_head is not None:
+        table.append(Weight("item_head.weight", ("item_head", "vectors"), 1))
     return table
 
 

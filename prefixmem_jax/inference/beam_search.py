@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from prefixmem_jax.inference.item_prior import item_prior
 from prefixmem_jax.semantic_ids.trie import TrieLevel
 
 
@@ -31,6 +32,7 @@ class SidModel(Protocol):
     """
 
     levels: int
+    item_share: float
 
     def start(self, prompts: Any) -> tuple[jax.Array, Any]:
         """Logits of c_1 after each user's prompt, float32 [users, codes]; and a state."""
@@ -44,6 +46,12 @@ class SidModel(Protocol):
             in the first call.
         """
 
+    def item_logits(self, state: Any) -> jax.Array:
+        """Scores of whole items after each prompt, float32 [users, at least items].
+
+        Asked for only where the caller says that the model has them; `item_share` is their share.
+        """
+
 
 def beam_search(
     model: SidModel,
@@ -51,6 +59,7 @@ def beam_search(
     beams: int,
     trie: Sequence[TrieLevel] | None,
     excluded: jax.Array | None = None,
+    group_of_item: jax.Array | None = None,
 ) -> Beams:
     """Decodes the next item after each prompt.
 
@@ -59,8 +68,13 @@ def beam_search(
     Args:
       trie: `Trie.levels`; allows only its SIDs. None allows every combination of codes.
       excluded: leaves of the trie that a user must not get, int32 [users, any]; -1 for none.
+      group_of_item: leaf of every item, int32 [items], where the model scores whole items and these
+        scores count too (constrained only).
     """
     logits, state = model.start(prompts)
+    prior = None
+    if trie is not None and group_of_item is not None:
+        prior = item_prior(model.item_logits(state), group_of_item, trie, model.item_share)
     users = logits.shape[0]
     scores = jnp.zeros((users, 1))
     codes = jnp.zeros((users, 1, 0), jnp.int32)
@@ -68,6 +82,16 @@ def beam_search(
     logits = logits[:, None]
     for level in range(1, model.levels + 1):
         candidates = extend(scores, nodes, logits, None if trie is None else trie[level - 1])
+        if prior is not None:
+            gained = candidates.scores - scores[..., None]
+            gained = (1 - prior.share) * gained + prior.share * prior.gains(
+                level, nodes, candidates.nodes
+            )
+            candidates = candidates._replace(
+                scores=jnp.where(
+                    jnp.isfinite(candidates.scores), scores[..., None] + gained, -jnp.inf
+                )
+            )
         if excluded is not None and level == model.levels:
             seen = jnp.any(candidates.nodes[..., None] == excluded[:, None, None], axis=-1)
             candidates = candidates._replace(scores=jnp.where(seen, -jnp.inf, candidates.scores))

@@ -30,6 +30,14 @@ def rows_for(
     return rows_at(addresses if last is None else addresses[:, -last:])
 
 
+def last_tokens(
+    tokens_BS: jax.Array, length_B: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The last tokens of sequences, the newest at the end, and 1 where there is one: [B, count]."""
+    at = length_B[:, None] + jnp.arange(-count, 0)
+    return jnp.take_along_axis(tokens_BS, jnp.maximum(at, 0), axis=1), (at >= 0).astype(jnp.int32)
+
+
 class SearchState(NamedTuple):
     """What the search has computed so far.
 
@@ -37,11 +45,16 @@ class SearchState(NamedTuple):
       prompt: keys and values of the prompts, shared by all beams.
       place: where the prompts' tokens stand.
       own: keys and values of each beam's c_1..c_l, [layers, users, beams, l, K, H].
+      hidden: after each prompt, [users, 1, D].
+      recent: the prompts' last tokens and whether there are so many, as far as the SID encoder of
+        a beam's first code reaches, [users, reach] each.
     """
 
     prompt: KeyValues
     place: Place
     own: KeyValues
+    hidden: jax.Array
+    recent: tuple[jax.Array, jax.Array]
 
 
 class CachedSidLM:
@@ -56,16 +69,23 @@ class CachedSidLM:
         self.rows_at = rows_at
         self.vocabulary = model.vocabulary
         self.levels = model.vocabulary.levels
+        self.item_share = 0.0 if model.item_head is None else model.item_head.mix
 
     def start(self, prompts: Batch) -> tuple[jax.Array, SearchState]:
         """Runs prompts, one document a row, padded on the right."""
         rows = rows_for(self.model, self.rows_at, prompts.tokens, prompts.segment_ids)
         hidden, cache = self.model(prompts, rows)
-        last = jnp.sum(prompts.segment_ids > 0, axis=1) - 1
-        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        length = jnp.sum(prompts.segment_ids > 0, axis=1)
+        hidden = jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)
         logits = self.model.llm.logits(hidden, *self.vocabulary.token_range(1))[:, 0]
         own = jax.tree.map(lambda kept: kept[:, :, :1, None][:, :, :, :0], cache)
-        return logits, SearchState(cache, Place(prompts.positions, prompts.segment_ids), own)
+        place = Place(prompts.positions, prompts.segment_ids)
+        recent = last_tokens(prompts.tokens, length, self.model.reach)
+        return logits, SearchState(cache, place, own, hidden, recent)
+
+    def item_logits(self, state: SearchState) -> jax.Array:
+        """Scores of whole items after each prompt, by the item head."""
+        return self.model.item_head.logits(state.hidden)[:, 0]
 
     def step(
         self, codes: jax.Array, parent: jax.Array, state: SearchState
@@ -79,7 +99,7 @@ class CachedSidLM:
         length = jnp.sum(state.place.segments > 0, axis=1)[:, None]
         positions = jnp.broadcast_to(length + level - 1, (users, beams))
         hidden, own = self.model.llm.extend_beams(
-            self._embed_last(codes),
+            self._embed_last(codes, state.recent),
             Place(positions, jnp.ones_like(positions)),
             state.prompt,
             state.place,
@@ -88,13 +108,19 @@ class CachedSidLM:
         logits = self.model.llm.logits(hidden, *self.vocabulary.token_range(level + 1))
         return logits, state._replace(own=own)
 
-    def _embed_last(self, codes: jax.Array) -> jax.Array:
+    def _embed_last(self, codes: jax.Array, recent: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Decoder inputs [users, beams, D] of each beam's last token.
 
-        The SID encoder sees the beam's true prefix, as the window of tokens that it is in training.
+        The SID encoder sees the tokens before it that it sees in training.
         """
-        users, beams, level = codes.shape
-        window = self.vocabulary.encode_prefix(codes).reshape(users * beams, level)
-        segments = jnp.ones_like(window)
+        users, beams, _ = codes.shape
+        own = self.vocabulary.encode_prefix(codes)
+
+        def before(own: jax.Array, recent: jax.Array) -> jax.Array:
+            shared = jnp.broadcast_to(recent[:, None], (users, beams, recent.shape[1]))
+            both = jnp.concatenate([shared, own], axis=2)[:, :, -(self.model.reach + 1) :]
+            return both.reshape(users * beams, -1)
+
+        window, segments = before(own, recent[0]), before(jnp.ones_like(own), recent[1])
         rows = rows_for(self.model, self.rows_at, window, segments, last=1)
         return self.model.embed(window, segments, rows, last=1).reshape(users, beams, -1)

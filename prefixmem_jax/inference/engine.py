@@ -64,6 +64,9 @@ class Engine:
         self.item_tokens = spec.vocabulary.encode(catalog.sids)
         self._batch_size = batch_size
         self._trie = self._put(catalog.trie.levels, P())
+        self._groups = None
+        if spec.config.item_head is not None:
+            self._groups = self._put(catalog.group_of_item.astype(np.int32), P())
         self._compiled: dict[Any, Callable] = {}
 
     def search(
@@ -87,14 +90,14 @@ class Engine:
         """
         codes = np.full((len(histories), beams, self.catalog.space.levels), -1, np.int32)
         scores = np.full((len(histories), beams), -np.inf, np.float32)
-        trie = self._trie if constrained else None
+        shared = (self._trie, self._groups) if constrained else (None, None)
         for users, prompts in self._prompts(histories, progress):
             excluded = None
             if exclude_seen:
                 seen = seen_groups(self.catalog, [histories[user] for user in users])
                 missing = len(prompts.tokens) - len(seen)
                 excluded = np.pad(seen, ((0, missing), (0, 0)), constant_values=-1)
-            result = self._per_user(_search, (trie,), (prompts, excluded), beams=beams)
+            result = self._per_user(_search, shared, (prompts, excluded), beams=beams)
             codes[users], scores[users] = (x[: len(users)] for x in result)
         return codes, scores
 
@@ -214,9 +217,16 @@ class Engine:
 
 
 def _search(
-    model: SidLM, rows_at: RowsAt | None, trie: list | None, prompts: Batch, excluded: Any, *, beams
+    model: SidLM,
+    rows_at: RowsAt | None,
+    trie: list | None,
+    groups: jax.Array | None,
+    prompts: Batch,
+    excluded: Any,
+    *,
+    beams: int,
 ) -> Beams:
-    return beam_search(CachedSidLM(model, rows_at), prompts, beams, trie, excluded)
+    return beam_search(CachedSidLM(model, rows_at), prompts, beams, trie, excluded, groups)
 
 
 def _target_ranks(model: SidLM, rows_at: RowsAt | None, batch: Batch) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.inference.cached_sid_lm import RowsAt, rows_for
+from prefixmem_jax.inference.cached_sid_lm import RowsAt, last_tokens, rows_for
 from prefixmem_jax.layers.attention import Place
 from prefixmem_jax.models.sid_lm import SidLM
 
@@ -49,10 +49,7 @@ def generate(
         jnp.concatenate([segments, jnp.ones_like(later)], axis=1),
     )
 
-    # What a prefix can reach back to: the last tokens, the newest at the end.
-    back = length[:, None] + jnp.arange(-model.vocabulary.levels, 0)
-    window = jnp.take_along_axis(tokens, jnp.maximum(back, 0), axis=1)
-    known = (back >= 0).astype(jnp.int32)
+    window, known = last_tokens(tokens, length, model.reach + 1)
 
     def choose(hidden: jax.Array, step: jax.Array) -> jax.Array:
         logits = model.llm.logits(hidden)[:, 0]

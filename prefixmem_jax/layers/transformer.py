@@ -12,6 +12,7 @@ from flax import nnx
 
 from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.layers.attention import KeyValues
+from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.parallel.parameters import normal, parameter
 from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp
 
@@ -85,19 +86,30 @@ class Layer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x_BSD: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array, attend: Attend
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        frequency_H: jax.Array,
+        attend: Attend,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        """The layer's output, and what `attend` keeps."""
+        """The layer's output, and what `attend` keeps.
+
+        Args:
+          key: for dropout; None for none.
+        """
+        keys = (None, None) if key is None else jax.random.split(key)
+        rate = self.config.dropout
         attended, kept = self._attention(
             self.attention_norm(x_BSD), positions_BS, frequency_H, attend
         )
         if self.config.post_norms:
             attended = self.attention_post_norm(attended)
-        x_BSD = x_BSD + attended
+        x_BSD = x_BSD + dropout(attended, rate, keys[0], *WHOLE)
         y = self._feed_forward(self.mlp_norm(x_BSD))
         if self.config.post_norms:
             y = self.mlp_post_norm(y)
-        return x_BSD + y, kept
+        return x_BSD + dropout(y, rate, keys[1], *WHOLE), kept
 
     @jax.named_scope("attention")
     def _attention(

@@ -9,7 +9,7 @@ from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import constrain, einsum
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig, drop_rows
 
 
 class PrefixClassifier(nnx.Module):
@@ -22,6 +22,8 @@ class PrefixClassifier(nnx.Module):
         self, sid_encoder: SidEncoderConfig, d_model: int, vocabulary: Vocabulary, *, rngs: nnx.Rngs
     ):
         self.vocabulary = vocabulary
+        self.item_head = None
+        self.row_dropout = sid_encoder.dropout
         # Nothing but the encoder feeds the head here, so W_out keeps the vector's scale.
         self.sid_encoder = sid_encoder.build(vocabulary, d_model, None, rngs)
         self.head = normal(rngs, 0.02, (d_model, "stored_model"), (vocabulary.size, "vocabulary"))
@@ -30,10 +32,20 @@ class PrefixClassifier(nnx.Module):
         """Memory rows to fetch, int32 [B, S, any]; None without a table."""
         return self.sid_encoder.addresses(batch.tokens, batch.segment_ids)
 
-    def next_token_logits(self, batch: Batch, rows: jax.Array | None) -> jax.Array:
-        """Float32 logits [B, S, V] of the next token; only active positions mean anything."""
+    def __call__(
+        self, batch: Batch, rows: jax.Array | None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
+        """The encoder's vectors [B, S, D]; only active positions mean anything. Nothing is kept.
+
+        Args:
+          key: for dropout; None for none.
+        """
+        rows = drop_rows(rows, self.row_dropout, key)
         with jax.named_scope("sid_encoder"):
             memory_BSD = self.sid_encoder(batch.tokens, batch.segment_ids, rows)
-            memory_BSD = constrain(memory_BSD, "batch", None, None)
+            return constrain(memory_BSD, "batch", None, None), None
+
+    def logits(self, memory_BSD: jax.Array) -> jax.Array:
+        """Float32 logits [B, S, V] of the next token."""
         head = constrain(self.head[...], None, "vocabulary")
         return einsum("BSD,DV->BSV", memory_BSD, head, out=("batch", None, "vocabulary"))

@@ -5,35 +5,52 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.layers.attention import KeyValues, Place
 from prefixmem_jax.models.decoder import Decoder
+from prefixmem_jax.models.item_head import ItemHead
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig, drop_rows
 
 # W_out of a fresh encoder near zero: attaching it hardly changes the model it is added to.
 OUTPUT_STD = 0.01
 
 
 class SidLM(nnx.Module):
-    """Parts: `llm` (the decoder) and `sid_encoder` (its dense parameters, if there is one)."""
+    """Parts: `llm` (the decoder), and if there is one `sid_encoder` (its dense parameters) and
+    `item_head`.
+    """
 
     def __init__(
         self,
         model: DecoderConfig,
         sid_encoder: SidEncoderConfig | None,
         vocabulary: Vocabulary,
+        item_head: ItemHeadConfig | None = None,
         *,
         rngs: nnx.Rngs,
     ):
         self.vocabulary = vocabulary
+        self.row_dropout = 0.0 if sid_encoder is None else sid_encoder.dropout
         self.llm = Decoder(model, vocabulary.size, rngs=rngs)
         if sid_encoder is None:
             self.sid_encoder = None
         else:
             self.sid_encoder = sid_encoder.build(vocabulary, model.d_model, OUTPUT_STD, rngs)
+        if item_head is None:
+            self.item_head = None
+        elif not vocabulary.items:
+            raise UserError("item_head needs the number of items; set data.path, or data.items")
+        else:
+            self.item_head = ItemHead(item_head, vocabulary, model.d_model, rngs=rngs)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before a position its input embedding depends on."""
+        return 0 if self.sid_encoder is None else self.sid_encoder.reach
 
     def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array | None:
         """Memory rows to fetch, int32 [B, S, any]; None without a table."""
@@ -66,16 +83,21 @@ class SidLM(nnx.Module):
                 x_BPD = x_BPD + constrain(memory_BPD.astype(x_BPD.dtype), "batch", None, None)
         return x_BPD
 
-    def __call__(self, batch: Batch, rows: jax.Array | None) -> tuple[jax.Array, KeyValues]:
+    def __call__(
+        self, batch: Batch, rows: jax.Array | None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, KeyValues]:
         """Hidden states [B, S, D] of whole sequences, and their keys and values.
 
         Args:
           rows: memory rows at `memory_addresses`, None without a table.
+          key: for dropout; None for none.
         """
+        if key is not None:
+            key, row_key = jax.random.split(key)
+            rows = drop_rows(rows, self.row_dropout, row_key)
         x_BSD = self.embed(batch.tokens, batch.segment_ids, rows)
-        return self.llm(x_BSD, Place(batch.positions, batch.segment_ids))
+        return self.llm(x_BSD, Place(batch.positions, batch.segment_ids), key)
 
-    def next_token_logits(self, batch: Batch, rows: jax.Array | None) -> jax.Array:
-        """Float32 logits [B, S, V] of the next token at every position."""
-        hidden, _ = self(batch, rows)
-        return self.llm.logits(hidden)
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """Float32 logits [B, S, V] of the next token after hidden states."""
+        return self.llm.logits(hidden_BSD)

@@ -8,13 +8,11 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.models.prefix_classifier import PrefixClassifier
 from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,8 @@ class Classification(NextToken):
                 "objective=classification trains the SID encoder, and sid_encoder is none"
             )
 
-    def build_model(
-        self,
-        model: DecoderConfig,
-        sid_encoder: SidEncoderConfig | None,
-        vocabulary: Vocabulary,
-        rngs: nnx.Rngs,
-    ) -> PrefixClassifier:
-        return PrefixClassifier(sid_encoder, model.d_model, vocabulary, rngs=rngs)
+    def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> PrefixClassifier:
+        return PrefixClassifier(config.sid_encoder, config.model.d_model, vocabulary, rngs=rngs)
 
     def predicted(self, model: nnx.Module, batch: Batch) -> jax.Array:
         return batch.loss_mask * model.sid_encoder.active(batch.tokens, batch.segment_ids)

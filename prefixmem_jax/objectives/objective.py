@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from prefixmem_jax.config_groups import DataConfig, DecoderConfig
+from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.batch import Rows
 from prefixmem_jax.data.prepare import PreparedData
 from prefixmem_jax.kinds import Kind
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,8 @@ class Objective(Kind, ABC):
         """Raises UserError where another group of the `config.Config` does not go with it."""
 
     @abstractmethod
-    def build_model(
-        self,
-        model: DecoderConfig,
-        sid_encoder: SidEncoderConfig | None,
-        vocabulary: Vocabulary,
-        rngs: nnx.Rngs,
-    ) -> nnx.Module:
-        """The model that it trains, freshly drawn."""
+    def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
+        """The model that a `config.Config` describes and this trains, freshly drawn."""
 
     @abstractmethod
     def abstract_batch(

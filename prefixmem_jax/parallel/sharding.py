@@ -104,6 +104,23 @@ def _without_fsdp(axes: Any) -> Any:
     return None if axes == "fsdp" else axes
 
 
+def random_bits(key: jax.Array, shape: tuple[int, ...], *logical: str | None) -> jax.Array:
+    """Random uint32, the same on any mesh, with the partition of these logical axes."""
+    sharding = spec(*logical) if _explicit_mesh() else None
+    return jax.random.bits(key, shape, jnp.uint32, out_sharding=sharding)
+
+
+def take_positions(x_BSD: jax.Array, index_BP: jax.Array) -> jax.Array:
+    """x[b, index[b, p]] for every row b: [B, P, D]."""
+    if not _explicit_mesh():
+        return jnp.take_along_axis(x_BSD, index_BP[..., None], axis=1)
+    return jax.shard_map(
+        lambda x, index: jnp.take_along_axis(x, index[..., None], axis=1),
+        in_specs=(spec("batch", None, None), spec("batch", None)),
+        out_specs=spec("batch", None, None),
+    )(x_BSD, index_BP)
+
+
 def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:
     """Rows of a table [n, ...] at index [...], with the partition of these logical axes."""
     sharding = spec(*logical) if _explicit_mesh() else None

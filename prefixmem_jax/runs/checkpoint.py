@@ -78,6 +78,11 @@ def check_row_meaning(spec: ModelSpec, memory: dict[str, Any], where: str) -> No
             raise UserError(f"{where}: memory was trained with {what}; tables mean nothing here")
 
 
+def averaged(part: str) -> str:
+    """The part with a dense part's moving average, where a run keeps one."""
+    return f"average_{part}"
+
+
 class Checkpoints:
     """The checkpoints of one run directory.
 
@@ -94,7 +99,15 @@ class Checkpoints:
             raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
         if keep is not None and jax.process_index() == 0:
             self._move_damaged()
-        policy = None if keep is None else ocp.training.preservation_policies.LatestN(keep)
+        policy = None
+        if keep is not None:
+            policies = ocp.training.preservation_policies
+            best = policies.BestN(
+                get_metric_fn=lambda metrics: metrics["best"],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         context = ocp.Context()
         saving = context.array.saving
         saving.storage_options.chunk_byte_size = CHUNK_BYTES
@@ -156,15 +169,26 @@ class Checkpoints:
             log.warning(f"{folder}/{number} is damaged ({damage})")
         raise UserError(f"{folder}: no whole checkpoint ({damage})")
 
-    def save(self, step: int, parts: dict[str, Any], metadata: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        parts: dict[str, Any],
+        metadata: dict[str, Any],
+        best: float | None = None,
+    ) -> None:
         """Starts an asynchronous save; the next save, or closing, waits for it.
 
         Args:
           metadata: JSON, comes back from `metadata`.
+          best: the value by which this is the best so far; the one with the largest is kept, beside
+            the newest.
         """
         self._wait()
         response = self._checkpointer.save_checkpointables_async(
-            step, parts, custom_metadata=metadata
+            step,
+            parts,
+            metrics=None if best is None else {"best": best},
+            custom_metadata=metadata,
         )
         if jax.process_index() == 0:
             self._failure: BaseException | None = None

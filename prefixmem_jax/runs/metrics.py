@@ -10,6 +10,8 @@ from tensorboardX import SummaryWriter
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_text
 
+METRICS = "metrics.jsonl"
+
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The records of a run's metrics.jsonl, oldest first, without what a kill cut short.
@@ -17,7 +19,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     Raises:
       UserError: a line that is no record; names it.
     """
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     text = path.read_text(errors="replace") if path.exists() else ""
     records = []
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
@@ -41,8 +43,8 @@ class MetricsWriter:
 
     def __init__(self, run: Path, resume_step: int):
         kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
-        write_text(run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = (run / "metrics.jsonl").open("a")
+        write_text(run / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = (run / METRICS).open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, record: dict[str, float]) -> None:

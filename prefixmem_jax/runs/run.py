@@ -23,8 +23,13 @@ from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.runs.checkpoint import Checkpoints, abstract_memory_part, has_checkpoint
-from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.checkpoint import (
+    Checkpoints,
+    abstract_memory_part,
+    averaged,
+    has_checkpoint,
+)
+from prefixmem_jax.runs.metrics import METRICS, read_metrics
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -75,8 +80,9 @@ class Run:
         """A run's folder.
 
         Args:
-          step: of the checkpoint to read; `best` means the one with the lowest validation loss
-            among those that are kept, None the newest whole one.
+          step: of the checkpoint to read; `best` means the one with the best `select_by` of its
+            config (else the lowest validation loss) among those that are kept; None that one where
+            its config has a `select_by`, else the newest whole one.
         """
         self.path = Path(path)
         self._step = step
@@ -110,7 +116,8 @@ class Run:
         """Of its model; no data is read."""
         options = self.config.data
         space = SidSpace(self.data_description.codebook_sizes)
-        return Vocabulary(space, options.text_tokens, options.vocabulary_multiple)
+        items = self.data_description.items
+        return Vocabulary(space, options.text_tokens, options.vocabulary_multiple, items)
 
     def catalog(self, place: str | Path | None = None) -> Catalog:
         """The catalogue of its data (no histories are read).
@@ -177,8 +184,14 @@ class Run:
         abstract = dict(dense)
         if "memory" in abstract:
             abstract["memory"] = abstract_memory_part(spec)
+        names = {part: part for part in abstract}
+        if self.config.optimizer.average_decay is not None:
+            names |= {part: averaged(part) for part in abstract if part != "memory"}
         with self.checkpoints() as checkpoints:
-            return checkpoints.load(abstract, spec, self.step)
+            saved = checkpoints.load(
+                {names[part]: tree for part, tree in abstract.items()}, spec, self.step
+            )
+        return {part: saved[name] for part, name in names.items()}
 
     def engine(
         self, catalog: Catalog | None = None, devices: Sequence[jax.Device] | None = None
@@ -207,21 +220,24 @@ class Run:
         """
         others = {"optimizer", "memory_optimizer", "step"}
         with self.checkpoints() as checkpoints:
-            step = self._best(checkpoints.steps) if self._step == "best" else self._step
-            return checkpoints.choose(step, without=others)
+            selected = self._step is None and self.config.evaluation.select_by is not None
+            if self._step == "best" or (selected and self.path.joinpath(METRICS).is_file()):
+                return checkpoints.choose(self._best(checkpoints.steps), without=others)
+            return checkpoints.choose(self._step, without=others)
 
     def _best(self, steps: Sequence[int]) -> int:
-        losses = {
-            record["step"]: record["validation/loss"]
+        metric = self.config.evaluation.select_by or "loss"
+        values = {
+            record["step"]: record[f"validation/{metric}"]
             for record in read_metrics(self.path)
-            if "validation/loss" in record and record["step"] in steps
+            if f"validation/{metric}" in record and record["step"] in steps
         }
-        if not losses:
+        if not values:
             raise UserError(
-                f"{self.path}: no kept checkpoint has a validation loss; make "
+                f"{self.path}: no kept checkpoint has a validation {metric}; make "
                 "checkpoint.every_steps a multiple of evaluation.every_steps"
             )
-        return min(losses, key=losses.get)
+        return min(values, key=values.get) if metric == "loss" else max(values, key=values.get)
 
     @property
     def text_model(self) -> str | None:

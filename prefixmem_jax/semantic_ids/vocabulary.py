@@ -24,11 +24,13 @@ class Vocabulary:
       space: of the SIDs.
       text_tokens: size of the text vocabulary, which comes first.
       multiple: the size is filled up to a multiple of this with tokens that never occur.
+      items: of the catalogue, where the model scores them whole; 0 where that is not known.
     """
 
     space: SidSpace
     text_tokens: int = 0
     multiple: int = 1
+    items: int = 0
 
     @property
     def levels(self) -> int:
@@ -57,6 +59,11 @@ class Vocabulary:
     def size(self) -> int:
         """Every token."""
         return -(-self.used // self.multiple) * self.multiple
+
+    @property
+    def item_outputs(self) -> int:
+        """Items, filled up as the vocabulary is."""
+        return -(-self.items // self.multiple) * self.multiple
 
     def token_range(self, level: int) -> tuple[int, int]:
         """First and one-past-last token of a level."""
@@ -109,16 +116,11 @@ class Vocabulary:
         whole = (level_BS > 0) & (segment_ids_BS > 0)
         back = [code_BS]  # back[i] holds the code i positions earlier
         for i in range(1, self.levels):
-
-            def earlier(x: jax.Array, distance: int = i) -> jax.Array:
-                padded = jnp.pad(x, ((0, 0), (distance, 0)))
-                return padded[:, : x.shape[1]]
-
-            follows = (earlier(level_BS) == level_BS - i) & (
-                earlier(segment_ids_BS) == segment_ids_BS
+            follows = (earlier(level_BS, i) == level_BS - i) & (
+                earlier(segment_ids_BS, i) == segment_ids_BS
             )
             whole &= follows | (i >= level_BS)
-            back.append(earlier(code_BS))
+            back.append(earlier(code_BS, i))
         level_BS = jnp.where(whole, level_BS, 0)
         columns = []
         for j in range(1, self.levels + 1):  # c_j lies (l - j) positions back
@@ -127,3 +129,41 @@ class Vocabulary:
                 column = jnp.where(level_BS == level, back[level - j], column)
             columns.append(column)
         return level_BS, jnp.stack(columns, axis=-1)
+
+    def last_items(
+        self,
+        level_BS: jax.Array,
+        codes_BSL: jax.Array,
+        segment_ids_BS: jax.Array,
+        count: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The last whole items up to each position that has a prefix (of `prefixes`).
+
+        An item counts where the tokens from its first code to this position are codes of whole
+        items, one after the other, and the prefix, all within one document.
+
+        Returns:
+          exists_BSK: whether there are that many, for 1..count items.
+          codes_BSKL: of the k-th last item.
+        """
+        written_BS = level_BS % self.levels  # codes since the last whole item
+        exists_BS, columns = level_BS > 0, []
+        for number in range(count):
+            exists_here, codes_here = jnp.zeros_like(exists_BS), jnp.zeros_like(codes_BSL)
+            for written in range(self.levels):
+                back = written + number * self.levels
+                here = (written_BS == written) & (earlier(level_BS, back) == self.levels)
+                here &= earlier(segment_ids_BS, back) == segment_ids_BS
+                exists_here |= here
+                codes_here = jnp.where(here[..., None], earlier(codes_BSL, back), codes_here)
+            exists_BS = exists_BS & exists_here
+            columns.append((exists_BS, codes_here))
+        exists, codes = zip(*columns, strict=True)
+        return jnp.stack(exists, axis=-1), jnp.stack(codes, axis=2)
+
+
+def earlier(x_BS: jax.Array, distance: int) -> jax.Array:
+    """What stood so many positions earlier, [B, S, ...]; zero before the first."""
+    padding = [(0, 0)] * x_BS.ndim
+    padding[1] = (distance, 0)
+    return jnp.pad(x_BS, padding)[:, : x_BS.shape[1]]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from prefixmem_jax.config_groups import DType, Seed
 from prefixmem_jax.errors import UserError
@@ -27,8 +27,11 @@ class PrefixMemoryConfig(SidEncoderConfig):
 
     Attributes:
       target_levels: 1-based levels to help predict: (4, 5) adds the vector at the positions of
-        c_3 and c_4.
+        c_3 and c_4. Level 1, which the paper has not, is that of the next item: its vector is
+        added at an item's last code, and is that of the whole SID.
       orders: N_max, the longest n-gram.
+      items: n-grams of whole items, beyond the paper: the SIDs of the last k = 1..items items,
+        followed by the prefix that is being written.
       heads: H, hash heads per n-gram.
       rows: T, rows in each of the orders * heads tables.
       d_mem: width of the memory vector; each row has d_mem / heads numbers.
@@ -39,6 +42,7 @@ class PrefixMemoryConfig(SidEncoderConfig):
 
     target_levels: tuple[PositiveInt, ...] = (4, 5)
     orders: PositiveInt = 4
+    items: NonNegativeInt = 0
     heads: PositiveInt = 4
     rows: PositiveInt = 2_000_000
     d_mem: PositiveInt = 256
@@ -49,7 +53,7 @@ class PrefixMemoryConfig(SidEncoderConfig):
     @property
     def tables(self) -> int:
         """Number of tables E[n, h]."""
-        return hashing.table_count(self.address, self.orders, self.heads)
+        return hashing.table_count(self.address, self.orders, self.heads, self.items)
 
     @property
     def row_width(self) -> int:
@@ -69,12 +73,12 @@ class PrefixMemoryConfig(SidEncoderConfig):
                 "sid_encoder.target_levels is empty; name at least one level to predict"
             )
         for level in self.target_levels:
-            if not 2 <= level <= space.levels:
+            if level > space.levels:
                 raise UserError(
                     f"sid_encoder.target_levels={self.target_levels}: level {level} is outside "
-                    f"2..{space.levels} (the SIDs have {space.levels} levels)"
+                    f"1..{space.levels} (the SIDs have {space.levels} levels)"
                 )
-        longest = max(self.target_levels) - 1
+        longest = max(self._prefix_lengths(space))
         if self.orders > longest:
             raise UserError(
                 f"sid_encoder.orders={self.orders}: the longest prefix that target_levels="
@@ -85,33 +89,44 @@ class PrefixMemoryConfig(SidEncoderConfig):
                 f"sid_encoder.rows={self.rows}: {self.tables} tables exceed 2^31 rows in all"
             )
 
+    def _prefix_lengths(self, space: SidSpace) -> list[int]:
+        """Codes of the prefix at the position before each target level."""
+        return [level - 1 or space.levels for level in self.target_levels]
+
     def table(self, space: SidSpace) -> Table:
         """The array that holds every table E[n, h], and the share of addresses that batches use.
 
         Of one SID's levels * tables addresses, those of the n-grams that its active positions hash
         are used; with `prefix`, all active positions share those of the longest.
         """
-        grams = [min(level - 1, self.orders) for level in self.target_levels]
+        grams = [min(length, self.orders) for length in self._prefix_lengths(space)]
         used = {"prefix": max(grams), "suffix": sum(grams), "full_prefix": len(grams)}[self.address]
+        used += self.items * len(grams)
         density = used * self.heads / (space.levels * self.tables)
         return Table(self.rows * self.tables, self.row_width, self.dtype, density)
 
     def multipliers(self, space: SidSpace) -> np.ndarray:
-        """Of the hash, uint32 [levels, heads]."""
-        return hashing.make_multipliers(self.seed, space.levels, self.heads)
+        """Of the hash, uint32 [levels, heads], then those of each of the last items."""
+        return hashing.make_multipliers(self.seed, space.levels * (1 + self.items), self.heads)
 
     def row_meaning(self, space: SidSpace) -> dict[str, np.ndarray]:
         scheme = hashing.SCHEMES.index(self.address)
         return {
             "multipliers": self.multipliers(space),
-            "layout": np.array([self.orders, self.heads, self.rows, scheme], np.int32),
+            "layout": np.array(
+                [self.orders, self.heads, self.rows, scheme] + [self.items] * (self.items > 0),
+                np.int32,
+            ),
         }
 
     def explain_row_meaning(self, name: str, saved: np.ndarray) -> str:
         if name != "layout":
             return "other hash multipliers (another sid_encoder.seed)"
-        orders, heads, rows, scheme = saved
-        return f"orders={orders} heads={heads} rows={rows} address={hashing.SCHEMES[scheme]}"
+        orders, heads, rows, scheme, *items = saved
+        return (
+            f"orders={orders} heads={heads} rows={rows} address={hashing.SCHEMES[scheme]} "
+            f"items={items[0] if items else 0}"
+        )
 
     def build(
         self, vocabulary: Vocabulary, d_model: int, output_std: float | None, rngs: nnx.Rngs
@@ -143,9 +158,13 @@ class PrefixMemory(SidEncoder):
     ) -> tuple[jax.Array, jax.Array]:
         """Length of the prefix at each position, 0 where it is not active; and its codes."""
         level_BS, codes_BSL = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
-        targets = jnp.asarray(self.config.target_levels)
-        active_BS = jnp.any(level_BS[..., None] + 1 == targets, axis=-1)
+        lengths = jnp.asarray(self.config._prefix_lengths(self.vocabulary.space))
+        active_BS = jnp.any(level_BS[..., None] == lengths, axis=-1)
         return jnp.where(active_BS, level_BS, 0), codes_BSL
+
+    @property
+    def reach(self) -> int:
+        return self.vocabulary.levels * (1 + self.config.items) - 1
 
     def active(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         return self._levels(tokens_BS, segment_ids_BS)[0] > 0
@@ -153,6 +172,13 @@ class PrefixMemory(SidEncoder):
     def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         """Rows to fetch: int32 [B, S, tables], negative where it is not active."""
         level_BS, codes_BSL = self._levels(tokens_BS, segment_ids_BS)
+        items = None
+        if self.config.items:
+            whole_BS, _ = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
+            exists_BSK, codes_BSKL = self.vocabulary.last_items(
+                whole_BS, codes_BSL, segment_ids_BS, self.config.items
+            )
+            items = exists_BSK & (level_BS > 0)[..., None], codes_BSKL
         return hashing.addresses(
             codes_BSL,
             level_BS,
@@ -160,6 +186,7 @@ class PrefixMemory(SidEncoder):
             scheme=self.config.address,
             orders=self.config.orders,
             rows=self.config.rows,
+            items=items,
         )
 
     def __call__(

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from prefixmem_jax.config_groups import Rate
 from prefixmem_jax.kinds import Kind
+from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.memory.table import Table
+from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
@@ -20,12 +24,19 @@ class SidEncoder(nnx.Module):
     """Token ids and segment ids to a vector per position, zero where it is not active.
 
     It may own dense parameters (part `sid_encoder`), rows of a memory table (part `memory`), or
-    both. What reads a prefix looks back levels - 1 tokens at most.
+    both.
 
     Rows live outside the module, sharded over the mesh: `addresses` says which ones a batch needs,
     the caller fetches them and hands them to `__call__`. Training, prefill and cached decoding all
     go this way.
     """
+
+    vocabulary: Vocabulary
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before a position its vector depends on: those of the item's prefix."""
+        return self.vocabulary.levels - 1
 
     def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array | None:
         """Rows to fetch: int32 [B, S, any], negative for none; None if it owns no table."""
@@ -49,14 +60,29 @@ class SidEncoder(nnx.Module):
           rows_BPAW: rows at the `addresses` of the last P positions, zero where there was none;
             None if it owns no table.
           last: P, how many positions at the end are asked for; None means all. Decoding asks for
-            one, and gives the tokens that a prefix can reach back to.
+            one, and gives the `reach` tokens before it.
         """
         raise NotImplementedError
 
 
+def drop_rows(rows_BPAW: jax.Array | None, rate: float, key: jax.Array | None) -> jax.Array | None:
+    """Fetched rows of which a share is zeroed; as they are without a key."""
+    if rows_BPAW is None or key is None or not rate:
+        return rows_BPAW
+    axes = ("batch", None, None)
+    kept_BPA = constrain(jnp.ones(rows_BPAW.shape[:-1], rows_BPAW.dtype), *axes)
+    return rows_BPAW * dropout(kept_BPA, rate, key, *axes)[..., None]
+
+
 @dataclass(frozen=True)
 class SidEncoderConfig(Kind, ABC):
-    """Base of SID encoders' config groups."""
+    """Base of SID encoders' config groups.
+
+    Attributes:
+      dropout: share of the fetched rows that are zeroed in training.
+    """
+
+    dropout: Rate = 0.0
 
     package: ClassVar[str] = "prefixmem_jax.sid_encoders"
 

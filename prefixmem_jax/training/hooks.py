@@ -17,6 +17,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Rows, batches
 from prefixmem_jax.data.pipeline import global_batch
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.evaluation.validation import ValidationRetrieval
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.progress import say
@@ -35,6 +36,8 @@ class Progress:
       step: updates made; steps: to make.
       state, metrics: of the last step, on the devices.
       tokens, flops, seconds: spent on training steps so far, since the run's first.
+      best: of the validations so far, the larger the better; None before the first.
+      since_best: validations since; patience: how many end the run, 0 for none.
     """
 
     step: int
@@ -42,13 +45,31 @@ class Progress:
     tokens: int = 0
     flops: int = 0
     seconds: float = 0.0
+    best: float | None = None
+    since_best: int = 0
+    patience: int = 0
     state: TrainState | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     @property
     def done(self) -> bool:
-        return self.step >= self.steps
+        return self.step >= self.steps or 0 < self.patience <= self.since_best
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the newest validation was better than all before."""
+        return self.best is not None and self.since_best == 0
+
+    def judge(self, value: float) -> None:
+        """Takes note of a validation."""
+        better = self.best is None or value > self.best
+        self.best = value if better else self.best
+        self.since_best = 0 if better else self.since_best + 1
+
+    def selection(self) -> dict[str, Any]:
+        """What a run that goes on from here must know of the validations so far."""
+        return {"best": self.best, "since_best": self.since_best}
 
     def totals(self) -> dict[str, float]:
         """tokens, seconds and flops up to now."""
@@ -118,9 +139,15 @@ class Logging(Hook):
 class Validation(Hook):
     """The objective's summary of held-out rows; its time is not training time."""
 
-    def __init__(self, spec: ModelSpec, writer: MetricsWriter | None, rows: Rows):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        writer: MetricsWriter | None,
+        rows: Rows,
+        retrieval: ValidationRetrieval | None,
+    ):
         super().__init__(spec.config.evaluation.every_steps)
-        self.spec, self.writer = spec, writer
+        self.spec, self.writer, self.retrieval = spec, writer, retrieval
         self.batches = batches(rows, spec.config.data.batch_size)
         self.step = jax.jit(partial(validation_step, spec))
 
@@ -131,11 +158,23 @@ class Validation(Hook):
         for batch in self.batches:
             for name, value in self._sums(progress.state, batch).items():
                 sums[name] = sums.get(name, 0) + np.float64(value)
+        summary = self.spec.config.objective.summarize(sums, "validation/")
+        if self.retrieval is not None:
+            retrieved = self.retrieval(progress.state.used_params, progress.state.memory)
+            summary |= {f"validation/{name}": value for name, value in retrieved.items()}
+        select_by = self.spec.config.evaluation.select_by
+        if select_by is not None:
+            value = summary[f"validation/{select_by}"]
+            progress.judge(-value if select_by == "loss" else value)
         if self.writer:
-            summary = self.spec.config.objective.summarize(sums, "validation/")
             self.writer.write(progress.step, {**summary, **totals})
             shown = "  ".join(f"{n.partition('/')[2]} {v:.4f}" for n, v in summary.items())
             say(f"{self.spec.config.name}: step {progress.step}: validation {shown}")
+            if progress.done and progress.step < progress.steps:
+                say(
+                    f"{self.spec.config.name}: ends here: no better {select_by} for "
+                    f"{progress.patience} validations"
+                )
         progress.skip_time()
 
     def is_finite(self, state: TrainState) -> bool:
@@ -147,11 +186,13 @@ class Validation(Hook):
         process, processes = jax.process_index(), jax.process_count()
         own = jax.tree.map(lambda array: array[process::processes], batch)
         placed = global_batch(own, batch_sharding(self.spec.mesh))
-        return jax.device_get(self.step(state.params, state.memory, placed))
+        return jax.device_get(self.step(state.used_params, state.memory, placed))
 
 
 class Checkpointing(Hook):
     """Saves the state, and where the data stands, asynchronously; never a state that is no good.
+
+    Where validation chooses, the best state so far is saved whenever it comes, and kept.
 
     A finite update may still be too large: what it made of the parameters shows in the next loss.
     """
@@ -167,12 +208,23 @@ class Checkpointing(Hook):
         self.spec, self.checkpoints, self.metadata = spec, checkpoints, metadata
         self.is_finite = is_finite
 
+    def due(self, progress: Progress) -> bool:
+        return super().due(progress) or self._is_best(progress)
+
+    def _is_best(self, progress: Progress) -> bool:
+        validated = progress.done or progress.step % self.spec.config.evaluation.every_steps == 0
+        return validated and progress.is_best
+
     def run(self, progress: Progress) -> None:
         if not self.is_finite(progress.state):
             raise not_finite(progress.step, self.spec.config)
         parts = to_parts(self.spec, progress.state)
-        metadata = self.metadata() | {"totals": progress.totals()}
-        self.checkpoints.save(progress.step, parts, metadata)
+        metadata = self.metadata() | {
+            "totals": progress.totals(),
+            "selection": progress.selection(),
+        }
+        best = progress.best if self._is_best(progress) else None
+        self.checkpoints.save(progress.step, parts, metadata, best)
 
 
 class Profiling(Hook):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -61,7 +62,10 @@ def initial_state(spec: ModelSpec, options: InitConfig, seed: int) -> TrainState
     state = init_sharded(spec, seed, without=loaded)
     memory = loaded.pop("memory", {"rows": state.memory})["rows"]
     params = {part: loaded.get(part, state.params.get(part)) for part in spec.params}
-    return state._replace(params=params, memory=memory)
+    average = None
+    if spec.config.optimizer.average_decay is not None:  # arrays of its own, since steps donate
+        average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(params)
+    return state._replace(params=params, memory=memory, average=average)
 
 
 def parts_of_folder(
@@ -77,13 +81,19 @@ def parts_of_folder(
     if "llm" not in parts:
         raise UserError(f"{where}: part 'llm' comes from there; this run has none, or names it too")
     described = read_folder(folder)
-    has = ["llm"] + (["sid_encoder", "memory"] if described.sid_encoder is not None else [])
+    has = ["llm"] + (["sid_encoder", "memory"] if described.model.sid_encoder is not None else [])
+    has += ["item_head"] * (described.model.item_head is not None)
     for part in parts:
         if part not in has:
             raise UserError(f"{where}: has no part {part!r}; name it in init.take or init.fresh")
     _check_folder(spec, described, where)
     if "sid_encoder" in parts or "memory" in parts:
         _check_sid_encoder(spec, described, where)
+    if "item_head" in parts and described.items != spec.vocabulary.items:
+        raise UserError(
+            f"{where}: its item head scores {described.items} items, the data has "
+            f"{spec.vocabulary.items}; name item_head in init.fresh"
+        )
 
     dense = {part: spec.params[part] for part in parts if part != "memory"}
     dense["llm"] = _with_vocabulary(dense["llm"], described.vocabulary)
@@ -96,9 +106,9 @@ def parts_of_folder(
             loaded = source.load(abstract, spec, source.choose())
     else:
         files = SafetensorsFolder(folder)
-        loaded = load_parts(files, described.decoder, described.sid_encoder, dense)
+        loaded = load_parts(files, described.model, dense)
         if "memory" in parts:
-            rows = load_rows(files, described.sid_encoder, spec.memory)
+            rows = load_rows(files, described.model.sid_encoder, spec.memory)
             loaded["memory"] = {"rows": rows}
 
     known, vocabulary = described.vocabulary, spec.vocabulary
@@ -159,12 +169,12 @@ def _check_folder(spec: ModelSpec, described: Any, where: str) -> None:
 
 
 def _check_sid_encoder(spec: ModelSpec, described: Any, where: str) -> None:
-    ours, theirs = spec.config.sid_encoder, described.sid_encoder
+    ours, theirs = spec.config.sid_encoder, described.model.sid_encoder
     if type(ours) is not type(theirs):
         raise UserError(f"{where}: its SID encoder is {type(theirs).__name__}, not this run's")
     for item in dataclasses.fields(theirs):
         its, own = getattr(theirs, item.name), getattr(ours, item.name)
-        if its != own and item.name != "dtype":
+        if its != own and item.name not in ("dtype", "dropout"):
             raise UserError(f"{where}: its {item.name} is {its}, sid_encoder.{item.name} is {own}")
     multipliers = ours.multipliers(spec.vocabulary.space)
     if not np.array_equal(np.asarray(described.multipliers, np.uint32), multipliers):

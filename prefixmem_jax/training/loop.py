@@ -20,6 +20,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import count_rows
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.evaluation.validation import ValidationRetrieval
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
@@ -81,18 +82,22 @@ def train(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
         )
         checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
-        progress = Progress(0, config.steps)
+        patience = config.evaluation.patience
+        progress = Progress(0, config.steps, patience=patience)
         if state is None:
             step = checkpoints.choose()
             metadata = checkpoints.metadata(step)
             iterator.set_state(metadata["data_iterator"])
-            progress = Progress(step, config.steps, **metadata["totals"])
+            # Runs from before there was a selection have none.
+            noted = metadata["totals"] | metadata.get("selection", {})
+            progress = Progress(step, config.steps, patience=patience, **noted)
             state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
         if progress.done:
             return state
         writer = MetricsWriter(folder, progress.step) if first else None
         bar = progress_bar(config.steps, config.name, "step", progress.step, shown=first)
-        validating = Validation(spec, writer, validation)
+        retrieval = ValidationRetrieval(spec, data) if config.evaluation.retrieves else None
+        validating = Validation(spec, writer, validation, retrieval)
         hooks: list[Hook] = [
             Logging(spec, writer, bar),
             validating,
@@ -155,10 +160,9 @@ def run_steps(
             progress.state, progress.metrics = state, metrics
             unchecked.append((progress.step, metrics["finite"]))
             bar.update()
-            due = [hook for hook in hooks if hook.due(progress)]
-            if due:
-                check_finite(unchecked, spec.config)
-                for hook in due:
+            for hook in hooks:  # what one finds may make the next one due
+                if hook.due(progress):
+                    check_finite(unchecked, spec.config)
                     hook.run(progress)
             if interrupted:
                 raise KeyboardInterrupt

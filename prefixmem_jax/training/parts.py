@@ -1,7 +1,8 @@
 """A train state as checkpoint parts, and back.
 
 Beside the model's own parts, a checkpoint of a run in training has `optimizer`,
-`memory_optimizer` and `step` (the number of updates).
+`memory_optimizer`, `step` (the number of updates), and where parameters are averaged the average of
+each dense part, such as `average_llm`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefixmem_jax.model_spec import ModelSpec
-from prefixmem_jax.runs.checkpoint import abstract_memory_part, memory_part
+from prefixmem_jax.runs.checkpoint import abstract_memory_part, averaged, memory_part
 from prefixmem_jax.training.state import TrainState, abstract_state
 
 
@@ -26,6 +27,8 @@ def abstract_parts(spec: ModelSpec) -> dict[str, Any]:
 
 def _to_parts(state: TrainState, memory: dict[str, Any] | None) -> dict[str, Any]:
     parts = {**state.params, "optimizer": state.optimizer, "step": {"count": state.step}}
+    if state.average is not None:
+        parts |= {averaged(part): tree for part, tree in state.average.items()}
     if memory is not None:
         parts |= {"memory": memory, "memory_optimizer": state.memory_optimizer}
     return parts
@@ -34,10 +37,13 @@ def _to_parts(state: TrainState, memory: dict[str, Any] | None) -> dict[str, Any
 def from_parts(parts: dict[str, Any]) -> TrainState:
     """The inverse of `to_parts`."""
     others = ("optimizer", "memory", "memory_optimizer", "step")
+    averages = {averaged(name): name for name in parts if averaged(name) in parts}
+    average = {name: parts[saved] for saved, name in averages.items()}
     return TrainState(
         parts["step"]["count"],
-        {name: tree for name, tree in parts.items() if name not in others},
+        {name: tree for name, tree in parts.items() if name not in (*others, *averages)},
         parts["optimizer"],
         parts["memory"]["rows"] if "memory" in parts else None,
         parts.get("memory_optimizer"),
+        average or None,
     )

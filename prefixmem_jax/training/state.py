@@ -25,6 +25,7 @@ class TrainState(NamedTuple):
       optimizer: optax state of the `params` that learn (`training.trainable`).
       memory: the table's rows, or None without a table.
       memory_optimizer: optax state of `memory`, or None.
+      average: moving average of `params`, or None (`OptimizerConfig.average_decay`).
     """
 
     step: jax.Array
@@ -32,6 +33,12 @@ class TrainState(NamedTuple):
     optimizer: Any
     memory: jax.Array | None
     memory_optimizer: Any
+    average: dict[str, Any] | None = None
+
+    @property
+    def used_params(self) -> dict[str, Any]:
+        """The dense parameters that validation and everything after training use."""
+        return self.params if self.average is None else self.average
 
 
 def init_state(spec: ModelSpec, key: jax.Array) -> TrainState:
@@ -44,9 +51,9 @@ def init_state(spec: ModelSpec, key: jax.Array) -> TrainState:
         memory = spec.table.init(memory_key)
         memory_state = spec.table.init_optimizer(memory_optimizer(config))
     learning = trainable_tree(params, config.optimizer.trainable)
-    return TrainState(
-        jnp.int32(0), params, dense_optimizer(config).init(learning), memory, memory_state
-    )
+    optimizer = dense_optimizer(config).init(learning)
+    average = None if config.optimizer.average_decay is None else params
+    return TrainState(jnp.int32(0), params, optimizer, memory, memory_state, average)
 
 
 def abstract_state(spec: ModelSpec) -> TrainState:
@@ -75,6 +82,7 @@ def abstract_state(spec: ModelSpec) -> TrainState:
         optimizer,
         spec.memory,
         jax.tree.map(by_row, shapes.memory_optimizer),
+        None if shapes.average is None else spec.params,
     )
 
 
@@ -88,7 +96,8 @@ def init_sharded(spec: ModelSpec, seed: int, without: Collection[str] = ()) -> T
     def keep(state: TrainState) -> TrainState:
         params = {part: tree for part, tree in state.params.items() if part not in without}
         memory = None if "memory" in without else state.memory
-        return state._replace(params=params, memory=memory)
+        average = None if without else state.average
+        return state._replace(params=params, memory=memory, average=average)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, keep(abstract_state(spec)))
     with jax.set_mesh(spec.mesh):

@@ -81,8 +81,20 @@ def train_step(
             key,
         )
         metrics["memory_rounds"] = fetched.rounds
+    average = _updated_average(config.optimizer.average_decay, state, params, finite)
     step = state.step + finite.astype(jnp.int32)
-    return TrainState(step, params, optimizer, memory, memory_state), metrics
+    return TrainState(step, params, optimizer, memory, memory_state, average), metrics
+
+
+def _updated_average(
+    decay: float | None, state: TrainState, params: dict[str, Any], finite: jax.Array
+) -> dict[str, Any] | None:
+    if decay is None:
+        return None
+    # The first steps' parameters are soon forgotten.
+    decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    rate = jnp.where(finite, 1 - decay, 0.0)
+    return jax.tree.map(lambda old, new: old + rate * (new - old), state.average, params)
 
 
 @jax.named_scope("optimizer")

@@ -3,7 +3,8 @@
 A dataset is a folder with two Parquet files (documented in docs/data.md):
 
 - `items.parquet`: `item_id` int (each of 0..N-1 once), `title` string or null, and a SID column
-  list<int> (codes by level, no offset; `sid` unless the config names another).
+  list<int> (codes by level, no offset; `sid` unless the config names another). Column `item_id`
+  itself, as SIDs, gives every item one code of its own.
 - `histories.parquet`: `user_id` string (each once), `item_ids` list<int> oldest first, optionally
   `timestamps` list<int64> of the same length.
 """
@@ -216,6 +217,8 @@ def _read_sids(
     path: Path, table: pa.Table, sid_column: str, codebook_sizes: tuple[int, ...] | None
 ) -> np.ndarray:
     """The SID of every row, int64 [rows, levels]."""
+    if sid_column == "item_id":
+        return table["item_id"].to_numpy().astype(np.int64)[:, None]
     codes, offsets = _integer_lists(path, table, sid_column)
     lengths = np.diff(offsets)
     levels = int(lengths[0])

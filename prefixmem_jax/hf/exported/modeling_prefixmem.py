@@ -2,7 +2,8 @@
 
 At every position whose tokens so far are the codes c_1..c_l of one item, n-grams of that prefix
 are hashed to rows of the memory, and `m_l = W_out @ sum over n of concat over h of E[n, h][row]` is
-added to the token's input embedding. Everything else is the stock model.
+added to the token's input embedding. N-grams may also be of the last whole items and the prefix
+after them. Everything else is the stock model.
 """
 
 import shutil
@@ -17,6 +18,11 @@ from .configuration_prefixmem import PrefixMemConfig
 from .sid_catalog import ITEMS, Catalog
 
 
+def earlier(x, distance):
+    """What stood so many positions earlier, [B, S]; zero before the first."""
+    return nn.functional.pad(x, (distance, 0))[:, : x.shape[1]]
+
+
 class PrefixMemory(nn.Module):
     """Token ids to memory vectors."""
 
@@ -24,12 +30,14 @@ class PrefixMemory(nn.Module):
         super().__init__()
         memory, sids = config.prefix_memory, config.semantic_ids
         self.orders, self.heads = memory["orders"], memory["heads"]
+        self.items = memory.get("items", 0)
         self.rows, self.address = memory["rows"], memory["address"]
-        self.target_levels = tuple(memory["target_levels"])
         self.multipliers = memory["multipliers"]
         self.token_offset = sids["text_tokens"] + 2
         self.codebook_sizes = tuple(sids["codebook_sizes"])
-        tables = self.heads * (1 if self.address == "full_prefix" else self.orders)
+        # Codes of the prefix before each target level; before level 1 stands a whole item.
+        self.lengths = [level - 1 or len(self.codebook_sizes) for level in memory["target_levels"]]
+        tables = self.heads * (self.items + (1 if self.address == "full_prefix" else self.orders))
         width = memory["d_mem"] // self.heads
         self.tables = nn.ModuleList(nn.Embedding(self.rows, width) for _ in range(tables))
         self.projection = nn.Linear(memory["d_mem"], config.text_config.hidden_size, bias=False)
@@ -37,7 +45,7 @@ class PrefixMemory(nn.Module):
     @property
     def window(self):
         """How many tokens before a position its vector depends on."""
-        return max(self.target_levels) - 2
+        return len(self.codebook_sizes) * (1 + self.items) - 1
 
     def _prefixes(self, ids):
         """Level l of the prefix at each position [B, S] (0: none), and its codes [B, S, levels]."""
@@ -47,9 +55,6 @@ class PrefixMemory(nn.Module):
             here = (ids >= start) & (ids < start + size)
             level, code = torch.where(here, number, level), torch.where(here, ids - start, code)
             start += size
-
-        def earlier(x, distance):
-            return nn.functional.pad(x, (distance, 0))[:, : x.shape[1]]
 
         whole = level > 0
         for i in range(1, levels):
@@ -62,10 +67,30 @@ class PrefixMemory(nn.Module):
                 codes[..., j] = torch.where(level == length, there, codes[..., j])
         return level, codes
 
-    def _grams(self, level, codes):
+    def _last_items(self, level, codes):
+        """Yields whether there are k whole items before the prefix, and the k-th last one's codes.
+
+        `level` and `codes` are those of every position.
+        """
+        levels = len(self.codebook_sizes)
+        exist = level > 0
+        for number in range(self.items):
+            here, item = torch.zeros_like(exist), torch.zeros_like(codes)
+            for written in range(levels):  # codes since the last whole item
+                back = written + number * levels
+                there = (level % levels == written) & (earlier(level, back) == levels)
+                here |= there
+                shifted = nn.functional.pad(codes, (0, 0, back, 0))[:, : codes.shape[1]]
+                item = torch.where(there[..., None], shifted, item)
+            exist = exist & here
+            yield exist, item
+
+    def _grams(self, level, codes, all_levels):
         """Yields the hash [B, S, heads] of each n-gram and where it exists [B, S]."""
+        levels = len(self.codebook_sizes)
         multipliers = torch.tensor(self.multipliers, dtype=torch.int64, device=codes.device)
-        terms = (codes[..., None] * multipliers) & 0xFFFFFFFF  # uint32 with wrap-around
+        multipliers = multipliers.view(-1, levels, self.heads)
+        terms = (codes[..., None] * multipliers[0]) & 0xFFFFFFFF  # uint32 with wrap-around
         running = [torch.zeros_like(terms[:, :, 0])]
         for i in range(terms.shape[2]):
             running.append(running[-1] ^ terms[:, :, i])
@@ -77,20 +102,25 @@ class PrefixMemory(nn.Module):
 
         if self.address == "full_prefix":
             yield first(level.clamp(max=self.orders)), level > 0
-            return
-        for n in range(1, self.orders + 1):
+        for n in range(1, self.orders + 1) if self.address != "full_prefix" else ():
             if self.address == "suffix":
                 yield first(level) ^ first(level - n), level >= n
             else:
                 yield running[:, :, min(n, terms.shape[2])], level >= n
+        hashed = first(level % levels)  # of the prefix after the last whole item
+        for number, (exist, item) in enumerate(self._last_items(all_levels, codes)):
+            terms = (item[..., None] * multipliers[1 + number]) & 0xFFFFFFFF
+            for i in range(levels):
+                hashed = hashed ^ terms[:, :, i]
+            yield hashed, exist & (level > 0)
 
     def forward(self, ids):
         """Vectors [B, S, hidden] of token ids [B, S]; zero where there is no active prefix."""
-        level, codes = self._prefixes(ids)
-        targets = torch.tensor(self.target_levels, device=ids.device)
-        level = torch.where(torch.isin(level + 1, targets), level, 0)
+        all_levels, codes = self._prefixes(ids)
+        lengths = torch.tensor(self.lengths, device=ids.device)
+        level = torch.where(torch.isin(all_levels, lengths), all_levels, 0)
         total = 0
-        for number, (hashed, exists) in enumerate(self._grams(level, codes)):
+        for number, (hashed, exists) in enumerate(self._grams(level, codes, all_levels)):
             read = [
                 self.tables[number * self.heads + head](hashed[..., head] % self.rows)
                 for head in range(self.heads)
@@ -112,7 +142,12 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.llm = AutoModelForCausalLM.from_config(config.text_config)
-        self.prefix_memory = PrefixMemory(config)
+        self.prefix_memory = self.item_head = None
+        if config.prefix_memory is not None:
+            self.prefix_memory = PrefixMemory(config)
+        if config.item_head is not None:
+            size = config.text_config.hidden_size
+            self.item_head = nn.Linear(size, config.item_head["outputs"], bias=False)
         self._catalog = None
         self.post_init()
 
@@ -152,10 +187,7 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
                 if past_key_values is not None and past_key_values.get_seq_length() > 0:
                     raise ValueError("with past_key_values, pass prefix_ids: all tokens so far")
                 prefix_ids = input_ids
-            length = input_ids.shape[1]
-            memory = self.prefix_memory(prefix_ids[:, -(length + self.prefix_memory.window) :])
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            inputs_embeds = inputs_embeds + memory[:, -length:].to(inputs_embeds.dtype)
+            inputs_embeds = self._embed(input_ids, prefix_ids)
         return self.llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -165,6 +197,19 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _embed(self, input_ids, prefix_ids):
+        embedded, length = self.get_input_embeddings()(input_ids), input_ids.shape[1]
+        if self.prefix_memory is None:
+            return embedded
+        memory = self.prefix_memory(prefix_ids[:, -(length + self.prefix_memory.window) :])
+        return embedded + memory[:, -length:].to(embedded.dtype)
+
+    def item_log_probs(self, input_ids):
+        """Log-probabilities of whole items after a prompt [1, S]: float64 [items]."""
+        hidden = self.llm.model(inputs_embeds=self._embed(input_ids, input_ids)).last_hidden_state
+        scores = self.item_head(hidden[0, -1])[: self.config.semantic_ids["items"]]
+        return torch.log_softmax(scores.double(), dim=-1)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

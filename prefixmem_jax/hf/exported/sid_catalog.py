@@ -59,6 +59,7 @@ class Catalog:
         distinct = torch.tensor(sorted(self.items), dtype=torch.int64)
         node = torch.zeros(len(distinct), dtype=torch.int64)
         self.keys = []
+        self.leaves = {tuple(sid): leaf for leaf, sid in enumerate(distinct.tolist())}
         for level, size in enumerate(space.codebook_sizes):
             keys, node = torch.unique(node * size + distinct[:, level], return_inverse=True)
             self.keys.append(keys)
@@ -94,6 +95,16 @@ class Catalog:
           codes: int64 [prefixes, length], length < levels; of SIDs that start so in the catalogue
             (others may be followed by nothing).
         """
+        row, code, _, _ = self.children(codes)
+        mask = torch.zeros(len(codes), self.space.codebook_sizes[codes.shape[1]], dtype=torch.bool)
+        mask[row, code] = True
+        return mask
+
+    def children(self, codes):
+        """Every way on from prefixes: its prefix's row, its code, its node, and its prefix's node.
+
+        Nodes of one length are numbered in the order of their prefixes.
+        """
         node = torch.zeros(len(codes), dtype=torch.int64)
         known = torch.ones(len(codes), dtype=torch.bool)
         for level in range(codes.shape[1]):
@@ -107,9 +118,23 @@ class Catalog:
         count = torch.where(known, torch.searchsorted(keys, (node + 1) * size) - first, 0)
         row = torch.repeat_interleave(torch.arange(len(codes)), count)
         within = torch.arange(len(row)) - (torch.cumsum(count, 0) - count)[row]
-        mask = torch.zeros(len(codes), size, dtype=torch.bool)
-        mask[row, keys[first[row] + within] % size] = True
-        return mask
+        child = first[row] + within
+        return row, keys[child] % size, child, node[row]
+
+    def log_masses(self, log_probs):
+        """By level, the log-probability of all items below each node.
+
+        Args:
+          log_probs: of items, float64 [items].
+        """
+        leaf = torch.tensor([self.leaves[sid] for sid in self.sids])
+        mass = torch.zeros(len(self.keys[-1]), dtype=torch.float64)
+        masses = [mass.index_add(0, leaf, log_probs.cpu().exp())]
+        for keys, size in zip(self.keys[:0:-1], self.space.codebook_sizes[:0:-1], strict=True):
+            parent = keys // size
+            mass = torch.zeros(int(parent[-1]) + 1, dtype=torch.float64)
+            masses.append(mass.index_add(0, parent, masses[-1]))
+        return [mass.log() for mass in masses[::-1]]
 
     def recommend(self, model, history, top=10, beams=None):
         """The best next items after a history of item ids, oldest first.
@@ -121,7 +146,8 @@ class Catalog:
 
         Returns:
           A list of (item, title, sid, score), best first; items that share a SID follow each other.
-          The score is the sum over levels of the code's log-probability.
+          The score is the sum over levels of the code's log-probability; where the model has an
+          item head, mixed with the log-probability of the SID's items.
         """
         space = self.space
         unknown = [item for item in history if not 0 <= item < len(self.sids)]
@@ -134,12 +160,18 @@ class Catalog:
         beams = max(beams or self.beam, top)
         search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
         with torch.no_grad():
+            prompt, prior, share = torch.tensor([tokens], device=model.device), None, 0.0
+            if getattr(model, "item_head", None) is not None:
+                prior = self.log_masses(model.item_log_probs(prompt))
+                share = model.config.item_head["mix"]
             output = model.generate(
-                torch.tensor([tokens], device=model.device),
+                prompt,
                 attention_mask=torch.ones(1, len(tokens), dtype=torch.int64, device=model.device),
                 max_new_tokens=space.levels,
                 do_sample=False,
-                logits_processor=LogitsProcessorList([SidLogitsProcessor(space, self)]),
+                logits_processor=LogitsProcessorList(
+                    [SidLogitsProcessor(space, self, prior, share)]
+                ),
                 return_dict_in_generate=True,
                 output_scores=True,
                 **(search if beams > 1 else {}),
@@ -185,11 +217,16 @@ class SidLogitsProcessor(LogitsProcessor):
 
     Scores become log-probabilities of the code among its level's codes. Use a fresh one for every
     `generate`: what comes first is the prompt, SIDs follow it one after the other.
+
+    With `prior`, `Catalog.log_masses` of one prompt, they are mixed with what items say: share of
+    it, 1 - share of the codes.
     """
 
-    def __init__(self, space, catalog=None):
+    def __init__(self, space, catalog=None, prior=None, share=0.0):
         self.space = space
         self.catalog = catalog
+        self.prior = prior
+        self.share = share
         self.prompt = None
 
     def __call__(self, input_ids, scores):
@@ -201,8 +238,17 @@ class SidLogitsProcessor(LogitsProcessor):
         if self.catalog is not None:
             before = input_ids[:, input_ids.shape[1] - level :].cpu()
             codes = before - torch.tensor(self.space.starts[:level], dtype=torch.int64)
-            mask = self.catalog.allowed(codes)
-            scored = scored.masked_fill(~mask.to(scored.device), -float("inf"))
+            row, code, child, node = self.catalog.children(codes)
+            allowed = torch.full_like(scored, -float("inf"))
+            row, code = row.to(scored.device), code.to(scored.device)
+            allowed[row, code] = scored[row, code]
+            if self.prior is not None:
+                gained = self.prior[level][child]
+                if level > 0:
+                    gained = gained - self.prior[level - 1][node]
+                gained = gained.to(scored.device, scored.dtype)
+                allowed[row, code] = (1 - self.share) * scored[row, code] + self.share * gained
+            scored = allowed
         result = torch.full_like(scores, -float("inf"))
         result[:, start:stop] = scored
         return result

@@ -1,0 +1,59 @@
+"""The item head's say in a search over codes: its probability mass below every prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prefixmem_jax.semantic_ids.trie import TrieLevel
+
+
+class ItemPrior(NamedTuple):
+    """What items say of prefixes.
+
+    Attributes:
+      log_mass: by level, float32 [users, nodes]: log-probability of all items below each trie node.
+      share: of it in a SID's score, in 0..1; the codes' log-probabilities have the rest.
+    """
+
+    log_mass: list[jax.Array]
+    share: float
+
+    def gains(self, level: int, nodes: jax.Array, children: jax.Array) -> jax.Array:
+        """What going on from nodes [users, beams] to children [users, beams, ways] gains."""
+        users = children.shape[0]
+        mass = self.log_mass[level - 1]
+        after = jnp.take_along_axis(mass, children.reshape(users, -1), axis=1)
+        after = after.reshape(children.shape)
+        if level == 1:
+            return after
+        return after - jnp.take_along_axis(self.log_mass[level - 2], nodes, axis=1)[..., None]
+
+
+def item_prior(
+    item_logits: jax.Array, group_of_item: jax.Array, trie: Sequence[TrieLevel], share: float
+) -> ItemPrior:
+    """The prior of scores of whole items.
+
+    Args:
+      item_logits: float32 [users, at least items].
+      group_of_item: the trie's leaf of every item, int32 [items].
+    """
+    log_p = jax.nn.log_softmax(item_logits[:, : len(group_of_item)], axis=-1)
+    masses = [_log_sums(log_p, group_of_item, trie[-1].code.shape[0])]
+    for level in reversed(trie[1:]):
+        nodes = level.first_child.shape[0] - 1
+        children = jnp.arange(level.code.shape[0])
+        parent = jnp.searchsorted(level.first_child, children, side="right") - 1
+        masses.append(_log_sums(masses[-1], parent, nodes))
+    return ItemPrior(masses[::-1], share)
+
+
+def _log_sums(log_p: jax.Array, segment: jax.Array, segments: int) -> jax.Array:
+    """Logs of the sums of exp(log_p) [users, n] by segment [n]: [users, segments]."""
+    highest = jax.ops.segment_max(log_p.T, segment, segments)
+    sums = jax.ops.segment_sum(jnp.exp(log_p.T - highest[segment]), segment, segments)
+    return (highest + jnp.log(sums)).T
