@@ -81,7 +81,8 @@ class DataConfig:
     Attributes:
       path: dataset folder (docs/data.md); none means the synthetic dataset.
       format: how it is stored: a file of `data/formats`, or a module of your own.
-      sid_column: column of items.parquet with the SIDs.
+      sid_column: column of items.parquet with the SIDs; `item_id` gives every item one code of its
+        own, which makes the decoder a recommender over whole items.
       codebook_sizes: codes per level; none means largest code + 1 of each level.
       items: of the catalogue, for `plan` where there is no data yet; none means those of the data.
       split: see `data.splits.split_dataset`.

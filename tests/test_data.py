@@ -311,6 +311,22 @@ def test_packing_is_best_fit_in_decreasing_length(lengths, seed):
         pack(documents, max(lengths) - 1, seed)
 
 
+def test_items_as_sids_of_one_code(tmp_path):
+    """From a file and of the synthetic dataset; `plan` counts the same tokens without either."""
+    options = DataConfig(
+        sid_column="item_id",
+        synthetic=SyntheticConfig(items=50, users=30, codebook_sizes=(4, 5), children=(4, 5)),
+    )
+    made = prepare_data(options)
+    write_dataset(tmp_path, prepare_data(dataclasses.replace(options, sid_column="sid")).dataset)
+    read = prepare_data(dataclasses.replace(options, path=str(tmp_path)))
+    for data in (made, read):
+        np.testing.assert_array_equal(data.catalog.sids, np.arange(50)[:, None])
+        assert data.vocabulary.space.codebook_sizes == (50,) and data.vocabulary.items == 50
+        np.testing.assert_array_equal(data.split.test.targets, made.split.test.targets)
+    assert data_vocabulary(options) == made.vocabulary
+
+
 def test_examples_predict_only_the_target_and_prompts_stop_before_it(small):
     examples, vocabulary = small.split.test.take(slice(7)), small.vocabulary
     whole = one_per_row(

@@ -96,10 +96,25 @@ def test_stage_two_refuses_what_does_not_fit(stage_one, tmp_path, overrides, wor
     assert not (tmp_path / "run").exists()  # nothing is left behind
 
 
+EVERYTHING = """
+import dataclasses
+from prefixmem_jax.config_files import inherit
+from prefixmem_jax.config_groups import ItemHeadConfig
+
+def get_config():
+    return dataclasses.replace(inherit(__file__, {parent!r}), item_head=ItemHeadConfig())
+"""
+
+
 def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
+    """With all that is random or remembered on: dropout, an average, the best validation."""
+    config = tmp_path / "config.py"
+    config.write_text(EVERYTHING.format(parent=str(QUICKSTART / "prefixmem.py")))
     arguments = [
-        "train", QUICKSTART / "prefixmem.py", *SMALL, f"init.run={stage_one}",
-        "steps=200", "checkpoint.every_steps=15",
+        "train", config, *SMALL, f"init.run={stage_one}", "steps=200", "checkpoint.every_steps=15",
+        "init.fresh=('llm','sid_encoder','item_head')", "model.dropout=0.2",
+        "sid_encoder.dropout=0.1", "optimizer.average_decay=0.99",
+        "evaluation.select_by=item_ndcg@10",
     ]  # fmt: skip
     prefixmem(*arguments, "--out", tmp_path / "whole")
     killed = tmp_path / "killed"
@@ -137,7 +152,8 @@ def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
         for run in (killed, tmp_path / "whole")
     ]
     assert timeless[0] == timeless[1]  # each step once, with the same numbers
-    assert len(list((killed / "checkpoints").iterdir())) == 2  # keeps the newest two
+    kept, best = {int(path.name) for path in (killed / "checkpoints").iterdir()}, Run(killed).step
+    assert kept == {200, 195, best} and best % 20 == 0  # the newest two, and the best
 
 
 def test_a_run_that_diverges_stops_before_it_saves(tmp_path):

@@ -135,6 +135,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--beam", type=positive, metavar="N", help="beam width (default: the config's)"
     )
     _add_include_seen(evaluation)
+    evaluation.add_argument(
+        "--blend",
+        type=float,
+        nargs="+",
+        default=(),
+        metavar="SHARE",
+        help="of two runs: also blends of their lists, with this share of the second's",
+    )
     _add_step(evaluation)
     evaluation.add_argument("--distributed", action="store_true", help=distributed_help)
 

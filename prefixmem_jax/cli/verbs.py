@@ -61,6 +61,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.beam,
         options.include_seen,
         options.heuristics,
+        options.blend,
         options.out,
         options.step,
     )

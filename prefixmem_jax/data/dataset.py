@@ -9,6 +9,9 @@ import numpy as np
 
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
+# Named as the column of SIDs: every item's own id is its one code.
+ITEM_ID = "item_id"
+
 
 @dataclass(frozen=True)
 class Histories:

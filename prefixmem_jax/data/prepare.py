@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 
 import numpy as np
 
 from prefixmem_jax.config_groups import DataConfig
-from prefixmem_jax.data.dataset import Dataset
+from prefixmem_jax.data.dataset import ITEM_ID, Dataset
 from prefixmem_jax.data.splits import Split, split_dataset
 from prefixmem_jax.data.synthetic import SyntheticProcess, make_synthetic, synthetic_catalog
 from prefixmem_jax.errors import UserError
@@ -51,6 +51,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
     if config.path is None:
         _check_synthetic(config)
         dataset, process = make_synthetic(config.synthetic)
+        dataset = replace(dataset, catalog=_recoded(config, dataset.catalog))
     else:
         dataset = _format(config).read_dataset(
             config.path, config.sid_column, config.codebook_sizes
@@ -64,7 +65,7 @@ def load_catalog(config: DataConfig) -> Catalog:
     """The catalogue alone; no history is read."""
     if config.path is None:
         _check_synthetic(config)
-        return synthetic_catalog(config.synthetic)
+        return _recoded(config, synthetic_catalog(config.synthetic))
     catalog = _format(config).read_catalog(config.path, config.sid_column, config.codebook_sizes)
     _check_codebooks(config, catalog)
     return catalog
@@ -76,11 +77,21 @@ def data_vocabulary(config: DataConfig) -> Vocabulary:
     if config.codebook_sizes is not None:
         space = SidSpace(tuple(config.codebook_sizes))
     elif config.path is None:
-        space = SidSpace(tuple(config.synthetic.codebook_sizes))
         items = config.synthetic.items
+        space = SidSpace(
+            (items,) if config.sid_column == ITEM_ID else tuple(config.synthetic.codebook_sizes)
+        )
     else:
         return _vocabulary(config, load_catalog(config))
     return Vocabulary(space, config.text_tokens, config.vocabulary_multiple, items)
+
+
+def _recoded(config: DataConfig, catalog: Catalog) -> Catalog:
+    """A synthetic catalogue with the SIDs that are asked for."""
+    if config.sid_column != ITEM_ID:
+        return catalog
+    items = len(catalog)
+    return Catalog(np.arange(items)[:, None], catalog.titles, SidSpace((items,)))
 
 
 def _vocabulary(config: DataConfig, catalog: Catalog) -> Vocabulary:

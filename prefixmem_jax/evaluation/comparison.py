@@ -20,9 +20,10 @@ from prefixmem_jax.evaluation.heuristics import (
     popularity_heuristic,
     successor_heuristic,
 )
-from prefixmem_jax.evaluation.metrics import Evaluated
+from prefixmem_jax.evaluation.lists import blend, list_scores, load_lists
+from prefixmem_jax.evaluation.metrics import Evaluated, over_users
 from prefixmem_jax.evaluation.report import Results, write_comparison
-from prefixmem_jax.evaluation.statistics import compare
+from prefixmem_jax.evaluation.statistics import compare, means
 from prefixmem_jax.files import write_json
 from prefixmem_jax.runs.run import Run
 
@@ -53,6 +54,7 @@ def evaluate_runs(
     beam: int | None = None,
     include_seen: bool = False,
     heuristics: bool = False,
+    blends: Sequence[float] = (),
     out: Path | None = None,
     step: int | str | None = None,
 ) -> tuple[Results, dict[str, Any], int]:
@@ -66,6 +68,7 @@ def evaluate_runs(
       users, beam: in place of each run's `evaluation.users` and `evaluation.beam`.
       include_seen: do not leave out what a history holds, whatever the runs' configs say.
       heuristics: evaluate the heuristics too, on the first run's users.
+      blends: of two runs: shares of the second run's lists in blends with the first's.
       out: for results.json, comparison.json and plots; None: the run's own folder if it is one.
       step: of the checkpoints to evaluate, see `Run`.
 
@@ -79,6 +82,8 @@ def evaluate_runs(
     for name, value, least in (("users", users, 0), ("beam", beam, 1)):
         if value is not None and value < least:
             raise UserError(f"--{name}: expected {least} or more, got {value}")
+    if blends and len(runs) != 2:
+        raise UserError(f"--blend: expected two runs, got {len(runs)}")
     if out is None and len(runs) > 1:
         out = Path("comparison")
     opened = {name: Run(path, step=step) for name, path in zip(_names(runs), runs, strict=True)}
@@ -111,6 +116,24 @@ def evaluate_runs(
         for name, evaluated in evaluate_heuristics(prepared[base], options[base], split).items():
             results[name] = {**evaluated.metrics, "dataset_sha256": digest}
             scores[name] = evaluated.scores
+    for share in blends:
+        first, second = (load_lists(run.path) for run in opened.values())
+        examples, _ = chosen_examples(options[base], prepared[base], split)
+        blended = list_scores(blend(first, second, share), examples.targets[first.users])
+        name = f"blend_{share:g}"
+        scores[name] = over_users(blended, first.users, len(examples))
+        results[name] = means(scores[name])
+    for name in opened:
+        if prepared[name].catalog.sha256 != prepared[base].catalog.sha256:
+            # Its codes are others: only what it says of items stands beside the rest.
+            of_items = [key for key in scores[name] if key.startswith("item_")]
+            metrics = means(scores[name])
+            results[name] = {
+                key: value
+                for key, value in results[name].items()
+                if key in of_items or key not in metrics
+            }
+            scores[name] = {key: scores[name][key] for key in of_items}
     paired = {name: compare(scores[base], scores[name]) for name in scores if name != base}
     if out is not None or heuristics:
         write_json(folder / "results.json", results)
@@ -138,7 +161,9 @@ def _check_comparable(
     data, others = prepared[base], prepared[name]
     alone = "evaluate each by itself"
     same = f"{alone}, or on the same data with --data DIR"
-    differ("the catalogue's sha256", data.catalog.sha256[:12], others.catalog.sha256[:12], alone)
+    if data.dataset.sha256 != others.dataset.sha256:
+        sha256 = data.catalog.sha256[:12], others.catalog.sha256[:12]
+        differ("the catalogue's sha256", *sha256, alone)
     differ("the dataset's sha256", data.dataset.sha256[:12], others.dataset.sha256[:12], same)
     config, other = runs[base].config.data, runs[name].config.data
     differ("data.split", config.split, other.split, alone)

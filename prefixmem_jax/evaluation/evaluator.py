@@ -18,6 +18,7 @@ from prefixmem_jax.config_files import to_json
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.data.splits import Examples
+from prefixmem_jax.evaluation.lists import item_lists, save_lists
 from prefixmem_jax.evaluation.metrics import (
     Evaluated,
     Scores,
@@ -36,7 +37,7 @@ from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.runs.run import Run
 
 # What is kept of each user until the metrics are made.
-NAMES = ("ranks", "unconstrained", "constrained", "greedy")
+NAMES = ("ranks", "unconstrained", "constrained", "constrained_scores", "greedy")
 # Users whose beams are kept in memory, and lost where an evaluation is killed.
 SHARE = 4096
 
@@ -102,7 +103,8 @@ def evaluate(
         overall["bleu"] = bleu
     if work is not None and jax.process_index() == 0:
         shutil.rmtree(work, ignore_errors=True)
-    return Evaluated(scores, overall)
+    lists = item_lists(sample, results["constrained"], results["constrained_scores"], catalog)
+    return Evaluated(scores, overall, lists)
 
 
 def _saved_share(path: Path) -> dict[str, np.ndarray] | None:
@@ -136,13 +138,14 @@ def _search(
         )
     }
     for suffix, constrained in (("unconstrained", False), ("constrained", True)):
-        results[suffix], _ = engine.search(
+        results[suffix], results[f"{suffix}_scores"] = engine.search(
             histories,
             options.beam,
             constrained,
             label(f"{suffix} beam search"),
             exclude_seen=constrained and options.exclude_seen,
         )
+    del results["unconstrained_scores"]
     greedy, _ = engine.search(histories, 1, constrained=False)
     results["greedy"] = greedy[:, 0]
     return results
@@ -155,7 +158,7 @@ def evaluate_run(
     split: str = "test",
     engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run and writes RUN/metrics.json and RUN/scores.npz (by user, for comparisons).
+    """Evaluates a run and writes RUN/metrics.json, scores.npz (by user) and lists.npz.
 
     Args:
       options: default: the run's own.
@@ -195,6 +198,7 @@ def evaluate_run(
     if first:
         with replacing(run.path / "scores.npz") as beside, beside.open("wb") as file:
             np.savez_compressed(file, **evaluated.scores)
+        save_lists(run.path, evaluated.lists)
         write_json(run.path / "metrics.json", metrics)
     return metrics
 

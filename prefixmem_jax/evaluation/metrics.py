@@ -12,6 +12,7 @@ metric is their mean (`statistics.means`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +28,14 @@ Scores = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A system's scores by user (in the order of the split), and what is not a mean over users."""
+    """A system's scores by user (in the order of the split), and what is not a mean over users.
+
+    `lists` are an `evaluation.lists.ItemLists`, where the system has one list of items.
+    """
 
     scores: Scores
     overall: dict[str, float]
+    lists: Any = None
 
     @property
     def metrics(self) -> dict[str, float]:

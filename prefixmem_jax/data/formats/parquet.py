@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prefixmem_jax.data.dataset import Dataset, Histories
+from prefixmem_jax.data.dataset import ITEM_ID, Dataset, Histories
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing, sha256_of
 from prefixmem_jax.semantic_ids.catalog import MAX_CODES, STATE_CODES, Catalog
@@ -217,8 +217,8 @@ def _read_sids(
     path: Path, table: pa.Table, sid_column: str, codebook_sizes: tuple[int, ...] | None
 ) -> np.ndarray:
     """The SID of every row, int64 [rows, levels]."""
-    if sid_column == "item_id":
-        return table["item_id"].to_numpy().astype(np.int64)[:, None]
+    if sid_column == ITEM_ID:
+        return table[ITEM_ID].to_numpy().astype(np.int64)[:, None]
     codes, offsets = _integer_lists(path, table, sid_column)
     lengths = np.diff(offsets)
     levels = int(lengths[0])

@@ -1,0 +1,166 @@
+"""Dropout, label smoothing, averaged parameters, and ending at the best validation."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import small_config
+from test_step import CONFIG, batch_at, losses, on_mesh, run, spec_of, with_optimizer
+
+from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig, ItemHeadConfig
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.layers.dropout import dropout
+from prefixmem_jax.objectives.classification import Classification
+from prefixmem_jax.objectives.next_token import NextToken
+from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.training.loop import train
+
+EVERYTHING = dataclasses.replace(
+    with_optimizer(CONFIG, average_decay=0.9),
+    objective=NextToken(label_smoothing=0.1),
+    model=dataclasses.replace(CONFIG.model, dropout=0.3),
+    sid_encoder=dataclasses.replace(CONFIG.sid_encoder, target_levels=(1, 2, 3), dropout=0.2),
+    item_head=ItemHeadConfig(),
+)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("size", [64, 7])  # a byte decides on a number: sizes of whole words or not
+def test_dropout_drops_its_share_and_keeps_the_mean(rate, size):
+    x = jnp.ones((400, 3, size))
+    key = jax.random.key(0)
+    found = np.asarray(dropout(x, rate, key))
+    assert abs((found == 0).mean() - rate) < 0.02
+    kept = found[found > 0]
+    np.testing.assert_allclose(kept, 256 / (256 - round(256 * rate)), rtol=1e-6)
+    assert abs(found.mean() - 1) < 0.03 / (1 - rate)
+    np.testing.assert_array_equal(found, dropout(x, rate, key))
+    assert (found != np.asarray(dropout(x, rate, jax.random.key(1)))).any()
+    np.testing.assert_array_equal(dropout(x, rate, None), x)
+    # Neighbours share a word, not a fate.
+    both = (found[..., 1:] == 0) & (found[..., :-1] == 0)
+    assert abs(both.mean() - rate**2) < 0.03
+
+
+def test_any_mesh_draws_alike():
+    """With all of it on, and the batch in one piece or in two."""
+    alone, state = run(EVERYTHING, 3)
+    for mesh in ((2, 2, 2), (1, 8, 1)):
+        together, other = run(on_mesh(EVERYTHING, *mesh), 3)
+        np.testing.assert_allclose(losses(together), losses(alone), rtol=2e-5)
+        chex.assert_trees_all_close(other.average, state.average, rtol=1e-3, atol=1e-5)
+    plain = dataclasses.replace(
+        EVERYTHING, model=CONFIG.model, sid_encoder=CONFIG.sid_encoder, item_head=None
+    )
+    assert abs(losses(run(plain, 1)[0])[0] - losses(alone)[0]) > 0.1
+
+
+def test_nothing_is_random_in_validation():
+    """Nor smoothed: its loss is comparable between runs."""
+    spec = spec_of(EVERYTHING)
+    plain = dataclasses.replace(
+        EVERYTHING,
+        objective=NextToken(),
+        model=CONFIG.model,
+        sid_encoder=dataclasses.replace(EVERYTHING.sid_encoder, dropout=0.0),
+    )
+    params = spec.init_params(jax.random.key(0))
+    rows = 20 * jax.random.normal(jax.random.key(1), spec.table.shape)
+    batch = batch_at(0)
+
+    def sums(config, key=None):
+        model = dataclasses.replace(spec, graphdef=spec_of(config).graphdef).model(params)
+        fetched = spec.table.gather(rows, model.memory_addresses(batch))
+        return jax.device_get(config.objective.loss_sums(model, batch, fetched, key))
+
+    chex.assert_trees_all_equal(sums(EVERYTHING), sums(plain))
+    drawn = [sums(EVERYTHING, jax.random.key(seed))["loss"] for seed in (0, 1)]
+    assert abs(drawn[0] - drawn[1]) > 0.1
+
+
+def test_smoothing_spreads_a_share_evenly():
+    spec = spec_of(dataclasses.replace(CONFIG, sid_encoder=None))
+    model = spec.model(spec.init_params(jax.random.key(0)))
+    batch = batch_at(0)
+    found = NextToken(label_smoothing=0.2).loss_sums(model, batch, None, jax.random.key(0))
+    logits = np.asarray(model.logits(model(batch, None)[0]), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    target = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+    own = np.take_along_axis(log_p, target[..., None], -1)[..., 0]
+    expected = -(0.8 * own + 0.2 * log_p.mean(-1)) * batch.loss_mask
+    np.testing.assert_allclose(found["loss"], expected.sum(), rtol=1e-5)
+
+
+def test_the_average_follows_the_parameters():
+    config = with_optimizer(CONFIG, average_decay=0.5)
+    average = run(config, 0)[1].params
+    for step in range(3):
+        params = run(config, step + 1)[1].params
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
+    state = run(config, 3)[1]
+    chex.assert_trees_all_close(state.average, average, rtol=1e-5, atol=1e-7)
+    plain = run(CONFIG, 3)[1]
+    assert plain.average is None
+    chex.assert_trees_all_equal(plain.params, state.params)  # training does not see it
+
+
+STILL = small_config(
+    DecoderConfig(layers=1),
+    0,
+    steps=40,
+    checkpoint=CheckpointConfig(every_steps=3, keep=1),
+    evaluation=dataclasses.replace(
+        small_config(DecoderConfig(), 0).evaluation,
+        every_steps=2,
+        validation_examples=20,
+        select_by="item_ndcg@10",
+        patience=3,
+    ),
+)
+
+
+def test_a_run_ends_when_validation_gets_no_better_and_keeps_the_best(tmp_path):
+    """Its rate is so low that nothing changes: the first validation stays the best."""
+    config = with_optimizer(STILL, learning_rate=1e-12, average_decay=0.9)
+    state = train(config, tmp_path / "run")
+    assert int(state.step) == 8  # 2 was the best; 4, 6 and 8 were not better
+    run = Run(tmp_path / "run")
+    with run.checkpoints() as checkpoints:
+        assert checkpoints.steps == [8, 2]  # the newest, and the best
+    assert run.step == 2 and Run(run.path, step="best").step == 2
+    assert Run(run.path, step=8).step == 8
+    values = [r["validation/item_ndcg@10"] for r in read_metrics(run.path) if len(r) > 8]
+    assert values and all(0 <= value <= 1 for value in values)
+    spec = run.spec(jax.devices()[:1])
+    averaged = Run(run.path, step=8).load(spec, spec.params)
+    chex.assert_trees_all_equal(averaged, jax.device_get(state.average))
+    again = train(config, tmp_path / "run")  # it has ended
+    assert int(again.step) == 8
+
+
+def test_more_patience_goes_on_from_there(tmp_path):
+    config = with_optimizer(STILL, learning_rate=1e-12)
+    train(config, tmp_path / "run")
+    options = dataclasses.replace(config.evaluation, patience=5)
+    state = train(dataclasses.replace(config, evaluation=options), tmp_path / "run")
+    assert int(state.step) == 12
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"select_by": None}, "patience needs a metric"),
+        ({"select_by": "item_recall@10"}, "recommends nothing"),
+    ],
+)
+def test_selection_that_cannot_be_is_refused(changes, words):
+    config = dataclasses.replace(STILL, evaluation=dataclasses.replace(STILL.evaluation, **changes))
+    if changes["select_by"]:
+        config = dataclasses.replace(config, objective=Classification())
+    with pytest.raises(UserError, match=words):
+        config.check()
