@@ -112,7 +112,8 @@ def test_runs_side_by_side(runs):
     )  # fmt: skip
     results = json.loads((folder / "compared" / "results.json").read_text())
     assert list(results) == [
-        "first", "second", "heuristic_popularity", "heuristic_successor", "heuristic_item_knn", "optimum",
+        "first", "second", "heuristic_popularity", "heuristic_successor",
+        "heuristic_transition", "heuristic_item_knn", "optimum",
     ]  # fmt: skip
     for name in ("first", "second"):
         own = json.loads((folder / name / "metrics.json").read_text())

@@ -88,8 +88,7 @@ def test_heuristics_equal_the_published_ones(name, popularity, successor):
     assert evaluate(heuristics.popularity_heuristic)[2:] == list(popularity)
     assert evaluate(heuristics.successor_heuristic) == list(successor)
     if name == "beauty":
-        left_out = evaluate(heuristics.successor_heuristic, exclude_seen=True)
-        assert left_out[2:] == [0.0668, 0.0439]
+        assert evaluate(heuristics.transition_heuristic, exclude_seen=True)[2] == 0.0745
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
@@ -141,6 +140,24 @@ def test_no_heuristic_beats_the_optimum():
     for name in ("tf_accuracy/level_1", "tf_accuracy/level_3", "item_recall@10/constrained"):
         assert best[name] > popular[name] - slack and best[name] > successor[name] - slack
     assert best["item_recall@10/constrained"] > 1.2 * popular["item_recall@10/constrained"]
+
+
+def test_transitions_by_brute_force():
+    data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=60, users=80)))
+    score = heuristics.transition_heuristic(data)
+    history = max(data.split.test.histories(), key=len)
+    found, matches = score(history), []
+    ranges = list(zip(data.split.train.starts, data.split.train.stops, strict=True))
+    for decay, back in heuristics.TRANSITION_GRID:
+        expected = np.zeros(60)
+        for start, stop in ranges:
+            own = data.split.items[start:stop]
+            for first, second in itertools.pairwise(own):
+                for since, item in enumerate(history[::-1]):
+                    expected[second] += decay**since * (item == first)
+                    expected[first] += decay**since * back * (item == second)
+        matches.append(np.allclose(found, expected, atol=1e-6))
+    assert sum(matches) == 1
 
 
 def test_item_knn_by_brute_force():

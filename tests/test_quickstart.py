@@ -35,7 +35,8 @@ def test_results_hold_every_metric_of_every_system(finished):
     out, done = finished
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {
-        "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor", "heuristic_item_knn",
+        "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor",
+        "heuristic_transition", "heuristic_item_knn",
         "optimum",
     }  # fmt: skip
     for system, values in results.items():
@@ -171,7 +172,8 @@ def test_own_data_with_five_levels_and_shared_sids(tmp_path):
     prefixmem("quickstart", "--data", tmp_path / "data", "--out", tmp_path / "x", *SMALL)
     results = json.loads((tmp_path / "x" / "results.json").read_text())
     assert set(results) == {
-        "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor", "heuristic_item_knn",
+        "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor",
+        "heuristic_transition", "heuristic_item_knn",
     }  # fmt: skip
     sid_encoder = results["prefixmem"]["config"]["sid_encoder"]
     assert sid_encoder["target_levels"] == [3, 4, 5] and sid_encoder["orders"] == 4

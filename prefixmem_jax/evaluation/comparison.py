@@ -19,6 +19,7 @@ from prefixmem_jax.evaluation.heuristics import (
     optimum,
     popularity_heuristic,
     successor_heuristic,
+    transition_heuristic,
 )
 from prefixmem_jax.evaluation.lists import blend, list_scores, load_lists
 from prefixmem_jax.evaluation.metrics import Evaluated, over_users
@@ -36,6 +37,7 @@ def evaluate_heuristics(
     makers = {
         "heuristic_popularity": popularity_heuristic,
         "heuristic_successor": successor_heuristic,
+        "heuristic_transition": transition_heuristic,
         "heuristic_item_knn": item_knn_heuristic,
     }
     if data.process is not None:

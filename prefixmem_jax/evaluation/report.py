@@ -26,6 +26,7 @@ _COLORS = {
     "prefixmem": "#d62728",
     "heuristic_popularity": "#c7c7c7",
     "heuristic_successor": "#9ecae1",
+    "heuristic_transition": "#4292c6",
     "heuristic_item_knn": "#6baed6",
     "optimum": "#2ca02c",
 }
