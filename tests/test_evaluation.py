@@ -19,6 +19,7 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation import evaluator
 from prefixmem_jax.evaluation.comparison import evaluate_runs
 from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
+from prefixmem_jax.evaluation.lists import load_lists
 from prefixmem_jax.recommender import parse_history
 from prefixmem_jax.runs.run import Run
 
@@ -139,6 +140,39 @@ def test_runs_side_by_side(runs):
     assert "against first" in done.stdout
     for plot in ("recall.png", "accuracy_by_level.png", "accuracy_by_part.png"):
         assert (folder / "compared" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_whole_items_beside_sids_and_blends_of_both(runs, tmp_path):
+    """A run over items' own ids has other codes: only what it says of items stands beside."""
+    folder = runs[0]
+    config = small_config(DecoderConfig(layers=1), 0, name="whole", sid_encoder=None)
+    data = dataclasses.replace(config.data, sid_column="item_id")
+    make_run(tmp_path / "whole", dataclasses.replace(config, data=data))
+    results, paired, _ = evaluate_runs(
+        [folder / "first", tmp_path / "whole"], beam=10, blends=[0.4, 1.0], out=tmp_path / "out"
+    )
+    assert list(results) == ["first", "whole", "blend_0.4", "blend_1"]
+    whole, blended = results["whole"], results["blend_1"]
+    assert not any(name.startswith(("tf_", "sid_")) for name in (*whole, *paired["whole"]))
+    for name in ("item_recall@10/constrained", "item_ndcg@5/constrained"):
+        assert blended[name] == pytest.approx(whole[name]) and name in paired["blend_0.4"]
+    lists = [load_lists(run) for run in (folder / "first", tmp_path / "whole")]
+    both = {item for one in lists for item in one.items[0].tolist()}
+    assert len(both) > 10 and len(lists[0].users) == results["first"]["retrieval_users"]
+    with pytest.raises(UserError, match="--blend: expected two runs, got 1"):
+        evaluate_runs([folder / "first"], blends=[0.5])
+
+
+def test_seen_items_are_left_out_or_kept(runs):
+    folder, _, data, _ = runs
+    seen = [set(history.tolist()) for history in data.split.test.histories()]
+    for include in (False, True):
+        results, _, _ = evaluate_runs([folder / "first"], beam=20, include_seen=include)
+        assert results["first"]["exclude_seen"] is not include
+        named = [set(items.tolist()) for items in load_lists(folder / "first").items]
+        both = sum(bool(a & b) for a, b in zip(named, seen, strict=True))
+        # One that shares its SID with an item that was not seen may come with it.
+        assert both > 40 if include else both < 10
 
 
 def test_other_data_and_split(runs, tmp_path):
