@@ -47,7 +47,6 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate, size):
 
 
 def test_any_mesh_draws_alike():
-    """With all of it on, and the batch in one piece or in two."""
     alone, state = run(EVERYTHING, 3)
     for mesh in ((2, 2, 2), (1, 8, 1)):
         together, other = run(on_mesh(EVERYTHING, *mesh), 3)

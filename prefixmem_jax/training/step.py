@@ -194,6 +194,11 @@ def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
         ("model.d_ff", config.model.d_ff, tensor),
         ("model.d_model", config.model.d_model, fsdp * tensor),
         ("vocabulary (see data.vocabulary_multiple)", vocabulary.size, tensor),
+        (
+            "items (see data.vocabulary_multiple)",
+            0 if config.item_head is None else vocabulary.item_outputs,
+            tensor,
+        ),
         ("devices of one process", jax.local_device_count(), tensor),
     ):
         if size % shares:
