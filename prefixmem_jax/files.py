@@ -7,14 +7,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.progress import counted
 
 # Of a folder that `replacing_files` wrote: its own files, and where new ones wait.
 MANIFEST, STAGED = "prefixmem_files.json", ".prefixmem.part"
@@ -104,7 +103,8 @@ def _own_files(folder: Path, kind: str) -> dict[str, list[str]]:
     files = manifest.get("files")
     if not _is_listing(files):
         raise UserError(f"{folder / MANIFEST}: expected digests by file; name another folder")
-    for name in _counted([name for name in files if os.path.lexists(folder / name)]):
+    there = [name for name in files if os.path.lexists(folder / name)]
+    for name in counted(there, "checksums", "file"):
         path = folder / name
         if not (path.is_file() and sha256_of(path).hex() in files[name]):
             raise UserError(
@@ -112,11 +112,6 @@ def _own_files(folder: Path, kind: str) -> dict[str, list[str]]:
                 "another folder"
             )
     return files
-
-
-def _counted(files: list[Any]) -> Iterable[Any]:
-    """With a bar where it takes long: digests of large models do."""
-    return tqdm(files, desc="checksums", unit="file", leave=False, delay=2)
 
 
 def _is_listing(files: Any) -> bool:
@@ -132,7 +127,10 @@ def _move_in(folder: Path, staged: Path, kind: str, last: str, old: dict[str, li
             f"{path}: is in the way, and of no {kind}; move it away, or name another folder"
         )
     files = [path for path in sorted(staged.rglob("*")) if not path.is_dir()]
-    new = {str(path.relative_to(staged)): [sha256_of(path).hex()] for path in _counted(files)}
+    new = {
+        str(path.relative_to(staged)): [sha256_of(path).hex()]
+        for path in counted(files, "checksums", "file")
+    }
 
     def list_files(listed: dict[str, list[str]]) -> None:
         (staged / MANIFEST).write_text(json.dumps({"kind": kind, "files": listed}, indent=2) + "\n")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+Thing = TypeVar("Thing")
 
 SECONDS_BETWEEN_LINES = 15
 SECONDS_UNSAID = 5  # what takes no longer needs no line
@@ -56,6 +58,14 @@ def progress_bar(
         maxinterval=60,
         delay=SECONDS_UNSAID,
     )
+
+
+def counted(things: Sequence[Thing], describe: str, unit: str) -> Iterator[Thing]:
+    """The things one after the other, with a progress bar."""
+    with progress_bar(len(things), describe, unit) as bar:
+        for thing in things:
+            yield thing
+            bar.update()
 
 
 def say(text: str) -> None:

@@ -231,7 +231,8 @@ def test_kinds_may_come_from_anybodys_package(tmp_path, monkeypatch):
     assert config.objective == toy.ToyObjective(2.0)
     assert config.sid_encoder == toy.ToyEncoder(100, toy.Shape(names=("a",)))
     data = json.loads(to_json(config))
-    assert list(data["sid_encoder"].items())[:2] == [("kind", "toy:ToyEncoder"), ("rows", 100)]
+    assert next(iter(data["sid_encoder"].items())) == ("kind", "toy:ToyEncoder")
+    assert data["sid_encoder"]["rows"] == 100
     assert load_config(write(tmp_path, "config.json", to_json(config))) == config
     for text, words in (
         ("sid_encoder.rows=0", "sid_encoder.rows: expected"),

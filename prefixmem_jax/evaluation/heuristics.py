@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import sparse
-from tqdm import tqdm
 
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
@@ -27,6 +26,7 @@ from prefixmem_jax.evaluation.metrics import (
     prefix_popularity,
     rank_scores,
 )
+from prefixmem_jax.progress import counted
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -197,9 +197,7 @@ def evaluate_scorer(
     prefix_sums = _PrefixSums(catalog)
     chosen = set(sample.tolist())
     hits, ranks = [], []
-    for user, target in enumerate(
-        tqdm(examples.targets.tolist(), desc=progress, unit="user", disable=not progress)
-    ):
+    for user, target in enumerate(counted(examples.targets.tolist(), progress, "user")):
         values = score(examples.history(user))
         hits.append(prefix_sums.hits(values, target))
         if user in chosen:

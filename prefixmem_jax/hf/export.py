@@ -18,7 +18,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import transformers
-from tqdm import tqdm
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.files import MANIFEST
@@ -26,6 +25,7 @@ from prefixmem_jax.hf.families import differing_key, huggingface_config, read_fo
 from prefixmem_jax.hf.mapping import Architecture, Weight, table_names, weights
 from prefixmem_jax.hf.safetensors_files import SafetensorsWriter
 from prefixmem_jax.hf.tokenizer import save_tokenizer, sid_tokenizer
+from prefixmem_jax.progress import counted
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
@@ -223,7 +223,7 @@ def _write_tables(writer: SafetensorsWriter, parameters: Parameters) -> None:
     # A multiple of both a line and a row of every table.
     step = max(1, PIECE_BYTES // (tables * width * 4)) * tables
     lines = -(-sid_encoder.rows * tables // pack)
-    for first in tqdm(range(0, lines, step), desc="memory", unit="part", leave=False):
+    for first in counted(range(0, lines, step), "memory", "part"):
         last = min(first + step, lines)
         flat = parameters.read_lines(first, last).reshape(-1, width)
         start = first * pack // tables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -35,7 +35,7 @@ class NextToken(Objective):
       label_smoothing: share of a target's probability that is spread evenly over the vocabulary.
     """
 
-    label_smoothing: Rate = 0.0
+    label_smoothing: Rate = field(default=0.0, kw_only=True)
     generates: ClassVar[bool] = True
 
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> SidLM:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
@@ -82,7 +82,7 @@ class SidEncoderConfig(Kind, ABC):
       dropout: share of the fetched rows that are zeroed in training.
     """
 
-    dropout: Rate = 0.0
+    dropout: Rate = field(default=0.0, kw_only=True)
 
     package: ClassVar[str] = "prefixmem_jax.sid_encoders"
 
