@@ -93,10 +93,10 @@ def test_any_number_of_devices_ranks_and_writes_the_same(engines, histories, run
 def test_seen_items_are_left_out(engines):
     engine = engines[1]
     catalog = engine.catalog
-    everything = recommend(engine, [5, 9], 400)
+    everything = recommend(engine, [5, 9], 400, exclude_seen=False)
     assert sorted(r.item for r in everything) == list(range(len(catalog)))
     seen = [everything[0].item, everything[3].item]
-    kept = [r.item for r in recommend(engine, seen, 400, exclude_seen=True)]
+    kept = [r.item for r in recommend(engine, seen, 400)]
     assert sorted([*kept, *seen]) == list(range(len(catalog)))
     # A SID that a seen item shares with another stays.
     sids = np.array([[1, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])

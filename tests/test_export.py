@@ -273,7 +273,7 @@ def test_recommend_from_a_saved_again_folder(exported, tmp_path):
         np.testing.assert_allclose([r.score for r in ours], [r.score for r in theirs], atol=1e-4)
     with pytest.raises(ValueError, match="item 150 is not in the catalogue of 150"):
         again.recommend([150])
-    everything = again.recommend([0], top=400)  # more beams than SIDs
+    everything = again.recommend([0], top=400, include_seen=True)  # more beams than SIDs
     assert sorted(r.item for r in everything) == list(range(150))
 
 
@@ -391,13 +391,13 @@ def test_an_item_head_goes_along(sid_encoder, tmp_path):
     engine, model = one_device_engine(run), open_in_torch(tmp_path / "out")
     for history in run.data().split.test.take(np.arange(3)).histories():
         history = history.tolist()[-8:]
-        ours = recommend(engine, history, 10, exclude_seen=False, beam=12)
+        ours = recommend(engine, history, 10, beam=12)
         theirs = model.recommend(history, 10, beams=12)
         assert [one.item for one in ours] == [one.item for one in theirs]
         np.testing.assert_allclose(
             [one.score for one in ours], [one.score for one in theirs], rtol=1e-4
         )
-        plain = engine.search([history], 12, constrained=False)  # the head says nothing there
+        plain = engine.search([history], 12, constrained=False)  # without the head and the seen
         assert abs(plain[1][0, 0] - ours[0].score) > 1e-3
     import_folder(tmp_path / "out", tmp_path / "imported")
     parts = ["llm", "item_head"] + ["sid_encoder"] * (sid_encoder is not None)

@@ -216,11 +216,11 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
         inputs["prefix_ids"] = input_ids
         return inputs
 
-    def recommend(self, history, top=10, beams=None):
+    def recommend(self, history, top=10, beams=None, include_seen=False):
         """The best next items after a history of item ids; see `Catalog.recommend`."""
         if self._catalog is None:
             self._catalog = Catalog.from_pretrained(self.config._name_or_path, self.config)
-        return self._catalog.recommend(self, history, top, beams)
+        return self._catalog.recommend(self, history, top, beams, include_seen)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As ever, with the catalogue."""

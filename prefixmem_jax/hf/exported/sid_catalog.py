@@ -136,13 +136,14 @@ class Catalog:
             masses.append(mass.index_add(0, parent, masses[-1]))
         return [mass.log() for mass in masses[::-1]]
 
-    def recommend(self, model, history, top=10, beams=None):
+    def recommend(self, model, history, top=10, beams=None, include_seen=False):
         """The best next items after a history of item ids, oldest first.
 
         Args:
           model: a causal LM that speaks this catalogue's SIDs.
           history: its last `max_items` count.
           beams: width of the beam search, at least `top` (default: `beam`, or `top` if greater).
+          include_seen: recommend items of the history too.
 
         Returns:
           A list of (item, title, sid, score), best first; items that share a SID follow each other.
@@ -156,6 +157,9 @@ class Catalog:
         tokens = [space.bos_token]
         for item in list(history)[-self.max_items :]:
             tokens += space.encode(self.sids[item])
+        seen = set() if include_seen else set(history)
+        gone = {self.sids[item] for item in seen}
+        gone = [self.leaves[sid] for sid in gone if seen.issuperset(self.items[sid])]
         top = min(top, len(self.sids))
         beams = max(beams or self.beam, top)
         search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
@@ -170,7 +174,7 @@ class Catalog:
                 max_new_tokens=space.levels,
                 do_sample=False,
                 logits_processor=LogitsProcessorList(
-                    [SidLogitsProcessor(space, self, prior, share)]
+                    [SidLogitsProcessor(space, self, prior, share, gone)]
                 ),
                 return_dict_in_generate=True,
                 output_scores=True,
@@ -186,7 +190,7 @@ class Catalog:
             sid = space.decode(sequence)
             if score < EXHAUSTED or sid not in self.items:
                 continue
-            for item in self.items[sid]:
+            for item in (item for item in self.items[sid] if item not in seen):
                 results.append(Recommendation(item, self.titles[item], sid, score))
         return results[:top]
 
@@ -219,14 +223,15 @@ class SidLogitsProcessor(LogitsProcessor):
     `generate`: what comes first is the prompt, SIDs follow it one after the other.
 
     With `prior`, `Catalog.log_masses` of one prompt, they are mixed with what items say: share of
-    it, 1 - share of the codes.
+    it, 1 - share of the codes. `excluded` are leaves of the catalogue that must not be written.
     """
 
-    def __init__(self, space, catalog=None, prior=None, share=0.0):
+    def __init__(self, space, catalog=None, prior=None, share=0.0, excluded=()):
         self.space = space
         self.catalog = catalog
         self.prior = prior
         self.share = share
+        self.excluded = torch.tensor(list(excluded), dtype=torch.int64)
         self.prompt = None
 
     def __call__(self, input_ids, scores):
@@ -248,6 +253,9 @@ class SidLogitsProcessor(LogitsProcessor):
                     gained = gained - self.prior[level - 1][node]
                 gained = gained.to(scored.device, scored.dtype)
                 allowed[row, code] = (1 - self.share) * scored[row, code] + self.share * gained
+            if level == self.space.levels - 1:
+                out = torch.isin(child, self.excluded).to(scored.device)
+                allowed[row[out], code[out]] = -float("inf")
             scored = allowed
         result = torch.full_like(scores, -float("inf"))
         result[:, start:stop] = scored
