@@ -269,15 +269,20 @@ def packed(data, length, max_items, seed=0):
 def test_packing_keeps_every_item_once_and_documents_apart(small):
     batch = packed(small, 40, 6)
     read = []
-    for tokens, segments, positions, mask in zip(*batch, strict=True):
+    for tokens, segments, positions, mask, next_item in zip(*batch, strict=True):
         for segment in range(1, segments.max() + 1):
             at = np.flatnonzero(segments == segment)
             assert np.array_equal(at, np.arange(at[0], at[-1] + 1))
             assert np.array_equal(positions[at], np.arange(len(at)))
             assert tokens[at[0]] == small.vocabulary.bos_token
             assert mask[at].tolist() == [1] * (len(at) - 1) + [0]
-            read.append(small.vocabulary.decode(tokens[at[1:]].reshape(-1, 3)))
-        assert not tokens[segments == 0].any() and not mask[segments == 0].any()
+            sids = small.vocabulary.decode(tokens[at[1:]].reshape(-1, 3))
+            read.append(sids)
+            before_items = next_item[at[:-1:3]] - 1
+            assert np.array_equal(small.catalog.sids[before_items], sids)
+            assert (next_item[at] > 0).sum() == len(sids)
+        for array in (tokens, mask, next_item):
+            assert not array[segments == 0].any()
     expected = []
     for start, stop in zip(small.split.train.starts, small.split.train.stops, strict=True):
         for end in range(stop, start, -6):

@@ -27,6 +27,7 @@ from prefixmem_jax.hf.families import (
     read_folder,
 )
 from prefixmem_jax.hf.load import load_parts
+from prefixmem_jax.hf.mapping import Architecture
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.layers.attention import Place
 from prefixmem_jax.model_spec import ModelSpec
@@ -50,7 +51,7 @@ def load(folder, mesh_sizes=(1, 1, 1), **changes) -> Decoder:
     config = dataclasses.replace(described.decoder, **changes)
     model = nnx.eval_shape(lambda: Decoder(config, described.vocabulary, rngs=nnx.Rngs(0)))
     abstract = abstract_parameters(model, some_devices(mesh_sizes))
-    found = load_parts(SafetensorsFolder(folder), config, None, {"llm": abstract})["llm"]
+    found = load_parts(SafetensorsFolder(folder), Architecture(config), {"llm": abstract})["llm"]
     where = jax.tree.map(lambda array, wanted: array.sharding == wanted.sharding, found, abstract)
     assert all(jax.tree.leaves(where))
     found = jax.device_put(jax.device_get(found), jax.devices()[0])

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefixmem_jax.config_files import load_config
 from prefixmem_jax.hf.families import decoder_config, differing_key, read_folder
-from prefixmem_jax.hf.mapping import weights
+from prefixmem_jax.hf.mapping import Architecture, weights
 from prefixmem_jax.models.decoder import Decoder
 
 QWEN3 = {
@@ -86,7 +86,7 @@ def test_shapes_equal_the_huggingface_models(name):
     )
     params = {"llm": nnx.to_pure_dict(nnx.state(decoder, nnx.Param))}
     found = {}
-    for weight in weights(config.model, None):
+    for weight in weights(Architecture(config.model)):
         shape = params
         for key in weight.path:
             shape = shape[key]

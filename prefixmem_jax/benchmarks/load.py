@@ -17,6 +17,7 @@ from prefixmem_jax.data.prepare import data_vocabulary
 from prefixmem_jax.files import write_json
 from prefixmem_jax.hf.export import Parameters, write_weights
 from prefixmem_jax.hf.families import huggingface_config, read_folder
+from prefixmem_jax.hf.mapping import Architecture
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
@@ -59,7 +60,7 @@ def _write_checkpoint(folder: Path, size: int) -> list[int]:
     write_json(folder / "config.json", config.to_dict())
     model = Decoder(decoder, VOCABULARY, rngs=nnx.Rngs(0))
     dense = {"llm": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
-    write_weights(folder, Parameters(decoder, None, dense), None, size // SHARDS)
+    write_weights(folder, Parameters(Architecture(decoder), dense), None, size // SHARDS)
     return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
 
