@@ -129,11 +129,10 @@ def evaluate_runs(
         if prepared[name].catalog.sha256 != prepared[base].catalog.sha256:
             # Its codes are others: only what it says of items stands beside the rest.
             of_items = [key for key in scores[name] if key.startswith("item_")]
-            metrics = means(scores[name])
             results[name] = {
                 key: value
                 for key, value in results[name].items()
-                if key in of_items or key not in metrics
+                if key in of_items or not isinstance(value, float)
             }
             scores[name] = {key: scores[name][key] for key in of_items}
     paired = {name: compare(scores[base], scores[name]) for name in scores if name != base}
