@@ -361,6 +361,7 @@ def test_names_of_runs_are_shown_as_they_are(runs, capsys, monkeypatch, tmp_path
     def evaluate_run(run, data, options, split):
         np.savez(run.path / "scores.npz", **{"tf_accuracy/level_4": np.ones(len(data.split.test))})
         about = {"beam": 5, "test_users": 60, "retrieval_users": 5, "collisions": "counted"}
+        about["exclude_seen"] = True
         return {"tf_accuracy/level_4": 1.0, "dataset_sha256": data.dataset.sha256, **about}
 
     monkeypatch.setattr(comparison, "evaluate_run", evaluate_run)
