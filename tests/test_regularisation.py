@@ -108,13 +108,14 @@ def test_the_average_follows_the_parameters():
     chex.assert_trees_all_equal(plain.params, state.params)  # training does not see it
 
 
-STILL = small_config(
-    DecoderConfig(layers=1),
-    0,
+SMALL = small_config(DecoderConfig(layers=1), 0)
+STILL = dataclasses.replace(
+    SMALL,
     steps=40,
+    data=dataclasses.replace(SMALL.data, batch_size=8),
     checkpoint=CheckpointConfig(every_steps=3, keep=1),
     evaluation=dataclasses.replace(
-        small_config(DecoderConfig(), 0).evaluation,
+        SMALL.evaluation,
         every_steps=2,
         validation_examples=20,
         select_by="item_ndcg@10",
