@@ -11,4 +11,4 @@ export PATH="$root/.venv-test/bin:$PATH"
 export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .
-python -m pytest -n 2 --dist loadfile "$@" tests
+python -m pytest -n 2 --dist worksteal "$@" tests

@@ -33,11 +33,11 @@ SHORT = 64
 def config_for(
     devices: int, rows: int = 50_000, mesh: MeshConfig | None = None, length: int = 512
 ) -> Config:
-    """Four sequences for each device."""
+    """Four sequences for each device; layers enough for a loop, as those of LLMs are."""
     return Config(
         "plan",
         data=DataConfig(codebook_sizes=(256,) * 5, sequence_length=length, batch_size=4 * devices),
-        model=DecoderConfig(layers=3, d_model=128, d_ff=256, query_heads=4, head_dim=32),
+        model=DecoderConfig(layers=5, d_model=128, d_ff=256, query_heads=4, head_dim=32),
         sid_encoder=PrefixMemoryConfig(rows=rows, d_mem=256),
         mesh=mesh or MeshConfig(),
     )
