@@ -205,12 +205,9 @@ class ItemHeadConfig:
 
     Attributes:
       weight: of an item's cross-entropy in the loss, beside that of its codes.
-      mix: its share in the beam search: a SID scores
-        (1 - mix) * log p(codes) + mix * log p(its items).
     """
 
     weight: PositiveFloat = 1.0
-    mix: Share = 0.5
 
 
 @dataclass(frozen=True)
@@ -327,6 +324,8 @@ class EvaluationConfig:
       users: test users for retrieval metrics (a fixed sample; 0 means all).
       beam: width of the beam search.
       batch_size: users per beam-search batch.
+      item_share: where there is an item head: in a search over the catalogue a SID scores
+        (1 - item_share) * log p(codes) + item_share * log p(its items).
     """
 
     every_steps: PositiveInt = 100
@@ -337,6 +336,7 @@ class EvaluationConfig:
     users: NonNegativeInt = 0
     beam: Annotated[PositiveInt, Field(le=100_000)] = 20
     batch_size: PositiveInt = 64
+    item_share: Share = 0.7
 
     @property
     def retrieves(self) -> bool:

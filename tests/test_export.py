@@ -384,7 +384,11 @@ def test_other_addresses(address, tmp_path):
 @pytest.mark.parametrize("sid_encoder", [None, ITEM_MEMORY], ids=["alone", "with memory"])
 def test_an_item_head_goes_along(sid_encoder, tmp_path):
     config = small_config(
-        DecoderConfig(layers=1), 0, sid_encoder=sid_encoder, item_head=ItemHeadConfig(mix=0.4)
+        DecoderConfig(layers=1),
+        0,
+        sid_encoder=sid_encoder,
+        item_head=ItemHeadConfig(),
+        evaluation=EvaluationConfig(item_share=0.4),
     )
     run = make_run(tmp_path / "run", config)
     export_run(run, tmp_path / "out")

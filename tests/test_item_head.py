@@ -74,15 +74,14 @@ def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(data):
 
 @pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
 def test_a_wide_search_ranks_by_both(mix):
-    head = ItemHeadConfig(mix=mix)
-    model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, head)
+    model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, ItemHeadConfig())
     model.item_head.vectors[...] = 40 * model.item_head.vectors[...]
     histories = [rng.integers(0, 40, length) for length in (3, 0, 4)]
     given = prompts(model, catalog, histories, 4)
     cached = CachedSidLM(model, rows_at)
     groups = jnp.asarray(catalog.group_of_item, jnp.int32)
     search = jax.jit(
-        lambda p, beams: beam_search(cached, p, beams, catalog.trie.levels, None, groups),
+        lambda p, beams: beam_search(cached, p, beams, catalog.trie.levels, None, groups, mix),
         static_argnums=1,
     )
     found, narrow = (jax.device_get(search(given, beams)) for beams in (60, 4))

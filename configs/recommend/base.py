@@ -26,10 +26,10 @@ def get_config() -> Config:
         sid_encoder=PrefixMemoryConfig(
             target_levels=(1, 3, 4), orders=4, heads=4, rows=2**15, d_mem=64, dropout=0.2
         ),
-        item_head=ItemHeadConfig(weight=1.0, mix=0.7),
+        item_head=ItemHeadConfig(weight=1.0),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         checkpoint=CheckpointConfig(every_steps=300),
         evaluation=EvaluationConfig(
-            every_steps=300, validation_examples=2000, select_by="item_ndcg@10"
+            every_steps=300, validation_examples=2000, select_by="item_ndcg@10", item_share=0.7
         ),
     )

@@ -136,6 +136,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_include_seen(evaluation)
     evaluation.add_argument(
+        "--item-share",
+        type=float,
+        metavar="SHARE",
+        help="of the item head in a SID's score, 0 to 1 (default: the config's)",
+    )
+    evaluation.add_argument(
         "--blend",
         type=float,
         nargs="+",

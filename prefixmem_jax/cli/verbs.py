@@ -60,6 +60,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.users,
         options.beam,
         options.include_seen,
+        options.item_share,
         options.heuristics,
         options.blend,
         options.out,

@@ -32,7 +32,6 @@ class SidModel(Protocol):
     """
 
     levels: int
-    item_share: float
 
     def start(self, prompts: Any) -> tuple[jax.Array, Any]:
         """Logits of c_1 after each user's prompt, float32 [users, codes]; and a state."""
@@ -49,7 +48,7 @@ class SidModel(Protocol):
     def item_logits(self, state: Any) -> jax.Array:
         """Scores of whole items after each prompt, float32 [users, at least items].
 
-        Asked for only where the caller says that the model has them; `item_share` is their share.
+        Asked for only where the caller says that the model has them.
         """
 
 
@@ -60,6 +59,7 @@ def beam_search(
     trie: Sequence[TrieLevel] | None,
     excluded: jax.Array | None = None,
     group_of_item: jax.Array | None = None,
+    item_share: jax.Array | float = 0.0,
 ) -> Beams:
     """Decodes the next item after each prompt.
 
@@ -70,11 +70,12 @@ def beam_search(
       excluded: leaves of the trie that a user must not get, int32 [users, any]; -1 for none.
       group_of_item: leaf of every item, int32 [items], where the model scores whole items and these
         scores count too (constrained only).
+      item_share: their share in a SID's score, 0 to 1.
     """
     logits, state = model.start(prompts)
     prior = None
     if trie is not None and group_of_item is not None:
-        prior = item_prior(model.item_logits(state), group_of_item, trie, model.item_share)
+        prior = item_prior(model.item_logits(state), group_of_item, trie, item_share)
     users = logits.shape[0]
     scores = jnp.zeros((users, 1))
     codes = jnp.zeros((users, 1, 0), jnp.int32)

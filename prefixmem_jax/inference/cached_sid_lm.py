@@ -69,7 +69,6 @@ class CachedSidLM:
         self.rows_at = rows_at
         self.vocabulary = model.vocabulary
         self.levels = model.vocabulary.levels
-        self.item_share = 0.0 if model.item_head is None else model.item_head.mix
 
     def start(self, prompts: Batch) -> tuple[jax.Array, SearchState]:
         """Runs prompts, one document a row, padded on the right."""

@@ -76,6 +76,7 @@ class Engine:
         constrained: bool,
         progress: str = "",
         exclude_seen: bool = False,
+        item_share: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best next SIDs after each history.
 
@@ -83,6 +84,7 @@ class Engine:
           histories: item ids, oldest first; cut to the last `max_items`.
           constrained: only SIDs of the catalogue.
           exclude_seen: leave out SIDs of which the history holds every item (constrained only).
+          item_share: of the item head, if there is one (constrained only); None: the config's.
 
         Returns:
           codes int32 [users, beams, levels] and scores float32 [users, beams], best first; see
@@ -90,7 +92,12 @@ class Engine:
         """
         codes = np.full((len(histories), beams, self.catalog.space.levels), -1, np.int32)
         scores = np.full((len(histories), beams), -np.inf, np.float32)
-        shared = (self._trie, self._groups) if constrained else (None, None)
+        shared = (None, None, None)
+        if constrained:
+            if item_share is None:
+                item_share = self.spec.config.evaluation.item_share
+            share = None if self._groups is None else self._put(np.float32(item_share), P())
+            shared = (self._trie, self._groups, share)
         for users, prompts in self._prompts(histories, progress):
             excluded = None
             if exclude_seen:
@@ -221,12 +228,13 @@ def _search(
     rows_at: RowsAt | None,
     trie: list | None,
     groups: jax.Array | None,
+    share: jax.Array | None,
     prompts: Batch,
     excluded: Any,
     *,
     beams: int,
 ) -> Beams:
-    return beam_search(CachedSidLM(model, rows_at), prompts, beams, trie, excluded, groups)
+    return beam_search(CachedSidLM(model, rows_at), prompts, beams, trie, excluded, groups, share)
 
 
 def _target_ranks(model: SidLM, rows_at: RowsAt | None, batch: Batch) -> jax.Array:

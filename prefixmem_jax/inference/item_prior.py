@@ -20,7 +20,7 @@ class ItemPrior(NamedTuple):
     """
 
     log_mass: list[jax.Array]
-    share: float
+    share: jax.Array | float
 
     def gains(self, level: int, nodes: jax.Array, children: jax.Array) -> jax.Array:
         """What going on from nodes [users, beams] to children [users, beams, ways] gains."""
@@ -34,7 +34,10 @@ class ItemPrior(NamedTuple):
 
 
 def item_prior(
-    item_logits: jax.Array, group_of_item: jax.Array, trie: Sequence[TrieLevel], share: float
+    item_logits: jax.Array,
+    group_of_item: jax.Array,
+    trie: Sequence[TrieLevel],
+    share: jax.Array | float,
 ) -> ItemPrior:
     """The prior of scores of whole items.
 

@@ -23,7 +23,7 @@ class ItemHead(nnx.Module):
         self, config: ItemHeadConfig, vocabulary: Vocabulary, d_model: int, *, rngs: nnx.Rngs
     ):
         self.items = vocabulary.items
-        self.weight, self.mix = config.weight, config.mix
+        self.weight = config.weight
         outputs = (vocabulary.item_outputs, "vocabulary")
         self.vectors = normal(rngs, 0.02, (d_model, "stored_model"), outputs)
 

@@ -167,7 +167,7 @@ class Catalog:
             prompt, prior, share = torch.tensor([tokens], device=model.device), None, 0.0
             if getattr(model, "item_head", None) is not None:
                 prior = self.log_masses(model.item_log_probs(prompt))
-                share = model.config.item_head["mix"]
+                share = model.config.semantic_ids["item_share"]
             output = model.generate(
                 prompt,
                 attention_mask=torch.ones(1, len(tokens), dtype=torch.int64, device=model.device),
