@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import small_config
+from models import make_run, small_config
 from test_step import CONFIG, batch_at, losses, on_mesh, run, spec_of, with_optimizer
 
 from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig, ItemHeadConfig
@@ -17,7 +17,9 @@ from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.training.hooks import Validation
 from prefixmem_jax.training.loop import train
+from prefixmem_jax.training.state import init_sharded
 
 EVERYTHING = dataclasses.replace(
     with_optimizer(CONFIG, average_decay=0.9),
@@ -106,6 +108,24 @@ def test_the_average_follows_the_parameters():
     plain = run(CONFIG, 3)[1]
     assert plain.average is None
     chex.assert_trees_all_equal(plain.params, state.params)  # training does not see it
+
+
+def test_neither_parameters_nor_average_may_be_saved_where_they_are_no_good():
+    spec = spec_of(with_optimizer(CONFIG, average_decay=0.9))
+    validation = Validation(spec, None, batch_at(0), None)
+    with jax.set_mesh(spec.mesh):
+        state = init_sharded(spec, 0)
+        assert validation.is_finite(state)
+        bad = jax.tree.map(lambda x: x * jnp.nan, state.params)
+        assert not validation.is_finite(state._replace(params=bad))
+        assert not validation.is_finite(state._replace(average=bad))
+
+
+def test_before_there_is_a_best_the_newest_is_read(tmp_path):
+    run = make_run(tmp_path / "run", STILL)
+    assert run.step == 0
+    with pytest.raises(UserError, match="no kept checkpoint has a validation item_ndcg@10"):
+        _ = Run(run.path, step="best").step
 
 
 SMALL = small_config(DecoderConfig(layers=1), 0)

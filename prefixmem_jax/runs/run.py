@@ -29,7 +29,7 @@ from prefixmem_jax.runs.checkpoint import (
     averaged,
     has_checkpoint,
 )
-from prefixmem_jax.runs.metrics import METRICS, read_metrics
+from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -220,18 +220,21 @@ class Run:
         """
         others = {"optimizer", "memory_optimizer", "step"}
         with self.checkpoints() as checkpoints:
-            selected = self._step is None and self.config.evaluation.select_by is not None
-            if self._step == "best" or (selected and self.path.joinpath(METRICS).is_file()):
-                return checkpoints.choose(self._best(checkpoints.steps), without=others)
-            return checkpoints.choose(self._step, without=others)
+            step = self._step
+            if step == "best" or (step is None and self.config.evaluation.select_by is not None):
+                step = self._best(checkpoints.steps)
+            return checkpoints.choose(step, without=others)
 
-    def _best(self, steps: Sequence[int]) -> int:
+    def _best(self, steps: Sequence[int]) -> int | None:
+        """The best by validation; None, where it need not be, before there is one."""
         metric = self.config.evaluation.select_by or "loss"
         values = {
             record["step"]: record[f"validation/{metric}"]
             for record in read_metrics(self.path)
             if f"validation/{metric}" in record and record["step"] in steps
         }
+        if not values and self._step is None:
+            return None
         if not values:
             raise UserError(
                 f"{self.path}: no kept checkpoint has a validation {metric}; make "

@@ -156,7 +156,8 @@ class Validation(Hook):
         totals = progress.totals()
         sums: dict[str, np.ndarray] = {}
         for batch in self.batches:
-            for name, value in self._sums(progress.state, batch).items():
+            used, memory = progress.state.used_params, progress.state.memory
+            for name, value in self._sums(used, memory, batch).items():
                 sums[name] = sums.get(name, 0) + np.float64(value)
         summary = self.spec.config.objective.summarize(sums, "validation/")
         if self.retrieval is not None:
@@ -178,15 +179,19 @@ class Validation(Hook):
         progress.skip_time()
 
     def is_finite(self, state: TrainState) -> bool:
-        """Whether a state gives the first held-out rows a finite loss."""
-        return bool(np.isfinite(self._sums(state, self.batches[0])["loss"]))
+        """Whether a state gives the first held-out rows a finite loss, averaged or not."""
+        kept = [state.params] if state.average is None else [state.params, state.average]
+        sums = [self._sums(params, state.memory, self.batches[0]) for params in kept]
+        return all(bool(np.isfinite(one["loss"])) for one in sums)
 
-    def _sums(self, state: TrainState, batch: Rows) -> dict[str, np.ndarray]:
+    def _sums(
+        self, params: dict[str, Any], memory: jax.Array | None, batch: Rows
+    ) -> dict[str, np.ndarray]:
         # Every process holds the batch, and gives its share of it.
         process, processes = jax.process_index(), jax.process_count()
         own = jax.tree.map(lambda array: array[process::processes], batch)
         placed = global_batch(own, batch_sharding(self.spec.mesh))
-        return jax.device_get(self.step(state.used_params, state.memory, placed))
+        return jax.device_get(self.step(params, memory, placed))
 
 
 class Checkpointing(Hook):
