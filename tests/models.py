@@ -115,7 +115,7 @@ def whole_logits(model: SidLM, rows_at: RowsAt | None, sequences: Sequence) -> n
     @jax.jit
     def logits(batch: Batch) -> jax.Array:
         rows = rows_for(model, rows_at, batch.tokens, batch.segment_ids)
-        return model.logits(model(batch, rows)[0])
+        return model.softmax_head().logits(model(batch, rows)[0])
 
     return np.asarray(logits(batch))
 

@@ -129,7 +129,7 @@ def test_beams_attend_to_their_prompt_and_to_their_own_tokens(heads, kv_heads, s
 @jax.jit
 def run(decoder, tokens, segments, positions):
     hidden, kept = decoder(decoder.embed(tokens), Place(positions, segments))
-    return decoder.logits(hidden), kept
+    return decoder.softmax_head().logits(hidden), kept
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +168,9 @@ def test_cached_steps_equal_the_whole_sequence(whole):
 
     for at in range(4, 9):
         hidden, cache = extend(decoder, tokens[:, at : at + 1], cache, at)
-        found = decoder.logits(hidden)
+        found = decoder.softmax_head().logits(hidden)
         np.testing.assert_allclose(found[:, 0], expected[:, at], rtol=1e-4, atol=1e-5)
-    some = decoder.logits(hidden, 10, 20)
+    some = decoder.softmax_head(10, 20).logits(hidden)
     np.testing.assert_allclose(some, found[..., 10:20], rtol=1e-6, atol=1e-6)
 
 

@@ -61,7 +61,7 @@ def load(folder, mesh_sizes=(1, 1, 1), **changes) -> Decoder:
 @jax.jit
 def whole(decoder, tokens, place):
     hidden, kept = decoder(decoder.embed(tokens), place)
-    return decoder.logits(hidden), kept
+    return decoder.softmax_head().logits(hidden), kept
 
 
 @jax.jit
@@ -69,7 +69,7 @@ def extended(decoder, tokens, cache, place, at):
     queries = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1), place)
     token = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=1)
     hidden, cache = decoder.extend(decoder.embed(token), queries, cache, place, at)
-    return decoder.logits(hidden)[:, 0], cache
+    return decoder.softmax_head().logits(hidden)[:, 0], cache
 
 
 @pytest.mark.parametrize("name", ORACLES)

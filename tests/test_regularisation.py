@@ -88,7 +88,7 @@ def test_smoothing_spreads_a_share_evenly():
     model = spec.model(spec.init_params(jax.random.key(0)))
     batch = batch_at(0)
     found = NextToken(label_smoothing=0.2).loss_sums(model, batch, None, jax.random.key(0))
-    logits = np.asarray(model.logits(model(batch, None)[0]), np.float64)
+    logits = np.asarray(model.softmax_head().logits(model(batch, None)[0]), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
     own = np.take_along_axis(log_p, target[..., None], -1)[..., 0]

@@ -76,7 +76,7 @@ class CachedSidLM:
         hidden, cache = self.model(prompts, rows)
         length = jnp.sum(prompts.segment_ids > 0, axis=1)
         hidden = jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)
-        logits = self.model.llm.logits(hidden, *self.vocabulary.token_range(1))[:, 0]
+        logits = self._code_logits(hidden, 1)[:, 0]
         own = jax.tree.map(lambda kept: kept[:, :, :1, None][:, :, :, :0], cache)
         place = Place(prompts.positions, prompts.segment_ids)
         recent = last_tokens(prompts.tokens, length, self.model.reach)
@@ -84,7 +84,7 @@ class CachedSidLM:
 
     def item_logits(self, state: SearchState) -> jax.Array:
         """Scores of whole items after each prompt, by the item head."""
-        return self.model.item_head.logits(state.hidden)[:, 0]
+        return self.model.item_head.softmax_head(state.hidden.dtype).logits(state.hidden)[:, 0]
 
     def step(
         self, codes: jax.Array, parent: jax.Array, state: SearchState
@@ -104,8 +104,12 @@ class CachedSidLM:
             state.place,
             own,
         )
-        logits = self.model.llm.logits(hidden, *self.vocabulary.token_range(level + 1))
+        logits = self._code_logits(hidden, level + 1)
         return logits, state._replace(own=own)
+
+    def _code_logits(self, hidden: jax.Array, level: int) -> jax.Array:
+        """Logits [..., codes] of the codes of one level."""
+        return self.model.llm.softmax_head(*self.vocabulary.token_range(level)).logits(hidden)
 
     def _embed_last(self, codes: jax.Array, recent: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Decoder inputs [users, beams, D] of each beam's last token.

@@ -27,9 +27,10 @@ from prefixmem_jax.layers.attention import (
     beam_attention,
 )
 from prefixmem_jax.layers.dropout import dropout
+from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import constrain, einsum, gather_over_fsdp, take
+from prefixmem_jax.parallel.sharding import constrain, gather_over_fsdp, take
 
 # So few layers compile fast without a loop, and their gradients run faster.
 UNROLLED_LAYERS = 4
@@ -176,21 +177,13 @@ class Decoder(nnx.Module):
         return jnp.asarray(window_L), jnp.asarray(np.where(slides_L[:, None], near, everywhere))
 
     @jax.named_scope("head")
-    def logits(self, hidden_BSD: jax.Array, first: int = 0, stop: int | None = None) -> jax.Array:
-        """Float32 logits [B, S, V] of tokens first..stop-1 (default: the whole vocabulary)."""
-        dtype = hidden_BSD.dtype
+    def softmax_head(self, first: int = 0, stop: int | None = None) -> SoftmaxHead:
+        """What scores tokens first..stop-1 (default: the whole vocabulary)."""
+        dtype = self.config.compute_dtype
         if self.config.tied_embeddings:
             weight = gather_over_fsdp(self.embedding[...], dtype, "vocabulary", None).T
         else:
             weight = gather_over_fsdp(self.head[...], dtype, None, "vocabulary")
         if first != 0 or stop is not None:
             weight = weight[:, first:stop]
-        logits_BSV = einsum(
-            "BSD,DV->BSV",
-            hidden_BSD,
-            weight,
-            out=("batch", None, "vocabulary"),
-            preferred_element_type=jnp.float32,
-        )
-        cap = self.config.logit_softcap
-        return logits_BSV if cap is None else cap * jnp.tanh(logits_BSV / cap)
+        return SoftmaxHead(weight, self.config.logit_softcap)

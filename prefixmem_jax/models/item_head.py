@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prefixmem_jax.config_groups import ItemHeadConfig
+from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import constrain, einsum, gather_over_fsdp, take_positions
+from prefixmem_jax.parallel.sharding import gather_over_fsdp, take_positions
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
@@ -27,18 +28,10 @@ class ItemHead(nnx.Module):
         outputs = (vocabulary.item_outputs, "vocabulary")
         self.vectors = normal(rngs, 0.02, (d_model, "stored_model"), outputs)
 
-    def logits(self, hidden_BPD: jax.Array) -> jax.Array:
-        """Float32 scores [B, P, outputs] after hidden states; of an output without item, -inf."""
-        weight = gather_over_fsdp(self.vectors[...], hidden_BPD.dtype, None, "vocabulary")
-        logits_BPI = einsum(
-            "BPD,DI->BPI",
-            hidden_BPD,
-            weight,
-            out=("batch", None, "vocabulary"),
-            preferred_element_type=jnp.float32,
-        )
-        real_I = constrain(jnp.arange(logits_BPI.shape[-1]) < self.items, "vocabulary")
-        return jnp.where(real_I, logits_BPI, -jnp.inf)
+    def softmax_head(self, dtype: str) -> SoftmaxHead:
+        """What scores items."""
+        weight = gather_over_fsdp(self.vectors[...], dtype, None, "vocabulary")
+        return SoftmaxHead(weight, outputs=self.items)
 
 
 def item_places(next_item_BS: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,9 @@ import jax
 from flax import nnx
 
 from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import constrain, einsum
+from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig, drop_rows
 
@@ -45,7 +46,6 @@ class PrefixClassifier(nnx.Module):
             memory_BSD = self.sid_encoder(batch.tokens, batch.segment_ids, rows)
             return constrain(memory_BSD, "batch", None, None), None
 
-    def logits(self, memory_BSD: jax.Array) -> jax.Array:
-        """Float32 logits [B, S, V] of the next token."""
-        head = constrain(self.head[...], None, "vocabulary")
-        return einsum("BSD,DV->BSV", memory_BSD, head, out=("batch", None, "vocabulary"))
+    def softmax_head(self) -> SoftmaxHead:
+        """What scores the next token."""
+        return SoftmaxHead(constrain(self.head[...], None, "vocabulary"))

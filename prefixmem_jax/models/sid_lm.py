@@ -9,6 +9,7 @@ from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.layers.attention import KeyValues, Place
+from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.models.item_head import ItemHead
 from prefixmem_jax.parallel.sharding import constrain
@@ -98,6 +99,6 @@ class SidLM(nnx.Module):
         x_BSD = self.embed(batch.tokens, batch.segment_ids, rows)
         return self.llm(x_BSD, Place(batch.positions, batch.segment_ids), key)
 
-    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
-        """Float32 logits [B, S, V] of the next token after hidden states."""
-        return self.llm.logits(hidden_BSD)
+    def softmax_head(self) -> SoftmaxHead:
+        """What scores the next token after hidden states."""
+        return self.llm.softmax_head()

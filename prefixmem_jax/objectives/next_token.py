@@ -19,10 +19,11 @@ from prefixmem_jax.data.documents import (
 )
 from prefixmem_jax.data.packing import one_per_row, pack
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
+from prefixmem_jax.layers.softmax_head import cross_entropy
 from prefixmem_jax.models.item_head import item_places
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.objectives.objective import Objective
-from prefixmem_jax.parallel.sharding import constrain, take_positions
+from prefixmem_jax.parallel.sharding import take_positions
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
@@ -83,16 +84,23 @@ class NextToken(Objective):
           validation item_hits (top-10).
         """
         hidden_BSD, _ = model(batch, rows, key)
-        logits_BSV = model.logits(hidden_BSD)
         mask_BS = self.predicted(model, batch)
+        target_BS = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
         smoothing = 0.0 if key is None else self.label_smoothing
-        with jax.named_scope("loss"):
-            sums = _token_sums(logits_BSV, batch.tokens, mask_BS, model.vocabulary, smoothing)
+        head = model.softmax_head()
+        loss, rank_BS = cross_entropy(hidden_BSD, head, target_BS, mask_BS, smoothing)
+        level_BS, _ = model.vocabulary.level_and_code(target_BS)
+        by_level = [(level_BS == at) * mask_BS for at in range(1, model.vocabulary.levels + 1)]
+        sums = {
+            "loss": loss,
+            "count": jnp.sum(mask_BS),
+            "hits": jnp.stack([jnp.sum((rank_BS == 1) * at) for at in by_level]),
+            "level_count": jnp.stack([jnp.sum(at) for at in by_level]),
+        }
         if model.item_head is not None:
-            with jax.named_scope("item_head"):
-                next_item_BS = batch.next_item * mask_BS.astype(jnp.int32)
-                sums |= _item_sums(model, hidden_BSD, next_item_BS, with_hits=key is None)
-                sums["loss"] += model.item_head.weight * sums["item_loss"]
+            next_item_BS = batch.next_item * mask_BS.astype(jnp.int32)
+            sums |= _item_sums(model, hidden_BSD, next_item_BS, with_hits=key is None)
+            sums["loss"] += model.item_head.weight * sums["item_loss"]
         return sums
 
     def summarize(self, sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -110,54 +118,15 @@ class NextToken(Objective):
         return summary
 
 
-def _cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of logits [..., V] and targets [...]: log of the sum, the target's logit, its rank from 1.
-
-    Equal logits count against the target, or a model that says nothing would score full marks.
-    """
-    # Reductions over the vocabulary only, which may be sharded: no gather of the target's logit.
-    token_V = jnp.arange(logits.shape[-1], dtype=target.dtype)
-    is_target = constrain(token_V, "vocabulary") == target[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    rank = jnp.sum(logits >= target_logit[..., None], axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1), target_logit, rank
-
-
+@jax.named_scope("item_head")
 def _item_sums(
     model: SidLM, hidden_BSD: jax.Array, next_item_BS: jax.Array, with_hits: bool
 ) -> dict[str, jax.Array]:
     index_BP, items_BP = item_places(next_item_BS, model.vocabulary.levels)
-    logits_BPI = model.item_head.logits(take_positions(hidden_BSD, index_BP))
-    total_BP, target_BP, rank_BP = _cross_entropy(logits_BPI, items_BP)
     there_BP = (items_BP >= 0).astype(jnp.float32)
-    sums = {
-        "item_loss": jnp.sum((total_BP - target_BP) * there_BP),
-        "item_count": jnp.sum(there_BP),
-    }
+    head = model.item_head.softmax_head(hidden_BSD.dtype)
+    loss, rank_BP = cross_entropy(take_positions(hidden_BSD, index_BP), head, items_BP, there_BP)
+    sums = {"item_loss": loss, "item_count": jnp.sum(there_BP)}
     if with_hits:
         sums["item_hits"] = jnp.sum((rank_BP <= 10) * there_BP)
     return sums
-
-
-def _token_sums(
-    logits_BSV: jax.Array,
-    tokens_BS: jax.Array,
-    mask_BS: jax.Array,
-    vocabulary: Vocabulary,
-    smoothing: float,
-) -> dict[str, jax.Array]:
-    target_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
-    total_BS, target_logit_BS, rank_BS = _cross_entropy(logits_BSV, target_BS)
-    wanted_BS = target_logit_BS
-    if smoothing:
-        wanted_BS = (1 - smoothing) * wanted_BS + smoothing * jnp.mean(logits_BSV, axis=-1)
-    loss_BS = total_BS - wanted_BS
-    hit_BS = (rank_BS == 1) * mask_BS
-    target_level_BS, _ = vocabulary.level_and_code(target_BS)
-    by_level = [(target_level_BS == level) for level in range(1, vocabulary.levels + 1)]
-    return {
-        "loss": jnp.sum(loss_BS * mask_BS),
-        "count": jnp.sum(mask_BS),
-        "hits": jnp.stack([jnp.sum(hit_BS * at) for at in by_level]),
-        "level_count": jnp.stack([jnp.sum(mask_BS * at) for at in by_level]),
-    }

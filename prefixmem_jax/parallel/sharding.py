@@ -76,6 +76,8 @@ def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax
     """
     if not _explicit_mesh():
         return weight.astype(dtype)
+    if jax.sharding.get_abstract_mesh().size == 1:
+        return constrain(weight.astype(dtype), *logical)
     stored = jax.typeof(weight).sharding.spec
     whole = tuple(_without_fsdp(axes) for axes in stored)
     sharded = [dim for dim in range(len(stored)) if whole[dim] != stored[dim]]
@@ -140,3 +142,34 @@ def by_heads(function: Callable, heads: tuple, batch: tuple, window: jax.Array) 
     return jax.shard_map(function, in_specs=(per_head, per_batch, P()), out_specs=per_head)(
         heads, batch, window
     )
+
+
+def by_vocabulary(
+    function: Callable, hidden_BSD: jax.Array, weight_DV: jax.Array, of_batch: tuple
+) -> tuple[jax.Array, jax.Array]:
+    """Sums a loss over the batch, on each device its own part of the batch and the vocabulary.
+
+    Args:
+      function: of (mesh axis that divides the vocabulary or None, hidden states, weight, of_batch);
+        gives its part's sum, and something by prediction [B, S]: the same along that axis.
+      of_batch: arrays [B, S].
+    """
+    if not _explicit_mesh():
+        return function(None, hidden_BSD, weight_DV, of_batch)
+    axis = RULES["vocabulary"]
+
+    def local(hidden: jax.Array, weight: jax.Array, of_batch: tuple) -> tuple:
+        hidden = jax.lax.pcast(hidden, axis, to="varying")
+        weight = jax.lax.pcast(weight, BATCH_AXES, to="varying")
+        loss, by_prediction = function(axis, hidden, weight, of_batch)
+        return jax.lax.psum(loss, BATCH_AXES), by_prediction
+
+    return jax.shard_map(
+        local,
+        in_specs=(
+            spec("batch", None, None),
+            jax.typeof(weight_DV).sharding.spec,
+            spec("batch", None),
+        ),
+        out_specs=(P(), spec("batch", None)),
+    )(hidden_BSD, weight_DV, of_batch)

@@ -1,0 +1,202 @@
+"""The softmax at the end: hidden states scored against one vector an output, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prefixmem_jax.parallel.sharding import by_vocabulary, constrain, einsum
+
+# On a CPU, logits are computed so many at a time that they stay in its cache.
+CACHED_LOGITS = 2**20
+
+
+class SoftmaxHead(NamedTuple):
+    """What hidden states are scored against.
+
+    Attributes:
+      weight: [D, V] in the compute dtype, gathered over fsdp.
+      softcap: bound that logits are squeezed into, or None.
+      outputs: those that exist; the others, which fill V up, score -inf. None: all.
+    """
+
+    weight: jax.Array
+    softcap: float | None = None
+    outputs: int | None = None
+
+    def logits(self, hidden_BSD: jax.Array) -> jax.Array:
+        """Float32 logits [B, S, V]."""
+        logits_BSV = einsum(
+            "BSD,DV->BSV",
+            hidden_BSD,
+            self.weight,
+            out=("batch", None, "vocabulary"),
+            preferred_element_type=jnp.float32,
+        )
+        number_V = constrain(jnp.arange(logits_BSV.shape[-1]), "vocabulary")
+        return finish(logits_BSV, number_V, self.softcap, self.outputs)
+
+
+def finish(
+    products: jax.Array, number_V: jax.Array, softcap: float | None, outputs: int | None
+) -> jax.Array:
+    """Logits of dot products [..., V] with the outputs of these numbers; see `SoftmaxHead`."""
+    if softcap is not None:
+        products = softcap * jnp.tanh(products / softcap)
+    return products if outputs is None else jnp.where(number_V < outputs, products, -jnp.inf)
+
+
+class Losses(NamedTuple):
+    """Of predictions [B, S].
+
+    Attributes:
+      loss: float32 [], the weighted sum of their cross-entropies.
+      rank: int32 [B, S], the target's among all outputs, from 1. Equal logits count against it, or
+        a model that says nothing would score full marks.
+    """
+
+    loss: jax.Array
+    rank: jax.Array
+
+
+@jax.named_scope("loss")
+def cross_entropy(
+    hidden_BSD: jax.Array,
+    head: SoftmaxHead,
+    target_BS: jax.Array,
+    weight_BS: jax.Array,
+    smoothing: float = 0.0,
+) -> Losses:
+    """Cross-entropy of targets after hidden states.
+
+    Args:
+      target_BS: int32; any number where the weight is 0.
+      weight_BS: float32, of each prediction in the sum.
+      smoothing: share of a target's probability that is spread evenly over the outputs.
+    """
+
+    def local(
+        axis: str | None, hidden: jax.Array, vectors: jax.Array, of_batch: tuple
+    ) -> tuple[jax.Array, jax.Array]:
+        here = _Loss(head.softcap, head.outputs, smoothing, axis)
+        target, weight = of_batch
+        flat = (hidden.reshape(-1, hidden.shape[-1]), vectors, target.reshape(-1))
+        loss, rank = _summed(here, *flat, weight.reshape(-1))
+        return loss, rank.reshape(target.shape)
+
+    return Losses(*by_vocabulary(local, hidden_BSD, head.weight, (target_BS, weight_BS)))
+
+
+class _Loss(NamedTuple):
+    """What the loss is, see `SoftmaxHead` and `cross_entropy`; and the mesh axis that divides the
+    outputs, if one does.
+    """
+
+    softcap: float | None
+    outputs: int | None
+    smoothing: float
+    axis: str | None
+
+
+def _whole(
+    here: _Loss,
+    hidden_ND: jax.Array,
+    weight_DV: jax.Array,
+    target_N: jax.Array,
+    weight_N: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of losses, and ranks int32 [N]. Vectors here are this device's own."""
+
+    def total(x: jax.Array) -> jax.Array:
+        return x if here.axis is None else jax.lax.psum(x, here.axis)
+
+    size = weight_DV.shape[1]
+    first = 0 if here.axis is None else jax.lax.axis_index(here.axis) * size
+    number_V = first + jnp.arange(size)
+    products_NV = jnp.matmul(hidden_ND, weight_DV, preferred_element_type=jnp.float32)
+    logits_NV = finish(products_NV, number_V, here.softcap, here.outputs)
+    highest_N = jnp.max(jax.lax.stop_gradient(logits_NV), axis=1)
+    if here.axis is not None:
+        highest_N = jax.lax.pmax(highest_N, here.axis)
+    sum_N = total(jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=1))
+    # Reductions over the outputs only, which may be divided: no gather of the target's logit.
+    target_NV = number_V == target_N[:, None]
+    own_N = total(jnp.sum(jnp.where(target_NV, logits_NV, 0.0), axis=1))
+    rank_N = total(jnp.sum(logits_NV >= own_N[:, None], axis=1))
+    wanted_N = own_N
+    if here.smoothing:
+        exists_V = True if here.outputs is None else number_V < here.outputs
+        all_N = total(jnp.sum(jnp.where(exists_V, logits_NV, 0.0), axis=1))
+        mean_N = all_N / (here.outputs or total(jnp.float32(size)))
+        wanted_N = (1 - here.smoothing) * own_N + here.smoothing * mean_N
+    return jnp.sum(weight_N * (highest_N + jnp.log(sum_N) - wanted_N)), rank_N
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(here: _Loss, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `_whole`."""
+    return _by_platform(_in_pieces, here, *operands)
+
+
+def _forward(here: _Loss, *operands: jax.Array) -> tuple[tuple, tuple]:
+    return _by_platform(_in_pieces_with_gradients, here, *operands)
+
+
+def _backward(here: _Loss, gradients: tuple, cotangents: tuple) -> tuple:
+    del here
+    by_hidden, by_weight = (x * cotangents[0].astype(x.dtype) for x in gradients)
+    return by_hidden, by_weight, None, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _by_platform(function: Callable, here: _Loss, *operands: jax.Array) -> Any:
+    """Function with as many logits at once as the platform likes."""
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=partial(function, here, CACHED_LOGITS),
+        default=partial(function, here, None),
+    )
+
+
+def _in_pieces(here: _Loss, logits: int | None, *operands: jax.Array) -> tuple:
+    hidden_ND, weight_DV, target_N, weight_N = operands
+    losses, rank = jax.lax.map(
+        lambda piece: _whole(here, piece[0], weight_DV, *piece[1:]),
+        _pieces(logits, weight_DV.shape[1], hidden_ND, target_N, weight_N),
+    )
+    return jnp.sum(losses), rank.reshape(-1)[: len(hidden_ND)]
+
+
+def _in_pieces_with_gradients(here: _Loss, logits: int | None, *operands: jax.Array) -> tuple:
+    """Each piece's gradients are computed while its logits are at hand."""
+    hidden_ND, weight_DV, target_N, weight_N = operands
+    whole = jax.value_and_grad(partial(_whole, here), (0, 1), has_aux=True)
+
+    def one(before: jax.Array, piece: tuple) -> tuple:
+        (loss, rank), (by_hidden, by_weight) = whole(piece[0], weight_DV, *piece[1:])
+        return before + by_weight, (loss, rank, by_hidden)
+
+    nothing = jax.lax.full_like(weight_DV, 0, dtype=jnp.float32)
+    pieces = _pieces(logits, weight_DV.shape[1], hidden_ND, target_N, weight_N)
+    by_weight, (losses, rank, by_hidden) = jax.lax.scan(one, nothing, pieces)
+    by_hidden = by_hidden.reshape(-1, hidden_ND.shape[1])[: len(hidden_ND)]
+    results = jnp.sum(losses), rank.reshape(-1)[: len(hidden_ND)]
+    return results, (by_hidden, by_weight.astype(weight_DV.dtype))
+
+
+def _pieces(logits: int | None, outputs: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [N, ...] as [pieces, predictions, ...], filled up with zeros."""
+    size = len(arrays[0])
+    if logits is not None:
+        size = min(max(logits // outputs, 1), size)
+    missing = -len(arrays[0]) % size
+    return tuple(
+        jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+        for x in arrays
+    )

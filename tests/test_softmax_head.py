@@ -1,0 +1,107 @@
+"""Cross-entropy piece by piece, over any mesh, against NumPy and against plain autodiff."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefixmem_jax.config_groups import MeshConfig
+from prefixmem_jax.layers import softmax_head
+from prefixmem_jax.layers.softmax_head import SoftmaxHead, cross_entropy
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import constrain, gather_over_fsdp, spec
+
+BATCH, LENGTH, MODEL, OUTPUTS = 8, 5, 16, 40
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(BATCH, LENGTH, MODEL)).astype(np.float32)
+    weight = rng.normal(size=(MODEL, OUTPUTS)).astype(np.float32)
+    target = rng.integers(0, 30, (BATCH, LENGTH)).astype(np.int32)
+    of_prediction = rng.integers(0, 3, (BATCH, LENGTH)).astype(np.float32)
+    return hidden, weight, np.where(of_prediction > 0, target, -1), of_prediction
+
+
+def reference(hidden, weight, target, of_prediction, softcap, outputs, smoothing):
+    logits = hidden.astype(np.float64) @ weight
+    if softcap:
+        logits = softcap * np.tanh(logits / softcap)
+    logits = logits[..., :outputs]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    own = np.take_along_axis(logits, np.maximum(target, 0)[..., None], -1)
+    own_log_p = np.take_along_axis(log_p, np.maximum(target, 0)[..., None], -1)[..., 0]
+    loss = -(1 - smoothing) * own_log_p - smoothing * log_p.mean(-1)
+    return np.sum(loss * of_prediction), (logits >= own).sum(-1)
+
+
+def value_and_gradients(softcap, outputs, smoothing):
+    hidden, weight, target, of_prediction = inputs()
+
+    @jax.jit
+    def both(hidden, weight):
+        def loss(hidden, weight):
+            placed = constrain(hidden, "batch", None, None)
+            gathered = gather_over_fsdp(weight, "float32", None, "vocabulary")
+            head = SoftmaxHead(gathered, softcap, outputs)
+            batch = (constrain(jnp.asarray(x), "batch", None) for x in (target, of_prediction))
+            losses = cross_entropy(placed, head, *batch, smoothing)
+            return 3 * losses.loss, losses.rank
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, weight)
+
+    return jax.device_get(both(jnp.asarray(hidden), jnp.asarray(weight)))
+
+
+CASES = [(None, None, 0.0), (None, 30, 0.1), (2.0, None, 0.0), (2.0, 33, 0.3)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("at_once", [1, 7 * OUTPUTS, 2**20])
+def test_it_is_the_reference_however_it_is_cut(case, at_once, monkeypatch):
+    monkeypatch.setattr(softmax_head, "CACHED_LOGITS", at_once)
+    (loss, rank), gradients = value_and_gradients(*case)
+    *arrays, target, of_prediction = inputs()
+    expected, expected_rank = reference(*arrays, target, of_prediction, *case)
+    np.testing.assert_allclose(loss, 3 * expected, rtol=1e-5)
+    asked = of_prediction > 0
+    np.testing.assert_array_equal(rank[asked], expected_rank[asked])
+
+    def plain(hidden, weight):
+        flat = (hidden.reshape(-1, MODEL), weight, target.reshape(-1), of_prediction.reshape(-1))
+        return 3 * softmax_head._whole(softmax_head._Loss(*case, None), *flat)[0]
+
+    wanted = jax.grad(plain, (0, 1))(*arrays)
+    chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
+@pytest.mark.parametrize("case", CASES[1:])
+def test_any_mesh_gives_the_same(case, shape, monkeypatch):
+    monkeypatch.setattr(softmax_head, "CACHED_LOGITS", 3 * OUTPUTS)
+    alone = value_and_gradients(*case)
+    with jax.set_mesh(make_mesh(MeshConfig(*shape))):
+        divided = value_and_gradients(*case)
+    chex.assert_trees_all_close(divided, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_lies_divided_gets_its_gradient_where_it_lies():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    hidden, weight, target, of_prediction = inputs()
+    stored = jax.NamedSharding(mesh, spec("stored_model", "vocabulary"))
+
+    def loss(weight):
+        head = SoftmaxHead(gather_over_fsdp(weight, "float32", None, "vocabulary"))
+        batch = (
+            constrain(jnp.asarray(x), "batch", *(None,) * (x.ndim - 1))
+            for x in (hidden, target, of_prediction)
+        )
+        placed, *batch = batch
+        return cross_entropy(placed, head, *batch).loss
+
+    alone = jax.grad(loss)(jnp.asarray(weight))
+    with jax.set_mesh(mesh):
+        divided = jax.jit(jax.grad(loss))(jax.device_put(weight, stored))
+    assert divided.sharding.is_equivalent_to(stored, 2)
+    np.testing.assert_allclose(divided, alone, rtol=1e-4, atol=1e-5)
