@@ -67,6 +67,8 @@ class Config:
                 "optimizer.trainable=sid_encoder trains the SID encoder alone, and sid_encoder is "
                 "none"
             )
+        if self.item_head is not None:
+            self.item_head.check(self.sid_encoder is not None and self.sid_encoder.reads_items)
         if self.evaluation.patience and self.evaluation.select_by is None:
             raise UserError("evaluation.patience needs a metric to wait for: evaluation.select_by")
         if self.evaluation.retrieves and not self.objective.generates:

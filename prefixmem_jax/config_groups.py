@@ -204,10 +204,31 @@ class ItemHeadConfig:
     """Scores whole items where an item's first code is to come (`models.item_head`).
 
     Attributes:
+      vectors: what an item's score is the hidden state's product with. `memory`: what the SID
+        encoder adds to the embedding where the item ends, so that what is learnt of an item that
+        was seen counts where it is predicted; `sid_encoder.target_levels` must have level 1.
+        `own`: a vector for every item, as a dense parameter.
       weight: of an item's cross-entropy in the loss, beside that of its codes.
+      negatives: items drawn in each step, which stand for all others in the softmax (with `memory`
+        only; uniformly, their probability corrected). None: a softmax over all items.
     """
 
+    vectors: Literal["memory", "own"] = "memory"
     weight: PositiveFloat = 1.0
+    negatives: PositiveInt | None = None
+
+    def check(self, encoder_reads_items: bool) -> None:
+        """Raises UserError where it does not go with itself or with the SID encoder."""
+        if self.vectors == "memory" and not encoder_reads_items:
+            raise UserError(
+                "item_head.vectors=memory: there is no SID encoder that reads whole items; add "
+                "level 1 to sid_encoder.target_levels, or set item_head.vectors=own"
+            )
+        if self.vectors == "own" and self.negatives is not None:
+            raise UserError(
+                f"item_head.negatives={self.negatives} is for item_head.vectors=memory; expected "
+                "none"
+            )
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def _imported_parts(described: ModelFolder, files: SafetensorsFolder) -> dict[st
     )
     spec = ModelSpec.create(config, vocabulary, mesh)
     abstract = dict(spec.params)
-    if model.item_head is not None:
+    if "item_head" in abstract:
         (vectors,) = abstract["item_head"].values()
         shape = (vectors.shape[0], described.item_outputs)
         abstract["item_head"] = {

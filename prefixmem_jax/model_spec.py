@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ class ModelSpec:
         if sid_encoder is not None:
             sid_encoder.check(vocabulary.space)
             table = sid_encoder.table(vocabulary.space)
+        if config.item_head is not None and config.item_head.vectors == "memory":
+            table = dataclasses.replace(table, density=1.0)  # of an item all n-grams are read
         abstract = nnx.eval_shape(lambda: _build(config, vocabulary, nnx.Rngs(0)))
         graphdef = nnx.split(abstract, nnx.Param)[0]
         params = abstract_parameters(abstract, mesh)

@@ -153,7 +153,7 @@ def make_run(folder: Path, config: Config) -> Run:
     if config.sid_encoder is not None:
         params["sid_encoder"] = jax.tree.map(lambda x: 20 * x, params["sid_encoder"])
         state = state._replace(memory=(50 * state.memory).astype(state.memory.dtype))
-    if config.item_head is not None:
+    if "item_head" in params:
         params["item_head"] = jax.tree.map(lambda x: 30 * x, params["item_head"])
     state = state._replace(params=params)
     run = Run(folder)

@@ -381,13 +381,17 @@ def test_other_addresses(address, tmp_path):
     close(torch_logits(open_in_torch(tmp_path / "out"), tokens), our_logits(engine, tokens), 1e-4)
 
 
-@pytest.mark.parametrize("sid_encoder", [None, ITEM_MEMORY], ids=["alone", "with memory"])
-def test_an_item_head_goes_along(sid_encoder, tmp_path):
+@pytest.mark.parametrize(
+    ("sid_encoder", "vectors"),
+    [(None, "own"), (ITEM_MEMORY, "own"), (ITEM_MEMORY, "memory")],
+    ids=["alone", "beside memory", "by memory"],
+)
+def test_an_item_head_goes_along(sid_encoder, vectors, tmp_path):
     config = small_config(
         DecoderConfig(layers=1),
         0,
         sid_encoder=sid_encoder,
-        item_head=ItemHeadConfig(),
+        item_head=ItemHeadConfig(vectors=vectors),
         evaluation=EvaluationConfig(item_share=0.4),
     )
     run = make_run(tmp_path / "run", config)
@@ -404,7 +408,9 @@ def test_an_item_head_goes_along(sid_encoder, tmp_path):
         plain = engine.search([history], 12, constrained=False)  # without the head and the seen
         assert abs(plain[1][0, 0] - ours[0].score) > 1e-3
     import_folder(tmp_path / "out", tmp_path / "imported")
-    parts = ["llm", "item_head"] + ["sid_encoder"] * (sid_encoder is not None)
+    parts = (
+        ["llm"] + ["sid_encoder"] * (sid_encoder is not None) + ["item_head"] * (vectors == "own")
+    )
     for source in (tmp_path / "out", tmp_path / "imported"):
         fresh = ("memory",) if sid_encoder is not None else ()
         init = InitConfig(from_huggingface=str(source), fresh=fresh)

@@ -15,11 +15,14 @@ from prefixmem_jax.data.prepare import fixed_sample, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.item_head import item_places
 from prefixmem_jax.parallel.mesh import make_mesh
 
-CONFIG = small_config(DecoderConfig(layers=1), 0, item_head=ItemHeadConfig(weight=0.7))
+CONFIG = small_config(
+    DecoderConfig(layers=1), 0, item_head=ItemHeadConfig(vectors="own", weight=0.7)
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +54,13 @@ def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(data):
     rows = CONFIG.objective.validation_rows(data, CONFIG.data, 6, 1)
     model = spec.model(params)
     memory = jax.random.normal(jax.random.key(1), spec.table.shape)
-    fetched = spec.table.gather(memory, model.memory_addresses(rows))
+    fetched = Lookup(spec.table.gather(memory, model.memory_addresses(rows).by_position))
     sums = jax.device_get(CONFIG.objective.loss_sums(model, rows, fetched, None))
     plain = dataclasses.replace(CONFIG, item_head=None)
     bare = ModelSpec.create(plain, data.vocabulary, spec.mesh)
     codes = bare.model({part: params[part] for part in bare.params})
     without = jax.device_get(plain.objective.loss_sums(codes, rows, fetched, None))
-    hidden = np.asarray(model(rows, fetched)[0])
+    hidden = np.asarray(model(rows, fetched.by_position)[0])
     vectors = np.asarray(params["item_head"]["vectors"])
     validation, losses, hits = data.split.validation, [], []
     for row, target in enumerate(validation.take(fixed_sample(len(validation), 6)).targets):
@@ -74,7 +77,9 @@ def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(data):
 
 @pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
 def test_a_wide_search_ranks_by_both(mix):
-    model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, ItemHeadConfig())
+    model, rows_at, catalog, rng = make_model(
+        (4, 3, 5), 40, True, 5, DECODER, ItemHeadConfig(vectors="own")
+    )
     model.item_head.vectors[...] = 40 * model.item_head.vectors[...]
     histories = [rng.integers(0, 40, length) for length in (3, 0, 4)]
     given = prompts(model, catalog, histories, 4)

@@ -13,6 +13,7 @@ from test_step import CONFIG, batch_at, losses, on_mesh, run, spec_of, with_opti
 from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig, ItemHeadConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.layers.dropout import dropout
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.runs.metrics import read_metrics
@@ -75,7 +76,8 @@ def test_nothing_is_random_in_validation():
 
     def sums(config, key=None):
         model = dataclasses.replace(spec, graphdef=spec_of(config).graphdef).model(params)
-        fetched = spec.table.gather(rows, model.memory_addresses(batch))
+        addresses = model.memory_addresses(batch)
+        fetched = Lookup(*(spec.table.gather(rows, x) for x in addresses[:2]))
         return jax.device_get(config.objective.loss_sums(model, batch, fetched, key))
 
     chex.assert_trees_all_equal(sums(EVERYTHING), sums(plain))
@@ -87,7 +89,7 @@ def test_smoothing_spreads_a_share_evenly():
     spec = spec_of(dataclasses.replace(CONFIG, sid_encoder=None))
     model = spec.model(spec.init_params(jax.random.key(0)))
     batch = batch_at(0)
-    found = NextToken(label_smoothing=0.2).loss_sums(model, batch, None, jax.random.key(0))
+    found = NextToken(label_smoothing=0.2).loss_sums(model, batch, Lookup(), jax.random.key(0))
     logits = np.asarray(model.softmax_head().logits(model(batch, None)[0]), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))

@@ -17,6 +17,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import (
     DataConfig,
     DecoderConfig,
+    ItemHeadConfig,
     MemoryOptimizerConfig,
     MeshConfig,
     OptimizerConfig,
@@ -25,6 +26,7 @@ from prefixmem_jax.config_groups import (
 from prefixmem_jax.data.batch import Batch, take_rows
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.objectives.next_token import NextToken
@@ -182,10 +184,13 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
 
     def loss(params, memory, batch):
         model = spec.model(params)
-        addresses = model.memory_addresses(batch)
-        rows = spec.table.gather(memory, addresses)
+        lookup = model.memory_addresses(batch)
+        addresses = lookup[:2]
+        rows = Lookup(*(None if x is None else spec.table.gather(memory, x) for x in addresses))
         sums = config.objective.loss_sums(model, batch, rows, None)
-        return sums["loss"] / sums["count"], addresses
+        return sums["loss"] / sums["count"], jnp.concatenate(
+            [x.reshape(-1) for x in addresses if x is not None]
+        )
 
     loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     for step in range(steps):
@@ -217,9 +222,17 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
     return values, norms, state
 
 
-def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_norm():
-    history, state = run(CONFIG, 6)
-    values, norms, expected = dense_reference(CONFIG, 6)
+ITEMS = dataclasses.replace(
+    CONFIG,
+    sid_encoder=dataclasses.replace(CONFIG.sid_encoder, target_levels=(1, 2, 3)),
+    item_head=ItemHeadConfig(weight=0.5),
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ITEMS], ids=["codes", "items"])
+def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_norm(config):
+    history, state = run(config, 6)
+    values, norms, expected = dense_reference(config, 6)
     np.testing.assert_allclose(losses(history), values, rtol=1e-5)
     np.testing.assert_allclose([m["gradient_norm"] for m in history], norms, rtol=1e-4)
     assert min(norms) > CONFIG.optimizer.clip_norm  # the clipping did something
@@ -255,9 +268,10 @@ def test_tied_bfloat16_remat_steps_agree_across_meshes():
     np.testing.assert_allclose(losses(other), losses(rough), rtol=0.02)
 
 
+@pytest.mark.parametrize("config", [CONFIG, ITEMS], ids=["codes", "items"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
-def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes):
-    config = on_mesh(CONFIG, *sizes)
+def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes, config):
+    config = on_mesh(config, *sizes)
     cut = with_optimizer(config, accumulation_steps=4)
     (whole, state), (parts, other) = run(config, 6), run(cut, 6)
     for name in ("loss", "gradient_norm", "memory_rounds"):

@@ -14,7 +14,13 @@ from jax.sharding import NamedSharding
 from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.memory import lines
 from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
-from prefixmem_jax.memory.table import ADDRESSES, Table, round_stochastically, spread
+from prefixmem_jax.memory.table import (
+    ADDRESSES,
+    Lookup,
+    Table,
+    round_stochastically,
+    spread,
+)
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
 
@@ -71,11 +77,11 @@ def compiled_step(devices: int, name: str):
     """One update of the table; tests share it."""
 
     def step(memory, state, addresses, weight, scale):
-        fetched = TABLE.fetch(memory, addresses)
-        read = spread(fetched)
+        fetched = TABLE.fetch(memory, Lookup(addresses))
+        read = spread(fetched).by_position
 
         def loss(rows):
-            return jnp.sum(jnp.sin(spread(fetched._replace(rows=rows)) * weight))
+            return jnp.sum(jnp.sin(spread(fetched._replace(rows=rows)).by_position * weight))
 
         gradients = jax.grad(loss)(fetched.rows)
         merged = TABLE.merge(fetched, gradients)
@@ -322,7 +328,7 @@ def test_bfloat16_rows_are_rounded_so_that_small_updates_add_up():
 
             @jax.jit
             def step(memory, addresses, key):
-                fetched = table.fetch(memory, addresses)
+                fetched = table.fetch(memory, Lookup(addresses))
                 gradients = jnp.where(fetched.ids[:, None] < 48, 1.0, 0.0) + 0 * fetched.rows
                 merged = table.merge(fetched, gradients)
                 optimizer = optax.sgd(1e-4)

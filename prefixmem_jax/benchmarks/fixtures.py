@@ -13,7 +13,7 @@ import optax
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, DecoderConfig
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.memory.table import spread
+from prefixmem_jax.memory.table import Lookup, spread
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
@@ -102,7 +102,7 @@ def dense_training(spec: ModelSpec, batches: list[Batch]) -> Callable[[], Any]:
 
     def loss(params: Any, memory: jax.Array, batch: Batch) -> jax.Array:
         model = spec.model(params)
-        rows = table.gather(memory, model.memory_addresses(batch))
+        rows = Lookup(table.gather(memory, model.memory_addresses(batch).by_position))
         sums = config.objective.loss_sums(model, batch, rows, None)
         return sums["loss"] / sums["count"]
 
@@ -136,8 +136,10 @@ def table_training(spec: ModelSpec, batches: list[Batch], dense: bool) -> Callab
 
     def row_wise_step(state: tuple, addresses: jax.Array) -> tuple:
         memory, optimizer_state = state
-        fetched = table.fetch(memory, addresses)
-        gradients = jax.grad(lambda rows: _loss(spread(fetched._replace(rows=rows))))(fetched.rows)
+        fetched = table.fetch(memory, Lookup(addresses))
+        gradients = jax.grad(lambda rows: _loss(spread(fetched._replace(rows=rows)).by_position))(
+            fetched.rows
+        )
         merged = table.merge(fetched, gradients)
         scale = clip_scale(merged.squared_norm, 1.0)
         return table.apply(memory, optimizer_state, merged, optimizer, scale, jax.random.key(0))
@@ -168,7 +170,7 @@ def batch_addresses(spec: ModelSpec, batches: list[Batch]) -> list[jax.Array]:
     """The memory's addresses of batches."""
     with jax.set_mesh(spec.mesh):
         model = spec.model(init_sharded(spec, 0).params)
-        return [model.memory_addresses(batch) for batch in batches]
+        return [model.memory_addresses(batch).by_position for batch in batches]
 
 
 def _loss(rows: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from prefixmem_jax.benchmarks.fixtures import (
 )
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.config_groups import MeshConfig
-from prefixmem_jax.memory.table import ADDRESSES, Table, spread
+from prefixmem_jax.memory.table import ADDRESSES, Lookup, Table, spread
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
@@ -123,7 +123,7 @@ def _compare_fetches(rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
     variants: dict[str, tuple[Any, Callable, P, P]] = {
         "exchange": (
             explicit,
-            lambda memory, ids: spread(table.fetch(memory, ids)),
+            lambda memory, ids: spread(table.fetch(memory, Lookup(ids))).by_position,
             row_spec(),
             ADDRESSES,
         ),
@@ -161,7 +161,7 @@ def _bandwidth(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
         sharding = NamedSharding(mesh, row_spec())
         memory = jax.jit(lambda: jnp.zeros(table.shape), out_shardings=sharding)()
         placed = jax.device_put(addresses, NamedSharding(mesh, ADDRESSES))
-        fetch = jax.jit(lambda memory, ids: spread(table.fetch(memory, ids)))
+        fetch = jax.jit(lambda memory, ids: spread(table.fetch(memory, Lookup(ids))).by_position)
     plain = jnp.zeros(table.shape)
     gather = jax.jit(table.gather)
     copy = jax.jit(lambda x: x + 1)

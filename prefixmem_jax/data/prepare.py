@@ -95,7 +95,9 @@ def _recoded(config: DataConfig, catalog: Catalog) -> Catalog:
 
 
 def _vocabulary(config: DataConfig, catalog: Catalog) -> Vocabulary:
-    return Vocabulary(catalog.space, config.text_tokens, config.vocabulary_multiple, len(catalog))
+    return Vocabulary(
+        catalog.space, config.text_tokens, config.vocabulary_multiple, len(catalog), catalog.sids
+    )
 
 
 def _format(config: DataConfig) -> ModuleType:

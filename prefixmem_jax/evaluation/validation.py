@@ -29,14 +29,14 @@ class ValidationRetrieval:
 
     def __call__(self, params: dict[str, Any], memory: jax.Array | None) -> dict[str, float]:
         """`item_recall@10` and `item_ndcg@10` of a model's parameters."""
-        self.engine.params, self.engine.memory = self._replicate(params), memory
+        self.engine.use(self._replicate(params), memory)
         codes, _ = self.engine.search(
             self.histories,
             max(self.options.beam, CUTOFF),
             constrained=True,
             exclude_seen=self.options.exclude_seen,
         )
-        self.engine.params = self.engine.memory = None
+        self.engine.use(None, None)
         scores = beam_scores(groups_of(codes, self.catalog), self.targets, self.catalog, "")
         return {
             f"item_{name}@{CUTOFF}": value

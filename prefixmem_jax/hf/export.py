@@ -135,7 +135,9 @@ def _write_configs(
             memory = dict(vars(model.sid_encoder))
             memory["multipliers"] = model.sid_encoder.multipliers(vocabulary.space).tolist()
         if model.item_head is not None:
-            head = {**vars(model.item_head), "outputs": vocabulary.item_outputs}
+            head = dict(vars(model.item_head))
+            if model.item_head.vectors == "own":
+                head["outputs"] = vocabulary.item_outputs
         content = {
             "architectures": ["PrefixMemForCausalLM"],
             "auto_map": {

@@ -75,12 +75,14 @@ def read_item_head(
 ) -> tuple[ItemHeadConfig, int, int]:
     """What an item head was trained as by `item_head`; its items, and its outputs."""
     where = f"{where}: item_head is malformed"
-    sizes = {"items": semantic_ids.get("items"), "outputs": head.get("outputs")}
-    sizes = validated(_ItemHead, sizes, where, {})
+    items = semantic_ids.get("items")
+    keys = {key: value for key, value in head.items() if key != "outputs"}
+    config = validated(ItemHeadConfig, keys, where, {})
+    outputs = items if config.vectors == "memory" else head.get("outputs")
+    sizes = validated(_ItemHead, {"items": items, "outputs": outputs}, where, {})
     if sizes.outputs < sizes.items:
         raise UserError(f"{where}: outputs: expected {sizes.items} or more, got {sizes.outputs}")
-    keys = {key: value for key, value in head.items() if key != "outputs"}
-    return validated(ItemHeadConfig, keys, where, {}), sizes.items, sizes.outputs
+    return config, sizes.items, sizes.outputs
 
 
 def read_sid_encoder(

@@ -121,6 +121,10 @@ def read_folder(folder: str | Path) -> ModelFolder:
         item_head, items, outputs = read_item_head(
             object_at(content, "item_head", where), sids, where
         )
+        if item_head.vectors == "memory" and (sid_encoder is None or not sid_encoder.reads_items):
+            raise UserError(
+                f"{where}: item_head.vectors=memory, and prefix_memory.target_levels has no level 1"
+            )
     return ModelFolder(
         config,
         Architecture(decoder, sid_encoder, item_head),

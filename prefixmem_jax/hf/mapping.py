@@ -101,7 +101,7 @@ def weights(model: Architecture) -> list[Weight]:
         table.append(of_layer("post_attention_layernorm", "mlp_norm", "scale"))
     if model.sid_encoder is not None:
         table.append(Weight("prefix_memory.projection.weight", ("sid_encoder", "projection"), 2))
-    if model.item_head is not None:
+    if model.item_head is not None and model.item_head.vectors == "own":
         table.append(Weight("item_head.weight", ("item_head", "vectors"), 1))
     return table
 

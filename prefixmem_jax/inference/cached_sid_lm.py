@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.layers.attention import KeyValues, Place
+from prefixmem_jax.layers.softmax_head import SoftmaxHead
+from prefixmem_jax.memory.table import Lookup
+from prefixmem_jax.models.item_head import item_addresses, item_vectors
 from prefixmem_jax.models.sid_lm import SidLM
 
 # Memory rows float32 [..., width] at addresses [...]: `Table.gather` with the table where it lies.
@@ -28,6 +31,11 @@ def rows_for(
     if addresses is None:
         return None
     return rows_at(addresses if last is None else addresses[:, -last:])
+
+
+def read_items(model: SidLM, rows_at: RowsAt, tokens_IL: jax.Array) -> jax.Array:
+    """The vectors that an item head which reads the memory scores items by: float32 [items, D]."""
+    return item_vectors(model.sid_encoder, rows_at(item_addresses(model.sid_encoder, tokens_IL)))
 
 
 def last_tokens(
@@ -64,9 +72,11 @@ class CachedSidLM:
     keys and values stay where they are.
     """
 
-    def __init__(self, model: SidLM, rows_at: RowsAt | None):
+    def __init__(self, model: SidLM, rows_at: RowsAt | None, items_ID: jax.Array | None = None):
+        """Takes what an item head that reads the memory reads there, where there is one."""
         self.model = model
         self.rows_at = rows_at
+        self.items_ID = items_ID
         self.vocabulary = model.vocabulary
         self.levels = model.vocabulary.levels
 
@@ -84,7 +94,12 @@ class CachedSidLM:
 
     def item_logits(self, state: SearchState) -> jax.Array:
         """Scores of whole items after each prompt, by the item head."""
-        return self.model.item_head.softmax_head(state.hidden.dtype).logits(state.hidden)[:, 0]
+        dtype = state.hidden.dtype
+        if self.items_ID is None:
+            weight_DI = self.model.item_head.weight(None, Lookup(), dtype)
+        else:
+            weight_DI = self.items_ID.astype(dtype).T
+        return SoftmaxHead(weight_DI).logits(state.hidden)[:, 0]
 
     def step(
         self, codes: jax.Array, parent: jax.Array, state: SearchState

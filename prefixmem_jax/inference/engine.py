@@ -22,7 +22,7 @@ from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.documents import document_length, prompt_documents
 from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.inference.beam_search import Beams, beam_search
-from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, rows_for
+from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, read_items, rows_for
 from prefixmem_jax.inference.sampling import generate
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.sid_lm import SidLM
@@ -32,6 +32,7 @@ from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 MANY_USERS = 2000
+ITEMS_AT_ONCE = 1 << 16
 BY_USER = P(AXES)
 
 
@@ -57,8 +58,7 @@ class Engine:
           batch_size: users searched at a time, rounded up to a multiple of the devices.
         """
         self.spec = spec
-        self.params = params
-        self.memory = memory
+        self.use(params, memory)
         self.catalog = catalog
         self.max_items = spec.config.data.max_items
         self.item_tokens = spec.vocabulary.encode(catalog.sids)
@@ -68,6 +68,12 @@ class Engine:
         if spec.config.item_head is not None:
             self._groups = self._put(catalog.group_of_item.astype(np.int32), P())
         self._compiled: dict[Any, Callable] = {}
+
+    def use(self, params: dict[str, Any] | None, memory: jax.Array | None) -> None:
+        """Other numbers for the same model, or none, to hold on to nothing."""
+        self.params = params
+        self.memory = memory
+        self._items: jax.Array | None = None
 
     def search(
         self,
@@ -92,12 +98,12 @@ class Engine:
         """
         codes = np.full((len(histories), beams, self.catalog.space.levels), -1, np.int32)
         scores = np.full((len(histories), beams), -np.inf, np.float32)
-        shared = (None, None, None)
+        shared = (None,) * 4
         if constrained:
             if item_share is None:
                 item_share = self.spec.config.evaluation.item_share
             share = None if self._groups is None else self._put(np.float32(item_share), P())
-            shared = (self._trie, self._groups, share)
+            shared = (self._trie, self._groups, share, self._items_read())
         for users, prompts in self._prompts(histories, progress):
             excluded = None
             if exclude_seen:
@@ -136,6 +142,21 @@ class Engine:
             )
             written[users] = result[: len(users)]
         return written
+
+    def _items_read(self) -> jax.Array | None:
+        """The item head's vectors [items, D] where it reads the memory, on every device."""
+        head = self.spec.config.item_head
+        if head is None or head.vectors == "own":
+            return None
+        if self._items is None:
+            size = min(ITEMS_AT_ONCE, len(self.item_tokens))
+            size += -size % self.spec.mesh.size
+            found = [
+                self._per_user(read_items, (), (tokens,))
+                for tokens in batches(self.item_tokens, size)
+            ]
+            self._items = self._put(np.concatenate(found)[: len(self.item_tokens)], P())
+        return self._items
 
     def _per_user(self, function: Callable, shared: tuple, users: tuple, **static: Any) -> Any:
         """Runs `function(model, rows_at, *shared, *users, **static)`, each device on its own users.
@@ -229,12 +250,15 @@ def _search(
     trie: list | None,
     groups: jax.Array | None,
     share: jax.Array | None,
+    items: jax.Array | None,
     prompts: Batch,
     excluded: Any,
     *,
     beams: int,
 ) -> Beams:
-    return beam_search(CachedSidLM(model, rows_at), prompts, beams, trie, excluded, groups, share)
+    return beam_search(
+        CachedSidLM(model, rows_at, items), prompts, beams, trie, excluded, groups, share
+    )
 
 
 def _target_ranks(model: SidLM, rows_at: RowsAt | None, batch: Batch) -> jax.Array:

@@ -91,6 +91,35 @@ def cross_entropy(
     return Losses(*by_vocabulary(local, hidden_BSD, head.weight, (target_BS, weight_BS)))
 
 
+def sampled_cross_entropy(
+    hidden_BPD: jax.Array,
+    target_BPD: jax.Array,
+    weight_DN: jax.Array,
+    target_BP: jax.Array,
+    drawn_N: jax.Array,
+    outputs: int,
+    weight_BP: jax.Array,
+) -> jax.Array:
+    """Weighted sum of cross-entropies over the target and a few outputs that stand for the others.
+
+    Each of the N, drawn uniformly, counts outputs / N times (the log of its expected count is taken
+    from its logit), so that the sum over them is right on average; one that is the target does not
+    count.
+
+    Args:
+      target_BPD: the targets' vectors; target_BP: which outputs they are.
+      weight_DN: vectors of the drawn outputs, in columns; those beyond `drawn_N` fill it up.
+    """
+    logits_BPN = SoftmaxHead(weight_DN).logits(hidden_BPD) + jnp.log(outputs / len(drawn_N))
+    missing = weight_DN.shape[1] - len(drawn_N)
+    drawn_N = constrain(jnp.pad(drawn_N, (0, missing), constant_values=-1), "vocabulary")
+    other = (drawn_N >= 0) & (drawn_N != target_BP[..., None])
+    logits_BPN = jnp.where(other, logits_BPN, -jnp.inf)
+    own_BP = jnp.sum(hidden_BPD.astype(jnp.float32) * target_BPD.astype(jnp.float32), axis=-1)
+    all_BP = jnp.logaddexp(jax.nn.logsumexp(logits_BPN, axis=-1), own_BP)
+    return jnp.sum((all_BP - own_BP) * weight_BP)
+
+
 class _Loss(NamedTuple):
     """What the loss is, see `SoftmaxHead` and `cross_entropy`; and the mesh axis that divides the
     outputs, if one does.

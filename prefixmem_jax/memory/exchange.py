@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Room for an uneven spread of a batch's rows over their owners before a second exchange: a share of
 # an even spread's, and some rows, since small numbers vary more.
@@ -27,15 +29,23 @@ def varying(x: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, axes(), to="varying")
 
 
-def distinct(addresses: jax.Array, total: int) -> tuple[jax.Array, jax.Array]:
+def distinct(addresses: Any, total: int) -> tuple[jax.Array, Any]:
     """Ascending distinct non-negative addresses, padded with `total`; and each one's index in them.
 
     The index of a negative address is out of range, so that nothing is read or added there.
+
+    Args:
+      addresses: an array, or a pytree of them; the indices have its form.
     """
-    flat = jnp.where(addresses < 0, total, addresses).reshape(-1)
+    leaves, form = jax.tree.flatten(addresses)
+    flat = jnp.concatenate([jnp.where(x < 0, total, x).reshape(-1) for x in leaves])
     ids, index = jnp.unique(flat, return_inverse=True, size=flat.size, fill_value=total)
-    index = jnp.where(addresses < 0, flat.size, index.reshape(addresses.shape))
-    return ids.astype(jnp.int32), index.astype(jnp.int32)
+    indices = jnp.split(index.reshape(-1), np.cumsum([x.size for x in leaves])[:-1])
+    by_leaf = (
+        jnp.where(x < 0, flat.size, index.reshape(x.shape)).astype(jnp.int32)
+        for x, index in zip(leaves, indices, strict=True)
+    )
+    return ids.astype(jnp.int32), jax.tree.unflatten(form, by_leaf)
 
 
 def capacity(addresses: int, density: float, over: int) -> int:

@@ -14,6 +14,7 @@ spread evenly, so one exchange is the rule; `Fetched.rounds` counts them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,19 +37,39 @@ LINE_MULTIPLE = 4096
 ADDRESSES = spec("batch", "shared_length")
 
 
+class Lookup(NamedTuple):
+    """What a batch looks up in the table: addresses, and later, in their places, rows.
+
+    Attributes:
+      by_position: int32 [batch, length, any], negative for none; rows float32 [..., width].
+      shared: what all positions share, int32 [any, any]: each device fetches its share of the first
+        axis, which must divide by the devices.
+      names: handed on with the rows; whatever tells what `shared` is.
+    """
+
+    by_position: jax.Array | None = None
+    shared: jax.Array | None = None
+    names: jax.Array | None = None
+
+    def map(self, function: Callable[[jax.Array, P], jax.Array]) -> Lookup:
+        """Function of each array there is and how it lies on the mesh; names stay."""
+        spread = ((self.by_position, ADDRESSES), (self.shared, row_spec()))
+        return Lookup(*(None if x is None else function(x, at) for x, at in spread), self.names)
+
+
 class Fetched(NamedTuple):
     """The distinct rows that each device's share of the batch names.
 
     Attributes:
       ids: int32 [devices * M], per device ascending and distinct, then the table's size.
       rows: float32 [devices * M, width], zero for the padding.
-      index: int32, shape of the addresses: into the device's own share of `rows`.
+      index: the addresses' places in the device's own share of `rows`.
       rounds: int32 [], exchanges that were needed (1 unless owners were unevenly loaded).
     """
 
     ids: jax.Array
     rows: jax.Array
-    index: jax.Array
+    index: Lookup
     rounds: jax.Array
 
 
@@ -72,15 +93,16 @@ class Merged(NamedTuple):
 
 
 @jax.named_scope("table")
-def spread(fetched: Fetched) -> jax.Array:
+def spread(fetched: Fetched) -> Lookup:
     """Rows at every address of the batch: [..., width], zero where there was no address.
 
     Its gradient with respect to `fetched.rows` sums over equal addresses of a device.
     """
 
-    return jax.shard_map(_indexed, in_specs=(row_spec(), ADDRESSES), out_specs=ADDRESSES)(
-        fetched.rows, fetched.index
-    )
+    def rows_at(index: jax.Array, at: P) -> jax.Array:
+        return jax.shard_map(_indexed, in_specs=(row_spec(), at), out_specs=at)(fetched.rows, index)
+
+    return fetched.index.map(rows_at)
 
 
 def _indexed(rows_MD: jax.Array, index: jax.Array) -> jax.Array:
@@ -179,27 +201,26 @@ class Table:
         """
         if devices() == 1:
             return self.gather(memory, addresses)
-        fetched = self._fetch_local(memory, addresses)
-        return _indexed(fetched.rows, fetched.index)
+        fetched = self._fetch_local(memory, Lookup(addresses))
+        return _indexed(fetched.rows, fetched.index.by_position)
 
     @jax.named_scope("table")
-    def fetch(self, memory: jax.Array, addresses: jax.Array) -> Fetched:
-        """Fetches the distinct rows that a batch names.
-
-        Args:
-          addresses: int32 [batch, length, ...]; negative for none. Moved to `ADDRESSES`.
-        """
+    def fetch(self, memory: jax.Array, addresses: Lookup) -> Fetched:
+        """Fetches the distinct rows that a batch names."""
         rows = row_spec()
-        return jax.shard_map(
+        placed = addresses._replace(names=None).map(jax.sharding.reshard)
+        lies = placed.map(lambda _, at: at)
+        fetched = jax.shard_map(
             self._fetch_local,
-            in_specs=(rows, ADDRESSES),
-            out_specs=Fetched(rows, rows, ADDRESSES, P()),
-        )(memory, jax.sharding.reshard(addresses, ADDRESSES))
+            in_specs=(rows, lies),
+            out_specs=Fetched(rows, rows, lies, P()),
+        )(memory, placed)
+        return fetched._replace(index=fetched.index._replace(names=addresses.names))
 
     def _exchange(self, ids: jax.Array) -> Exchange:
         return Exchange(ids, self.padded_rows // devices(), self.density)
 
-    def _fetch_local(self, memory: jax.Array, addresses: jax.Array) -> Fetched:
+    def _fetch_local(self, memory: jax.Array, addresses: Lookup) -> Fetched:
         ids, index = distinct(addresses, self.padded_rows)
         if devices() == 1:
             rows = lines.read(memory, ids, self.width).astype(jnp.float32)

@@ -8,30 +8,91 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from prefixmem_jax.config_groups import ItemHeadConfig
-from prefixmem_jax.layers.softmax_head import SoftmaxHead
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import gather_over_fsdp, take_positions
+from prefixmem_jax.parallel.sharding import (
+    constrain,
+    device_count,
+    gather_over_fsdp,
+    over_all_devices,
+    take_positions,
+)
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoder
 
 
-class ItemHead(nnx.Module):
+class OwnVectors(nnx.Module):
     """One vector an item; part `item_head`."""
 
-    def __init__(
-        self, config: ItemHeadConfig, vocabulary: Vocabulary, d_model: int, *, rngs: nnx.Rngs
-    ):
-        self.items = vocabulary.items
-        self.weight = config.weight
+    def __init__(self, vocabulary: Vocabulary, d_model: int, *, rngs: nnx.Rngs):
         outputs = (vocabulary.item_outputs, "vocabulary")
         self.vectors = normal(rngs, 0.02, (d_model, "stored_model"), outputs)
 
-    def softmax_head(self, dtype: str) -> SoftmaxHead:
-        """What scores items."""
-        weight = gather_over_fsdp(self.vectors[...], dtype, None, "vocabulary")
-        return SoftmaxHead(weight, outputs=self.items)
+    def candidates(self, encoder: SidEncoder | None, key: jax.Array | None) -> Lookup:
+        """Nothing to look up."""
+        del encoder, key
+        return Lookup()
+
+    def weight(self, encoder: SidEncoder | None, rows: Lookup, dtype: str) -> jax.Array:
+        """Vectors of all items, in columns [D, outputs]."""
+        del encoder, rows
+        return gather_over_fsdp(self.vectors[...], dtype, None, "vocabulary")
+
+
+class MemoryVectors(nnx.Module):
+    """The vectors that a SID encoder has where items end; no parameters."""
+
+    def __init__(self, vocabulary: Vocabulary, negatives: int | None):
+        self.vocabulary = vocabulary
+        self.negatives = negatives
+
+    def candidates(self, encoder: SidEncoder, key: jax.Array | None) -> Lookup:
+        """What to look up, to score all items, or a few drawn with the key (`Lookup.names`)."""
+        vocabulary, drawn = self.vocabulary, None
+        sids = vocabulary.sids
+        if sids is None:  # as good as any, where only shapes matter
+            sids = np.zeros((vocabulary.items, vocabulary.levels), np.int32)
+        # Behind the barrier the compiler takes no time to compute with a whole catalogue.
+        tokens_IL = jax.lax.optimization_barrier(jnp.asarray(vocabulary.encode(sids)))
+        if self.negatives is not None:
+            key = jax.random.key(0) if key is None else key
+            drawn = jax.random.randint(key, (self.negatives,), 0, len(sids))
+            tokens_IL = tokens_IL[drawn]
+        missing = -len(tokens_IL) % device_count()
+        tokens_IL = jnp.pad(tokens_IL, ((0, missing), (0, 0)))
+        return Lookup(shared=item_addresses(encoder, over_all_devices(tokens_IL)), names=drawn)
+
+    def weight(self, encoder: SidEncoder, rows: Lookup, dtype: str) -> jax.Array:
+        """Vectors of the candidates, in columns [D, candidates]."""
+        vectors_ID = item_vectors(encoder, rows.shared)
+        return constrain(vectors_ID.astype(dtype).T, None, "vocabulary")
+
+
+def item_addresses(encoder: SidEncoder, tokens_IL: jax.Array) -> jax.Array:
+    """Memory rows of whole items: int32 [items, 1, any]; of tokens that are no SID, negative."""
+    return encoder.addresses(tokens_IL, jnp.ones_like(tokens_IL))[:, -1:]
+
+
+def item_vectors(encoder: SidEncoder, rows_I1AW: jax.Array) -> jax.Array:
+    """What the encoder adds to the embedding where items end: float32 [items, D]."""
+    here = jnp.zeros(rows_I1AW.shape[:2], jnp.int32)
+    return encoder(here, here, rows_I1AW, last=1)[:, 0]
+
+
+def build_item_head(
+    config: ItemHeadConfig, vocabulary: Vocabulary, d_model: int, rngs: nnx.Rngs
+) -> OwnVectors | MemoryVectors:
+    """The item head; raises UserError where the number of items is not known."""
+    if not vocabulary.items:
+        raise UserError("item_head needs the number of items; set data.path, or data.items")
+    if config.vectors == "own":
+        return OwnVectors(vocabulary, d_model, rngs=rngs)
+    return MemoryVectors(vocabulary, config.negatives)
 
 
 def item_places(next_item_BS: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:

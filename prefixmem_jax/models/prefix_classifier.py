@@ -7,6 +7,7 @@ from flax import nnx
 
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.layers.softmax_head import SoftmaxHead
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -29,9 +30,10 @@ class PrefixClassifier(nnx.Module):
         self.sid_encoder = sid_encoder.build(vocabulary, d_model, None, rngs)
         self.head = normal(rngs, 0.02, (d_model, "stored_model"), (vocabulary.size, "vocabulary"))
 
-    def memory_addresses(self, batch: Batch) -> jax.Array | None:
-        """Memory rows to fetch, int32 [B, S, any]; None without a table."""
-        return self.sid_encoder.addresses(batch.tokens, batch.segment_ids)
+    def memory_addresses(self, batch: Batch, key: jax.Array | None = None) -> Lookup:
+        """What a batch looks up."""
+        del key
+        return Lookup(self.sid_encoder.addresses(batch.tokens, batch.segment_ids))
 
     def __call__(
         self, batch: Batch, rows: jax.Array | None, key: jax.Array | None = None

@@ -7,11 +7,11 @@ from flax import nnx
 
 from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.errors import UserError
 from prefixmem_jax.layers.attention import KeyValues, Place
 from prefixmem_jax.layers.softmax_head import SoftmaxHead
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.models.decoder import Decoder
-from prefixmem_jax.models.item_head import ItemHead
+from prefixmem_jax.models.item_head import build_item_head
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig, drop_rows
@@ -21,8 +21,8 @@ OUTPUT_STD = 0.01
 
 
 class SidLM(nnx.Module):
-    """Parts: `llm` (the decoder), and if there is one `sid_encoder` (its dense parameters) and
-    `item_head`.
+    """Parts: `llm` (the decoder), if there is one `sid_encoder` (its dense parameters), and
+    `item_head` if that has vectors of its own.
     """
 
     def __init__(
@@ -41,12 +41,11 @@ class SidLM(nnx.Module):
             self.sid_encoder = None
         else:
             self.sid_encoder = sid_encoder.build(vocabulary, model.d_model, OUTPUT_STD, rngs)
+        self.item_weight = 0.0 if item_head is None else item_head.weight
         if item_head is None:
             self.item_head = None
-        elif not vocabulary.items:
-            raise UserError("item_head needs the number of items; set data.path, or data.items")
         else:
-            self.item_head = ItemHead(item_head, vocabulary, model.d_model, rngs=rngs)
+            self.item_head = build_item_head(item_head, vocabulary, model.d_model, rngs)
 
     @property
     def reach(self) -> int:
@@ -59,9 +58,16 @@ class SidLM(nnx.Module):
             return None
         return self.sid_encoder.addresses(tokens_BS, segment_ids_BS)
 
-    def memory_addresses(self, batch: Batch) -> jax.Array | None:
-        """`addresses` of a batch."""
-        return self.addresses(batch.tokens, batch.segment_ids)
+    def memory_addresses(self, batch: Batch, key: jax.Array | None = None) -> Lookup:
+        """What a batch looks up: `addresses`, and what the item head wants.
+
+        Args:
+          key: for what the item head draws; None gives the same items always.
+        """
+        items = Lookup()
+        if self.item_head is not None:
+            items = self.item_head.candidates(self.sid_encoder, key)
+        return items._replace(by_position=self.addresses(batch.tokens, batch.segment_ids))
 
     def embed(
         self,
@@ -90,7 +96,7 @@ class SidLM(nnx.Module):
         """Hidden states [B, S, D] of whole sequences, and their keys and values.
 
         Args:
-          rows: memory rows at `memory_addresses`, None without a table.
+          rows: memory rows at `addresses`, None without a table.
           key: for dropout; None for none.
         """
         if key is not None:

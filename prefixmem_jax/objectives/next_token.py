@@ -19,11 +19,16 @@ from prefixmem_jax.data.documents import (
 )
 from prefixmem_jax.data.packing import one_per_row, pack
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
-from prefixmem_jax.layers.softmax_head import cross_entropy
+from prefixmem_jax.layers.softmax_head import (
+    SoftmaxHead,
+    cross_entropy,
+    sampled_cross_entropy,
+)
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.models.item_head import item_places
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.objectives.objective import Objective
-from prefixmem_jax.parallel.sharding import take_positions
+from prefixmem_jax.parallel.sharding import constrain, take_positions
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
@@ -73,7 +78,7 @@ class NextToken(Objective):
         return batch.loss_mask
 
     def loss_sums(
-        self, model: nnx.Module, batch: Batch, rows: jax.Array | None, key: jax.Array | None
+        self, model: nnx.Module, batch: Batch, rows: Lookup, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Cross-entropy and hits, as sums over the batch.
 
@@ -83,7 +88,7 @@ class NextToken(Objective):
           vocabulary). With an item head item_loss, which is part of loss, item_count, and in
           validation item_hits (top-10).
         """
-        hidden_BSD, _ = model(batch, rows, key)
+        hidden_BSD, _ = model(batch, rows.by_position, key)
         mask_BS = self.predicted(model, batch)
         target_BS = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
         smoothing = 0.0 if key is None else self.label_smoothing
@@ -98,9 +103,8 @@ class NextToken(Objective):
             "level_count": jnp.stack([jnp.sum(at) for at in by_level]),
         }
         if model.item_head is not None:
-            next_item_BS = batch.next_item * mask_BS.astype(jnp.int32)
-            sums |= _item_sums(model, hidden_BSD, next_item_BS, with_hits=key is None)
-            sums["loss"] += model.item_head.weight * sums["item_loss"]
+            sums |= _item_sums(model, hidden_BSD, batch, mask_BS, rows, in_training=key is not None)
+            sums["loss"] += model.item_weight * sums["item_loss"]
         return sums
 
     def summarize(self, sums: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -120,13 +124,30 @@ class NextToken(Objective):
 
 @jax.named_scope("item_head")
 def _item_sums(
-    model: SidLM, hidden_BSD: jax.Array, next_item_BS: jax.Array, with_hits: bool
+    model: SidLM,
+    hidden_BSD: jax.Array,
+    batch: Batch,
+    mask_BS: jax.Array,
+    rows: Lookup,
+    in_training: bool,
 ) -> dict[str, jax.Array]:
+    next_item_BS = batch.next_item * mask_BS.astype(jnp.int32)
     index_BP, items_BP = item_places(next_item_BS, model.vocabulary.levels)
     there_BP = (items_BP >= 0).astype(jnp.float32)
-    head = model.item_head.softmax_head(hidden_BSD.dtype)
-    loss, rank_BP = cross_entropy(take_positions(hidden_BSD, index_BP), head, items_BP, there_BP)
-    sums = {"item_loss": loss, "item_count": jnp.sum(there_BP)}
-    if with_hits:
-        sums["item_hits"] = jnp.sum((rank_BP <= 10) * there_BP)
+    sums = {"item_count": jnp.sum(there_BP)}
+    hidden_BPD = take_positions(hidden_BSD, index_BP)
+    weight_DI = model.item_head.weight(model.sid_encoder, rows, hidden_BSD.dtype)
+    if rows.names is None:
+        head = SoftmaxHead(weight_DI, outputs=model.vocabulary.items)
+        sums["item_loss"], rank_BP = cross_entropy(hidden_BPD, head, items_BP, there_BP)
+        if not in_training:
+            sums["item_hits"] = jnp.sum((rank_BP <= 10) * there_BP)
+        return sums
+    # The vector of the item to come is what the memory says where that item ends.
+    memory_BSD = model.sid_encoder(batch.tokens, batch.segment_ids, rows.by_position)
+    last_BP = jnp.minimum(index_BP + model.vocabulary.levels, batch.tokens.shape[1] - 1)
+    target_BPD = take_positions(constrain(memory_BSD, "batch", None, None), last_BP)
+    sums["item_loss"] = sampled_cross_entropy(
+        hidden_BPD, target_BPD, weight_DI, items_BP, rows.names, model.vocabulary.items, there_BP
+    )
     return sums

@@ -13,6 +13,7 @@ from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.batch import Rows
 from prefixmem_jax.data.prepare import PreparedData
 from prefixmem_jax.kinds import Kind
+from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
@@ -21,7 +22,7 @@ class Objective(Kind, ABC):
     """Builds its model, says its batch, gives loss sums and how they are summarised.
 
     A model is an `nnx.Module` whose attributes are the parts of a checkpoint. If a memory table
-    belongs to it, its method `memory_addresses(batch)` says which rows a batch needs.
+    belongs to it, its method `memory_addresses(batch, key)` says which rows a batch needs.
     """
 
     package: ClassVar[str] = "prefixmem_jax.objectives"
@@ -58,12 +59,12 @@ class Objective(Kind, ABC):
 
     @abstractmethod
     def loss_sums(
-        self, model: nnx.Module, batch: Rows, rows: jax.Array | None, key: jax.Array | None
+        self, model: nnx.Module, batch: Rows, rows: Lookup, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Sums over a batch: `loss` and the `count` to divide it by, and whatever is reported.
 
         Args:
-          rows: the memory's rows at the model's addresses, float32 [..., width]; None without a
+          rows: the memory's rows at the model's addresses, float32 [..., width]; empty without a
             table.
           key: of this step, for dropout and sampling; None where nothing may be random, as in
             validation.

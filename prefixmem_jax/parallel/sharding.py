@@ -112,6 +112,16 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], *logical: str | None) ->
     return jax.random.bits(key, shape, jnp.uint32, out_sharding=sharding)
 
 
+def device_count() -> int:
+    """Devices that an array is divided over where it lies on the mesh."""
+    return jax.sharding.get_abstract_mesh().size if _explicit_mesh() else 1
+
+
+def over_all_devices(x: jax.Array) -> jax.Array:
+    """Moves x so that its first axis, which must divide by the devices, lies over all of them."""
+    return jax.sharding.reshard(x, row_spec()) if _explicit_mesh() else x
+
+
 def take_positions(x_BSD: jax.Array, index_BP: jax.Array) -> jax.Array:
     """x[b, index[b, p]] for every row b: [B, P, D]."""
     if not _explicit_mesh():

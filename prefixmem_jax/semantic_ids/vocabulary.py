@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ class Vocabulary:
       text_tokens: size of the text vocabulary, which comes first.
       multiple: the size is filled up to a multiple of this with tokens that never occur.
       items: of the catalogue, where the model scores them whole; 0 where that is not known.
+      sids: of the items, int32 [items, levels], for training to score them by; or None.
     """
 
     space: SidSpace
     text_tokens: int = 0
     multiple: int = 1
     items: int = 0
+    sids: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def levels(self) -> int:

@@ -60,6 +60,10 @@ class PrefixMemoryConfig(SidEncoderConfig):
         """Numbers in a row of a table."""
         return self.d_mem // self.heads
 
+    @property
+    def reads_items(self) -> bool:
+        return 1 in self.target_levels
+
     def check_keys(self) -> None:
         if self.d_mem % self.heads:
             raise UserError(

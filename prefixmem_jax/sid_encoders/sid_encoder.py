@@ -97,6 +97,11 @@ class SidEncoderConfig(Kind, ABC):
             scale.
         """
 
+    @property
+    def reads_items(self) -> bool:
+        """Whether its table has rows of whole items, which it adds up where an item ends."""
+        return False
+
     def check_keys(self) -> None:
         """Raises UserError where its keys contradict each other, whatever the SIDs."""
 

@@ -82,7 +82,8 @@ def parts_of_folder(
         raise UserError(f"{where}: part 'llm' comes from there; this run has none, or names it too")
     described = read_folder(folder)
     has = ["llm"] + (["sid_encoder", "memory"] if described.model.sid_encoder is not None else [])
-    has += ["item_head"] * (described.model.item_head is not None)
+    head = described.model.item_head
+    has += ["item_head"] * (head is not None and head.vectors == "own")
     for part in parts:
         if part not in has:
             raise UserError(f"{where}: has no part {part!r}; name it in init.take or init.fresh")

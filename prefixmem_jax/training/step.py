@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.memory.table import Fetched, spread
+from prefixmem_jax.memory.table import Fetched, Lookup, spread
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -50,7 +50,9 @@ def train_step(
     key = step_key(config.seed, state.step)
     fetched = None
     if table is not None:
-        addresses = spec.model(state.params).memory_addresses(batch)
+        # A key of its own: the step's key itself rounds the memory's rows.
+        drawing = jax.random.fold_in(key, config.optimizer.accumulation_steps)
+        addresses = spec.model(state.params).memory_addresses(batch, drawing)
         fetched = table.fetch(state.memory, addresses)
 
     sums, (gradients, row_gradients) = _gradients(spec, state.params, fetched, batch, key)
@@ -122,14 +124,14 @@ def _gradients(
     options = spec.config.optimizer
 
     def summed_loss(learning: dict[str, Any], rows: jax.Array | None, piece: tuple) -> tuple:
-        batch, index, number = piece
-        memory_rows = None
+        batch, by_position, number = piece
+        looked_up = Lookup()
         if rows is not None:
-            memory_rows = spread(fetched._replace(rows=rows, index=index))
+            index = fetched.index._replace(by_position=by_position)
+            looked_up = spread(fetched._replace(rows=rows, index=index))
         model = spec.model(merged_with(params, learning))
-        # A key of its own: the step's key itself rounds the memory's rows.
         piece_key = jax.random.fold_in(key, number)
-        sums = spec.config.objective.loss_sums(model, batch, memory_rows, piece_key)
+        sums = spec.config.objective.loss_sums(model, batch, looked_up, piece_key)
         return sums["loss"], sums
 
     def one_piece(piece: tuple) -> tuple:
@@ -137,7 +139,7 @@ def _gradients(
         return sums, gradients
 
     learning = trainable_tree(params, options.trainable)
-    rows, index = (None, None) if fetched is None else (fetched.rows, fetched.index)
+    rows, index = (None, None) if fetched is None else (fetched.rows, fetched.index.by_position)
     pieces = options.accumulation_steps
     if pieces == 1:
         sums, gradients = one_piece((batch, index, jnp.int32(0)))
@@ -169,10 +171,10 @@ def validation_step(
 ) -> dict[str, jax.Array]:
     """The objective's sums on a batch, on the mesh, without gradients."""
     model = spec.model(params)
-    memory_rows = None
+    rows = Lookup()
     if spec.table is not None:
-        memory_rows = spread(spec.table.fetch(memory, model.memory_addresses(batch)))
-    return spec.config.objective.loss_sums(model, batch, memory_rows, None)
+        rows = spread(spec.table.fetch(memory, model.memory_addresses(batch)))
+    return spec.config.objective.loss_sums(model, batch, rows, None)
 
 
 def compile_train_step(spec: ModelSpec) -> Callable:
@@ -187,6 +189,7 @@ def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
     """Raises UserError where the config's sizes do not divide over the mesh."""
     data, fsdp, tensor = mesh.devices.shape
     accumulated = config.optimizer.accumulation_steps
+    has_item_vectors = config.item_head is not None and config.item_head.vectors == "own"
     for key, size, shares in (
         ("data.batch_size", config.data.batch_size, data * fsdp * accumulated),
         ("data.sequence_length", config.data.sequence_length, tensor),
@@ -196,7 +199,7 @@ def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
         ("vocabulary (see data.vocabulary_multiple)", vocabulary.size, tensor),
         (
             "items (see data.vocabulary_multiple)",
-            0 if config.item_head is None else vocabulary.item_outputs,
+            vocabulary.item_outputs if has_item_vectors else 0,
             tensor,
         ),
         ("devices of one process", jax.local_device_count(), tensor),

@@ -16,7 +16,8 @@ class PrefixMemConfig(PretrainedConfig):
       prefix_memory: `target_levels`, `orders`, `items`, `heads`, `rows`, `d_mem`, `address` and the
         hash's `multipliers` [levels * (1 + items)][heads]; the rest says how it was trained. None:
         there is no memory.
-      item_head: `outputs`, of which the first `items` are items. None: there is none.
+      item_head: whose `vectors` score items: the `memory`'s where items end, or its `own`, as many
+        as `outputs`, of which the first `items` are items. None: there is none.
     """
 
     model_type = "prefixmem"

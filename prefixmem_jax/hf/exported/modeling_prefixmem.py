@@ -145,10 +145,10 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
         self.prefix_memory = self.item_head = None
         if config.prefix_memory is not None:
             self.prefix_memory = PrefixMemory(config)
-        if config.item_head is not None:
+        if config.item_head is not None and config.item_head["vectors"] == "own":
             size = config.text_config.hidden_size
             self.item_head = nn.Linear(size, config.item_head["outputs"], bias=False)
-        self._catalog = None
+        self._catalog = self._items = None
         self.post_init()
 
     def get_input_embeddings(self):
@@ -205,11 +205,27 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
         memory = self.prefix_memory(prefix_ids[:, -(length + self.prefix_memory.window) :])
         return embedded + memory[:, -length:].to(embedded.dtype)
 
-    def item_log_probs(self, input_ids):
-        """Log-probabilities of whole items after a prompt [1, S]: float64 [items]."""
+    def item_log_probs(self, input_ids, item_ids):
+        """Log-probabilities of whole items after a prompt [1, S]: float64 [items].
+
+        Args:
+          item_ids: SID tokens of all items, [items, levels].
+        """
         hidden = self.llm.model(inputs_embeds=self._embed(input_ids, input_ids)).last_hidden_state
-        scores = self.item_head(hidden[0, -1])[: self.config.semantic_ids["items"]]
+        if self.item_head is not None:
+            scores = self.item_head(hidden[0, -1])[: len(item_ids)]
+        else:
+            scores = self._item_vectors(item_ids).to(hidden.dtype) @ hidden[0, -1]
         return torch.log_softmax(scores.double(), dim=-1)
+
+    def _item_vectors(self, item_ids):
+        """What the memory adds where items end, [items, hidden]; kept until it changes."""
+        parameters = list(self.prefix_memory.parameters())
+        state = [(item_ids.shape, p.data_ptr(), p._version) for p in parameters]
+        if self._items is None or self._items[0] != state:
+            pieces = [self.prefix_memory(piece)[:, -1] for piece in item_ids.split(4096)]
+            self._items = state, torch.cat(pieces)
+        return self._items[1]
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

@@ -165,8 +165,9 @@ class Catalog:
         search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
         with torch.no_grad():
             prompt, prior, share = torch.tensor([tokens], device=model.device), None, 0.0
-            if getattr(model, "item_head", None) is not None:
-                prior = self.log_masses(model.item_log_probs(prompt))
+            if getattr(model.config, "item_head", None) is not None:
+                items = torch.tensor([space.encode(sid) for sid in self.sids], device=model.device)
+                prior = self.log_masses(model.item_log_probs(prompt, items))
                 share = model.config.semantic_ids["item_share"]
             output = model.generate(
                 prompt,
