@@ -44,6 +44,7 @@ class ModelSpec:
             sid_encoder.check(vocabulary.space)
             table = sid_encoder.table(vocabulary.space)
         if config.item_head is not None and config.item_head.vectors == "memory":
+            sid_encoder.check_items(vocabulary.space)
             table = dataclasses.replace(table, density=1.0)  # of an item all n-grams are read
         abstract = nnx.eval_shape(lambda: _build(config, vocabulary, nnx.Rngs(0)))
         graphdef = nnx.split(abstract, nnx.Param)[0]

@@ -35,10 +35,14 @@ def test_bench_memory_writes_numbers_and_a_plot(tmp_path):
 
 
 def test_bench_step_writes_the_overhead(tmp_path):
-    prefixmem("bench", "step", "--rows", 512, "--repeats", 1, "--json", tmp_path / "s.json")
+    prefixmem(
+        "bench", "step", "--rows", 512, "--repeats", 1, "--items", 3000, "--negatives", 64,
+        "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png",
+    )  # fmt: skip
     found = json.loads((tmp_path / "s.json").read_text())
     seconds = found["step_seconds"]
     assert found["sid_encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
+    assert found["item_head_overhead"] == pytest.approx(seconds["item_head"] / seconds["with"] - 1)
 
 
 def test_loading_takes_the_parameters_and_little_more(tmp_path):

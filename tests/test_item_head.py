@@ -1,24 +1,28 @@
 """The item head: its loss against NumPy, its say in the search against brute force."""
 
 import dataclasses
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import DECODER, make_model, prompts, small_config
+from models import DECODER, SID_ENCODER, make_model, prompts, small_config
 from test_beam_search import brute_force
 
+from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import take_rows
 from prefixmem_jax.data.prepare import fixed_sample, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference.beam_search import beam_search
-from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
+from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, read_items
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.model_spec import ModelSpec
-from prefixmem_jax.models.item_head import item_places
+from prefixmem_jax.models.item_head import OwnVectors, item_places
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.training.step import compile_train_step
 
 CONFIG = small_config(
     DecoderConfig(layers=1), 0, item_head=ItemHeadConfig(vectors="own", weight=0.7)
@@ -47,46 +51,120 @@ def test_every_item_that_a_batch_predicts_is_found_once(data):
             assert (rows.segment_ids[row, place : place + 5] == rows.segment_ids[row, place]).all()
 
 
-def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(data):
-    spec = ModelSpec.create(CONFIG, data.vocabulary, make_mesh(devices=jax.devices()[:1]))
+def with_head(vectors: str, **keys) -> Config:
+    memory = dataclasses.replace(SID_ENCODER, target_levels=(1, 2, 3, 4), orders=4)
+    return dataclasses.replace(
+        CONFIG, sid_encoder=memory, item_head=ItemHeadConfig(vectors, weight=0.7, **keys)
+    )
+
+
+def one_batch(config, data):
+    """A model with a memory that matters, six validation rows, and what these look up."""
+    spec = ModelSpec.create(config, data.vocabulary, make_mesh(devices=jax.devices()[:1]))
     params = spec.init_params(jax.random.key(0))
-    params["item_head"] = jax.tree.map(lambda x: 30 * x, params["item_head"])
-    rows = CONFIG.objective.validation_rows(data, CONFIG.data, 6, 1)
+    params["sid_encoder"] = jax.tree.map(lambda x: 2 * x, params["sid_encoder"])
+    if "item_head" in params:
+        params["item_head"] = jax.tree.map(lambda x: 30 * x, params["item_head"])
+    rows_at = partial(spec.table.gather, jax.random.normal(jax.random.key(1), spec.table.shape))
+    batch = config.objective.validation_rows(data, config.data, 6, 1)
     model = spec.model(params)
-    memory = jax.random.normal(jax.random.key(1), spec.table.shape)
-    fetched = Lookup(spec.table.gather(memory, model.memory_addresses(rows).by_position))
-    sums = jax.device_get(CONFIG.objective.loss_sums(model, rows, fetched, None))
-    plain = dataclasses.replace(CONFIG, item_head=None)
+    lookup = model.memory_addresses(batch, jax.random.key(2))
+    found = Lookup(*(None if x is None else rows_at(x) for x in lookup[:2]), lookup.names)
+    return spec, params, model, rows_at, batch, found
+
+
+def vectors_of(model, rows_at, data):
+    """Item vectors [items, D] as the items' own parameters, or as what is added at their ends."""
+    if isinstance(model.item_head, OwnVectors):
+        return np.asarray(model.item_head.vectors[...]).T[: len(data.catalog)]
+    tokens = jnp.asarray(data.item_tokens)
+    ones = jnp.ones_like(tokens)
+    rows = rows_at(model.sid_encoder.addresses(tokens, ones))
+    return np.asarray(model.sid_encoder(tokens, ones, rows))[:, -1]
+
+
+def places_of_targets(data, batch, count):
+    """Of held-out examples only the target is predicted: from the code before its first."""
+    validation = data.split.validation
+    for row, target in enumerate(validation.take(fixed_sample(len(validation), count)).targets):
+        here = (batch.next_item[row] == target + 1) & (batch.loss_mask[row] > 0)
+        (place,) = np.flatnonzero(here)
+        yield row, place, target
+
+
+@pytest.mark.parametrize("vectors", ["own", "memory"])
+def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(vectors, data):
+    config = with_head(vectors)
+    spec, params, model, rows_at, batch, found = one_batch(config, data)
+    assert ("item_head" in params) == (vectors == "own")
+    sums = jax.device_get(config.objective.loss_sums(model, batch, found, None))
+    plain = dataclasses.replace(config, item_head=None)
     bare = ModelSpec.create(plain, data.vocabulary, spec.mesh)
     codes = bare.model({part: params[part] for part in bare.params})
-    without = jax.device_get(plain.objective.loss_sums(codes, rows, fetched, None))
-    hidden = np.asarray(model(rows, fetched.by_position)[0])
-    vectors = np.asarray(params["item_head"]["vectors"])
-    validation, losses, hits = data.split.validation, [], []
-    for row, target in enumerate(validation.take(fixed_sample(len(validation), 6)).targets):
-        # Of a held-out example only the target is predicted: from the code before its first.
-        (place,) = np.flatnonzero((rows.next_item[row] == target + 1) & (rows.loss_mask[row] > 0))
-        scores = hidden[row, place] @ vectors[:, : len(data.catalog)]
+    without = jax.device_get(plain.objective.loss_sums(codes, batch, found, None))
+    hidden = np.asarray(model(batch, found.by_position)[0])
+    of_items, losses, hits = vectors_of(model, rows_at, data), [], []
+    for row, place, target in places_of_targets(data, batch, 6):
+        scores = of_items @ hidden[row, place]
         losses.append(-log_softmax(scores)[target])
         hits.append((scores >= scores[target]).sum() <= 10)
+    assert np.std(losses) > 0.1
     assert sums["item_count"] == 6 and sums["item_hits"] == sum(hits)
     np.testing.assert_allclose(sums["item_loss"], np.sum(losses), rtol=1e-5)
     np.testing.assert_allclose(sums["loss"], without["loss"] + 0.7 * np.sum(losses), rtol=1e-5)
     assert without["count"] == sums["count"] == 24
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
-def test_a_wide_search_ranks_by_both(mix):
-    model, rows_at, catalog, rng = make_model(
-        (4, 3, 5), 40, True, 5, DECODER, ItemHeadConfig(vectors="own")
-    )
-    model.item_head.vectors[...] = 40 * model.item_head.vectors[...]
+def test_items_that_are_drawn_stand_for_all_others(data):
+    config = with_head("memory", negatives=20)
+    _, _, model, rows_at, batch, found = one_batch(config, data)
+    sums = jax.device_get(config.objective.loss_sums(model, batch, found, jax.random.key(2)))
+    hidden = np.asarray(model(batch, found.by_position, jax.random.key(2))[0])
+    of_items, drawn, losses = vectors_of(model, rows_at, data), np.asarray(found.names), []
+    assert len(drawn) == 20 and "item_hits" not in sums
+    for row, place, target in places_of_targets(data, batch, 6):
+        scores = (of_items @ hidden[row, place]).astype(np.float64)
+        others = scores[drawn[drawn != target]] + np.log(len(data.catalog) / 20)
+        losses.append(np.log(np.exp(scores[target]) + np.exp(others).sum()) - scores[target])
+    np.testing.assert_allclose(sums["item_loss"], np.sum(losses), rtol=1e-5)
+    names = [model.memory_addresses(batch, jax.random.key(seed)).names for seed in (2, 3)]
+    np.testing.assert_array_equal(names[0], drawn)
+    assert (np.asarray(names[1]) != drawn).any()
+
+
+def test_a_step_that_draws_holds_nothing_of_every_item(data):
+    """But for their SIDs: compiled, no array of numbers has as many entries as there are items."""
+    items = 7919
+    sids = np.random.default_rng(0).integers(0, 6, (items, 4), np.int32)
+    vocabulary = dataclasses.replace(data.vocabulary, items=items, sids=sids)
+    shapes = {}
+    for negatives in (None, 64):
+        config = with_head("memory", negatives=negatives)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
+        spec = ModelSpec.create(config, vocabulary, make_mesh(devices=jax.devices()[:1]))
+        shapes[negatives] = set(
+            re.findall(r"(f32|pred)\[([\d,]*7919)\b", compile_train_step(spec).as_text())
+        )
+    assert shapes[None] and not shapes[64]
+
+
+@pytest.mark.parametrize("vectors", ["own", "memory"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_wide_search_ranks_by_both(share, vectors):
+    head = ItemHeadConfig(vectors)
+    model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, head)
+    read = None
+    if vectors == "own":
+        model.item_head.vectors[...] = 40 * model.item_head.vectors[...]
+    else:
+        read = read_items(model, rows_at, jnp.asarray(model.vocabulary.encode(catalog.sids)))
+        assert read.shape == (40, DECODER.d_model) and np.std(read) > 0.1
     histories = [rng.integers(0, 40, length) for length in (3, 0, 4)]
     given = prompts(model, catalog, histories, 4)
-    cached = CachedSidLM(model, rows_at)
+    cached = CachedSidLM(model, rows_at, read)
     groups = jnp.asarray(catalog.group_of_item, jnp.int32)
     search = jax.jit(
-        lambda p, beams: beam_search(cached, p, beams, catalog.trie.levels, None, groups, mix),
+        lambda p, beams: beam_search(cached, p, beams, catalog.trie.levels, None, groups, share),
         static_argnums=1,
     )
     found, narrow = (jax.device_get(search(given, beams)) for beams in (60, 4))
@@ -94,7 +172,7 @@ def test_a_wide_search_ranks_by_both(mix):
     items = log_softmax(np.asarray(cached.item_logits(cached.start(given)[1]), np.float64))
     for user in range(3):
         mass = np.bincount(catalog.group_of_item, np.exp(items[user, :40]))
-        expected = (1 - mix) * by_codes[user] + mix * np.log(mass)
+        expected = (1 - share) * by_codes[user] + share * np.log(mass)
         order = np.argsort(-expected)
         count = len(order)
         np.testing.assert_allclose(found.scores[user, :count], expected[order], atol=1e-4)
@@ -103,6 +181,31 @@ def test_a_wide_search_ranks_by_both(mix):
         by_sid = dict(zip(map(tuple, catalog.group_sids.tolist()), expected, strict=True))
         wanted = [by_sid[tuple(sid)] for sid in narrow.codes[user].tolist()]
         np.testing.assert_allclose(narrow.scores[user], wanted, atol=1e-4)
+
+
+def test_a_head_without_what_it_reads_is_refused():
+    for keys, message in (
+        ({"sid_encoder": None}, "no SID encoder that reads whole items"),
+        ({"sid_encoder": SID_ENCODER}, "add level 1 to sid_encoder.target_levels"),
+        ({"item_head": ItemHeadConfig("own", negatives=5)}, "item_head.negatives=5 is for"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(with_head("memory"), **keys).check()
+
+
+def test_a_memory_that_does_not_tell_items_apart_is_refused(data):
+    short = dataclasses.replace(with_head("memory").sid_encoder, orders=3)
+    config = dataclasses.replace(with_head("memory"), sid_encoder=short)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(
+        UserError, match="sid_encoder.orders=3: .* expected 4, or sid_encoder.items=1"
+    ):
+        ModelSpec.create(config, data.vocabulary, mesh)
+    ModelSpec.create(
+        dataclasses.replace(config, sid_encoder=dataclasses.replace(short, items=1)),
+        data.vocabulary,
+        mesh,
+    )
 
 
 def test_a_model_that_does_not_know_its_items_is_refused(data):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_groups import DataConfig, DecoderConfig
+from prefixmem_jax.config_groups import DataConfig, DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.memory.table import Lookup, spread
 from prefixmem_jax.model_spec import ModelSpec
@@ -51,28 +51,40 @@ def one_device_model(
     batch: int,
     length: int,
     codes: int,
+    item_head: ItemHeadConfig | None = None,
+    items: int = 0,
 ) -> ModelSpec:
-    """A model on one device."""
+    """A model on one device; of a catalogue of random SIDs, if `items` are named."""
     model, text_tokens = DECODERS[decoder]
-    vocabulary = Vocabulary(SidSpace((codes,) * 5), text_tokens)
+    space = SidSpace((codes,) * 5)
+    sids = np.random.default_rng(0).integers(0, codes, (items, 5), np.int32) if items else None
+    vocabulary = Vocabulary(space, text_tokens, items=items, sids=sids)
     data = DataConfig(sequence_length=length, batch_size=batch)
-    config = Config("benchmark", sid_encoder=sid_encoder, data=data, model=model)
+    config = Config(
+        "benchmark", sid_encoder=sid_encoder, item_head=item_head, data=data, model=model
+    )
     return ModelSpec.create(config, vocabulary, make_mesh(devices=jax.devices()[:1]))
 
 
 def random_documents(
     vocabulary: Vocabulary, rows: int, items: int, length: int, rng: np.random.Generator
 ) -> Batch:
-    """One document of random items a row, on the host."""
+    """One document of random items a row, on the host: of the catalogue, if there is one."""
     sizes = vocabulary.space.codebook_sizes
     sids = np.stack([rng.integers(0, size, (rows, items)) for size in sizes], axis=-1)
+    named = np.zeros((rows, items), np.int64)
+    if vocabulary.sids is not None:
+        named = rng.integers(0, vocabulary.items, (rows, items))
+        sids = vocabulary.sids[named]
     batch = Batch.zeros(rows, length)
     batch.tokens[:, 0] = vocabulary.bos_token
     used = 1 + vocabulary.levels * items
     batch.tokens[:, 1:used] = vocabulary.encode(sids).reshape(rows, -1)
     batch.segment_ids[:, :used] = 1
     batch.positions[:] = np.arange(length)
-    batch.loss_mask[:, :used] = 1
+    batch.loss_mask[:, : used - 1] = 1
+    if vocabulary.sids is not None:
+        batch.next_item[:, : used - 1 : vocabulary.levels] = 1 + named
     return batch
 
 

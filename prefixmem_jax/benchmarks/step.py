@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 
 from prefixmem_jax.benchmarks.fixtures import one_device_model, random_batches, training
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
+from prefixmem_jax.config_groups import ItemHeadConfig
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 # Batch, length and codes per level by decoder: what fits the machines they are meant for.
 SHAPES = {"quickstart": (40, 128, 256), "qwen3-0.6b": (8, 1024, 2048)}
 
 
-def bench_step(decoder: str, rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
+def bench_step(
+    decoder: str, rows: int, d_mem: int, repeats: int, items: int = 0, negatives: int = 1024
+) -> dict[str, Any]:
     """Times a train step of a decoder without and with the SID encoder, on one device.
+
+    Args:
+      items: of a catalogue for an item head over the memory, which is then timed too; 0: none.
+      negatives: that it draws in a step.
 
     Returns:
       machine, decoder, rows (per table), d_mem, tokens (per step).
-      step_seconds: by `without` and `with` the SID encoder.
-      sid_encoder_overhead: seconds that the SID encoder adds, as a share of the step without it.
-      tokens_per_second: of both.
+      step_seconds: by `without` and `with` the SID encoder, and `item_head` with both.
+      sid_encoder_overhead, item_head_overhead: seconds that each adds, as a share of the step
+        without it.
+      tokens_per_second: of all.
     """
     batch, length, codes = SHAPES[decoder]
+    shape = (batch, length, codes)
     memory = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
     models = {
-        name: one_device_model(decoder, sid_encoder, batch, length, codes)
-        for name, sid_encoder in (("without", None), ("with", memory))
+        "without": one_device_model(decoder, None, *shape),
+        "with": one_device_model(decoder, memory, *shape),
     }
-    batches = random_batches(models["with"], 8)
+    if items:
+        reading = dataclasses.replace(memory, target_levels=(1, 4, 5), orders=5)
+        head = ItemHeadConfig(negatives=negatives)
+        models["with"] = one_device_model(decoder, reading, *shape)
+        models["item_head"] = one_device_model(decoder, reading, *shape, head, items)
+    batches = random_batches(list(models.values())[-1], 8)
     with jax.set_mesh(models["with"].mesh):
         calls = {name: training(spec, batches) for name, spec in models.items()}
         seconds = median_seconds(calls, repeats, "train step")
     tokens = batch * length
-    return {
+    measured = {
         "machine": machine(),
         "decoder": decoder,
         "rows": rows,
@@ -44,6 +59,10 @@ def bench_step(decoder: str, rows: int, d_mem: int, repeats: int) -> dict[str, A
         "sid_encoder_overhead": seconds["with"] / seconds["without"] - 1,
         "tokens_per_second": {name: tokens / value for name, value in seconds.items()},
     }
+    if items:
+        overhead = seconds["item_head"] / seconds["with"] - 1
+        measured |= {"items": items, "negatives": negatives, "item_head_overhead": overhead}
+    return measured
 
 
 def describe(measured: dict[str, Any]) -> str:
@@ -61,11 +80,21 @@ def describe(measured: dict[str, Any]) -> str:
             f"  the SID encoder ({measured['rows']:,} rows per table, "
             f"d_mem {measured['d_mem']}) adds "
             f"{100 * measured['sid_encoder_overhead']:.1f}%",
+            *(
+                [
+                    f"  the item head ({measured['items']:,} items, {measured['negatives']:,} of "
+                    f"them in a step) adds {100 * measured['item_head_overhead']:.1f}%"
+                ]
+                if "items" in measured
+                else []
+            ),
         ]
     )
 
 
 def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
-    named = {f"{name} SID encoder": value for name, value in measured["step_seconds"].items()}
+    shown = {"without": "without SID encoder", "with": "with SID encoder"}
+    shown["item_head"] = "and item head"
+    named = {shown[name]: value for name, value in measured["step_seconds"].items()}
     return [(f"train step, {measured['decoder']}", named)]

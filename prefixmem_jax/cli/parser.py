@@ -332,7 +332,22 @@ def _add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         "step",
         verbs.bench_step,
         "A whole train step without and with the SID encoder.",
-        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU",
+        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU\n"
+        "  prefixmem bench step --items 1000000   # and an item head over so many items",
+    )
+    step.add_argument(
+        "--items",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="also time an item head over a catalogue of so many items",
+    )
+    step.add_argument(
+        "--negatives",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="items that it draws in a step (default: %(default)s)",
     )
     step.add_argument(
         "--rows", type=positive, default=500_000, metavar="T", help="rows per table (%(default)s)"

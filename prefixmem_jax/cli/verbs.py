@@ -182,7 +182,14 @@ def bench_memory(options: argparse.Namespace):
 def bench_step(options: argparse.Namespace):
     from prefixmem_jax.benchmarks import step
 
-    return step, step.bench_step(options.decoder, options.rows, options.d_mem, options.repeats)
+    return step, step.bench_step(
+        options.decoder,
+        options.rows,
+        options.d_mem,
+        options.repeats,
+        options.items,
+        options.negatives,
+    )
 
 
 def bench_decode(options: argparse.Namespace):

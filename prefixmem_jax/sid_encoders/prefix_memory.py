@@ -93,6 +93,13 @@ class PrefixMemoryConfig(SidEncoderConfig):
                 f"sid_encoder.rows={self.rows}: {self.tables} tables exceed 2^31 rows in all"
             )
 
+    def check_items(self, space: SidSpace) -> None:
+        if self.orders < space.levels and not self.items:
+            raise UserError(
+                f"sid_encoder.orders={self.orders}: item_head.vectors=memory would not tell apart "
+                f"SIDs that differ in one code; expected {space.levels}, or sid_encoder.items=1"
+            )
+
     def _prefix_lengths(self, space: SidSpace) -> list[int]:
         """Codes of the prefix at the position before each target level."""
         return [level - 1 or space.levels for level in self.target_levels]

@@ -108,6 +108,9 @@ class SidEncoderConfig(Kind, ABC):
     def check(self, space: SidSpace) -> None:
         """Raises UserError where it does not fit the SIDs."""
 
+    def check_items(self, space: SidSpace) -> None:
+        """Raises UserError where its rows of whole items do not tell all SIDs apart."""
+
     def table(self, space: SidSpace) -> Table | None:
         """The memory table it owns, if any."""
         del space
