@@ -198,7 +198,7 @@ def test_a_memory_that_does_not_tell_items_apart_is_refused(data):
     config = dataclasses.replace(with_head("memory"), sid_encoder=short)
     mesh = make_mesh(devices=jax.devices()[:1])
     with pytest.raises(
-        UserError, match="sid_encoder.orders=3: .* expected 4, or sid_encoder.items=1"
+        UserError, match=r"sid_encoder.orders=3: .* expected 4, or sid_encoder.items=1"
     ):
         ModelSpec.create(config, data.vocabulary, mesh)
     ModelSpec.create(
