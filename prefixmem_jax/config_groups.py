@@ -259,6 +259,7 @@ class OptimizerConfig:
         head) of its SID tokens; `sid_encoder` freezes the whole LLM. The SID encoder always learns.
       clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
       weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
+      embedding_weight_decay: on its vectors of tokens and items instead; none means the same.
       final_rate: the learning rate at the end as a share of its peak.
       average_decay: keep an exponential moving average of the dense parameters with this decay a
         step (in the first steps less), and use it for everything but training; none keeps none.
@@ -274,6 +275,7 @@ class OptimizerConfig:
     beta2: Rate = 0.99
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
+    embedding_weight_decay: NonNegativeFloat | None = None
     clip_norm: PositiveFloat = 1.0
     average_decay: Rate | None = None
     accumulation_steps: PositiveInt = 1

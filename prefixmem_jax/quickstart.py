@@ -25,28 +25,31 @@ from prefixmem_jax.runs.run import Run
 from prefixmem_jax.text import visible
 from prefixmem_jax.training.loop import train
 
-RUNS = ("baseline", "classification", "prefixmem")
-# The configs' own steps are for the synthetic dataset, which must be done in minutes.
-STEPS_ON_DATA = 1000
+STAGE_ONE = "classification"
+# The comparison's runs, in order: the paper's two stages in a world whose optimum is known, and the
+# recommender's recipe on somebody's data, where it has to recommend well.
+SYNTHETIC = {
+    "baseline": "quickstart/baseline.py",
+    STAGE_ONE: "quickstart/classification.py",
+    "prefixmem": "quickstart/prefixmem.py",
+}
+ON_DATA = {"baseline": "recommend/baseline.py", "prefixmem": "recommend/small.py"}
 
 
 def quickstart_configs(
     out: Path, data: str | None, overrides: Sequence[str] = ()
 ) -> dict[str, Config]:
-    """The three runs of the comparison, with one set of overrides applied to all."""
-    folder = packaged_configs() / "quickstart"
+    """The runs of the comparison, with one set of overrides applied to all."""
     configs = {}
-    for name in RUNS:
-        config = load_config(folder / f"{name}.py")
+    for name, file in (SYNTHETIC if data is None else ON_DATA).items():
+        config = load_config(packaged_configs() / file)
         if config.init.run is not None:
-            stage_one = str(out / "classification")
+            stage_one = str(out / STAGE_ONE)
             config = dataclasses.replace(
                 config, init=dataclasses.replace(config.init, run=stage_one)
             )
         if data is not None:
             config = override(config, f"data.path={data}")
-            if name != "classification":
-                config = override(config, f"steps={STEPS_ON_DATA}")
         for text in overrides:
             if text.startswith("sid_encoder.") and config.sid_encoder is None:
                 continue  # the baseline has none
@@ -56,7 +59,9 @@ def quickstart_configs(
 
 
 def fit_sid_encoder(config: Config, levels: int) -> Config:
-    """Targets every level from the third on, whatever the depth of the data's SIDs."""
+    """Targets every level from the third on, whatever the depth of the data's SIDs; and the next
+    item's first, by whole SIDs, if the config does.
+    """
     if config.sid_encoder is None:
         return config
     if levels < 3:
@@ -64,8 +69,11 @@ def fit_sid_encoder(config: Config, levels: int) -> Config:
             f"the data's SIDs have {levels} levels; quickstart compares from level 3 on, where "
             "prefixes are too many to memorise (train a config with sid_encoder.target_levels=(2,))"
         )
+    next_item = (1,) if config.sid_encoder.reads_items else ()
     sid_encoder = dataclasses.replace(
-        config.sid_encoder, target_levels=tuple(range(3, levels + 1)), orders=levels - 1
+        config.sid_encoder,
+        target_levels=(*next_item, *range(3, levels + 1)),
+        orders=levels if next_item else levels - 1,
     )
     return dataclasses.replace(config, sid_encoder=sid_encoder)
 
@@ -73,15 +81,15 @@ def fit_sid_encoder(config: Config, levels: int) -> Config:
 def quickstart(
     out: Path, data: str | None, overrides: Sequence[str] = (), say: Any = lambda text: None
 ) -> Results:
-    """Trains baseline, stage 1 and stage 2, evaluates them beside the heuristics, and reports.
+    """Trains without and with PrefixMem, evaluates both beside the heuristics, and reports.
 
     Runs that `out` holds already go on from their checkpoints.
 
     Args:
-      out: gets `baseline/`, `classification/`, `prefixmem/`, results.json, report.html, PNGs, and
-        `export/`, PrefixMem's run as a Hugging Face folder.
+      out: gets a folder for each run, results.json, report.html, PNGs, and `export/`, PrefixMem's
+        run as a Hugging Face folder.
       data: dataset folder, None for the synthetic dataset.
-      overrides: dotted overrides for all three runs.
+      overrides: dotted overrides for all runs.
       say: called with each line of progress.
 
     Returns:
@@ -93,8 +101,8 @@ def quickstart(
     configs = {name: fit_sid_encoder(config, levels) for name, config in configs.items()}
     out.mkdir(parents=True, exist_ok=True)
     say(describe_data(prepared))
-    for name in RUNS:
-        train(configs[name], out / name, prepared)
+    for name, config in configs.items():
+        train(config, out / name, prepared)
 
     everyone, sample = chosen_examples(configs["baseline"].evaluation, prepared)
     facts = (
@@ -148,8 +156,8 @@ def costs(out: Path, name: str, engine: Engine, configs: dict[str, Config]) -> d
         "seed": config.seed,
     }
     if config.init.run is not None:
-        stage_one = read_metrics(out / "classification")[-1]
-        cost["stage1_steps"] = configs["classification"].steps
+        stage_one = read_metrics(out / STAGE_ONE)[-1]
+        cost["stage1_steps"] = configs[STAGE_ONE].steps
         for key in ("tokens", "flops", "seconds"):
             cost[f"stage1_{key}"] = stage_one[key]
             cost[key] += stage_one[key]
@@ -162,11 +170,12 @@ def costs(out: Path, name: str, engine: Engine, configs: dict[str, Config]) -> d
 
 def learning_curves(out: Path) -> dict[str, list[dict[str, float]]]:
     """Validation records per system; PrefixMem's time and FLOPs start where stage 1 ended."""
-    stage_one = read_metrics(out / "classification")[-1]
     curves = {}
     for name in ("baseline", "prefixmem"):
         curves[name] = [dict(r) for r in read_metrics(out / name) if "validation/loss" in r]
-    for record in curves["prefixmem"]:
-        for key in ("seconds", "flops"):
-            record[key] += stage_one[key]
+    if (out / STAGE_ONE).exists():
+        stage_one = read_metrics(out / STAGE_ONE)[-1]
+        for record in curves["prefixmem"]:
+            for key in ("seconds", "flops"):
+                record[key] += stage_one[key]
     return curves

@@ -12,7 +12,13 @@ from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 
-SMALL = ["steps=15", "data.batch_size=8", "evaluation.users=40", "evaluation.every_steps=5"]
+SMALL = [
+    "steps=15",
+    "evaluation.validation_examples=40",
+    "data.batch_size=8",
+    "evaluation.users=40",
+    "evaluation.every_steps=5",
+]
 SYNTHETIC = [*SMALL, "data.synthetic.items=900", "data.synthetic.users=700"]
 
 
@@ -176,7 +182,9 @@ def test_own_data_with_five_levels_and_shared_sids(tmp_path):
         "heuristic_transition", "heuristic_item_knn",
     }  # fmt: skip
     sid_encoder = results["prefixmem"]["config"]["sid_encoder"]
-    assert sid_encoder["target_levels"] == [3, 4, 5] and sid_encoder["orders"] == 4
+    assert sid_encoder["target_levels"] == [1, 3, 4, 5] and sid_encoder["orders"] == 5
+    heads = [results[name]["config"]["item_head"]["vectors"] for name in ("baseline", "prefixmem")]
+    assert heads == ["own", "memory"]
     assert all(name in results["prefixmem"] for name in names(5))
 
 

@@ -412,6 +412,13 @@ def test_norms_and_rows_are_not_decayed():
     np.testing.assert_allclose(llm["final_norm"]["scale"], other["final_norm"]["scale"], rtol=1e-6)
     np.testing.assert_array_equal(decayed.memory, plain.memory)
     assert np.linalg.norm(llm["embedding"]) < 0.999 * np.linalg.norm(other["embedding"])
+    decay = {"weight_decay": 10.0, "embedding_weight_decay": CONFIG.optimizer.weight_decay}
+    _, matrices = run(with_optimizer(CONFIG, **decay), 2)
+    for name in ("embedding", "head"):  # at a rate of their own, as the others at theirs
+        np.testing.assert_array_equal(matrices.params["llm"][name], other[name])
+    gates = (state.params["llm"]["layers"]["gate"] for state in (matrices, decayed, plain))
+    assert_same_bits(next(gates), next(gates))
+    assert np.linalg.norm(llm["layers"]["gate"]) < 0.999 * np.linalg.norm(next(gates))
 
 
 @pytest.mark.parametrize("kind", ["adam", "row_adam", "adagrad", "sgd"])

@@ -10,6 +10,7 @@ from prefixmem_jax.config_groups import (
     DecoderConfig,
     EvaluationConfig,
     ItemHeadConfig,
+    MemoryOptimizerConfig,
     OptimizerConfig,
 )
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
@@ -24,10 +25,15 @@ def get_config() -> Config:
             layers=2, d_model=64, d_ff=192, query_heads=2, kv_heads=2, head_dim=32, dropout=0.3
         ),
         sid_encoder=PrefixMemoryConfig(
-            target_levels=(1, 3, 4), orders=4, heads=4, rows=2**15, d_mem=64, dropout=0.2
+            target_levels=(1, 3, 4), orders=4, heads=2, rows=2**15, d_mem=64, dropout=0.2
         ),
-        item_head=ItemHeadConfig(weight=1.0),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        item_head=ItemHeadConfig(),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3,
+            warmup_steps=100,
+            weight_decay=0.0,
+            memory=MemoryOptimizerConfig(rate=1.0),
+        ),
         checkpoint=CheckpointConfig(every_steps=300),
         evaluation=EvaluationConfig(
             every_steps=300, validation_examples=2000, select_by="item_ndcg@10", item_share=0.7

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Hugging Face format.",
         "  prefixmem quickstart                       # synthetic data, known optimum\n"
         "  prefixmem quickstart --data DIR --out X    # your items.parquet and histories.parquet\n"
-        "  prefixmem quickstart --out X steps=100     # override a key of all three runs",
+        "  prefixmem quickstart --out X steps=100     # override a key of all runs",
     )
     quick.add_argument("--data", metavar="DIR", help="dataset folder (default: synthetic data)")
     quick.add_argument(

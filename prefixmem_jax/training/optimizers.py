@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import OptimizerConfig
 from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
 
 
@@ -37,21 +39,39 @@ def _schedule(config: Config, peak: float, warmup_steps: int, final_rate: float)
     )
 
 
-def decay_mask(params: Any) -> Any:
-    """True for matrices; False for norm scales."""
+# Dense parameters with a vector a token or an item.
+_EMBEDDINGS = ("embedding", "head", "vectors")
 
-    def decayed(path: tuple, leaf: jax.Array) -> bool:
-        del leaf
-        return not any("norm" in jax.tree_util.keystr((key,)) for key in path)
 
-    return jax.tree_util.tree_map_with_path(decayed, params)
+def decay_group(path: tuple) -> str:
+    """What a dense parameter counts as: `norm`, `embedding` or `matrix`."""
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if any("norm" in name for name in names):
+        return "norm"
+    return "embedding" if names[-1] in _EMBEDDINGS else "matrix"
+
+
+def _weight_decay(options: OptimizerConfig) -> optax.GradientTransformation:
+    """Decay of matrices and of embeddings, each at its own rate; norm scales are not decayed."""
+    embedding = options.embedding_weight_decay
+    rates = {
+        "matrix": options.weight_decay,
+        "embedding": options.weight_decay if embedding is None else embedding,
+    }
+
+    def mask(group: str, params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: decay_group(path) == group, params)
+
+    return optax.chain(
+        *(optax.add_decayed_weights(rate, partial(mask, group)) for group, rate in rates.items())
+    )
 
 
 def dense_optimizer(config: Config) -> optax.GradientTransformation:
     options = config.optimizer
     return optax.chain(
         optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
-        optax.add_decayed_weights(options.weight_decay, decay_mask),
+        _weight_decay(options),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
 
