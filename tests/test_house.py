@@ -27,7 +27,7 @@ PACKAGE = ROOT / "prefixmem_jax"
 ROOMS = [
     "errors", "text", "progress", "files", "kinds", "config_groups", "parallel", "semantic_ids",
     "data", "memory", "layers", "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
-    "hf", "runs", "evaluation", "training", "planning", "recommender", "convert", "quickstart",
+    "hf", "runs", "evaluation", "training", "planning", "recommender", "convert", "quickstart", "sweep",
     "benchmarks", "cli",
 ]  # fmt: skip
 # Written into exported folders, where the package is not.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from prefixmem_jax.text import shortened, visible
 
@@ -52,3 +52,12 @@ def first_and_last(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)):
         raise argparse.ArgumentTypeError(f"expected FIRST:LAST, such as 100:110, got {text}")
     return int(first), int(last)
+
+
+def described(summary: str, examples: str) -> dict[str, Any]:
+    """How --help begins and ends."""
+    return {
+        "description": summary,
+        "epilog": f"examples:\n{examples}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }

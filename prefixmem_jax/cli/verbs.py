@@ -46,6 +46,19 @@ def train(options: argparse.Namespace) -> None:
     print(visible(f"trained {config.name} for {config.steps} steps: {run}"))
 
 
+def sweep(options: argparse.Namespace) -> None:
+    from prefixmem_jax.sweep import combinations
+
+    runs = combinations(options.config, options.overrides)  # mistakes are found before JAX starts
+    out = options.out or Path(f"sweeps/{runs[0][2].name}")
+    start()
+    from prefixmem_jax.sweep import describe, sweep
+
+    results = sweep(options.config, options.overrides, out, say=print)
+    print("\n" + visible(describe(results)))
+    print(visible(str(out / "sweep.json")))
+
+
 def evaluate(options: argparse.Namespace) -> None:
     start(options.distributed)
     import jax

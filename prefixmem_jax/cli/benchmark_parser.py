@@ -1,0 +1,124 @@
+"""What `prefixmem bench` takes."""
+
+from __future__ import annotations
+
+import argparse
+
+from prefixmem_jax.cli import verbs
+from prefixmem_jax.cli.arguments import described, new_file, positive
+
+
+def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
+    def benchmark(name: str, run, summary: str, examples: str) -> argparse.ArgumentParser:
+        added = benchmarks.add_parser(name, help=summary, **described(summary, examples))
+        added.set_defaults(verb=verbs.bench, benchmark=run)
+        added.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there")
+        added.add_argument(
+            "--plot", type=new_file, metavar="FILE", help="write a picture there (.png)"
+        )
+        return added
+
+    memory = benchmark(
+        "memory",
+        verbs.bench_memory,
+        "The memory table alone: rows, optimizers, exchange.",
+        "  prefixmem bench memory --rows 16384 1048576 --plot memory.png",
+    )
+    memory.add_argument(
+        "--rows",
+        type=positive,
+        nargs="+",
+        default=[2**14, 2**17, 2**20],
+        metavar="T",
+        help="rows per table (default: 16384 131072 1048576)",
+    )
+    memory.add_argument(
+        "--compared-rows",
+        type=positive,
+        default=500_000,
+        metavar="T",
+        help="rows per table where dense AdamW is compared (default: %(default)s)",
+    )
+    step = benchmark(
+        "step",
+        verbs.bench_step,
+        "A whole train step without and with the SID encoder.",
+        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU\n"
+        "  prefixmem bench step --items 1000000   # and an item head over so many items",
+    )
+    step.add_argument(
+        "--items",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="also time an item head over a catalogue of so many items",
+    )
+    step.add_argument(
+        "--negatives",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="items that it draws in a step (default: %(default)s)",
+    )
+    step.add_argument(
+        "--rows", type=positive, default=500_000, metavar="T", help="rows per table (%(default)s)"
+    )
+    step.add_argument(
+        "--decoder",
+        choices=("quickstart", "qwen3-0.6b"),
+        default="quickstart",
+        help="whose shape (default: %(default)s)",
+    )
+    for added in (memory, step):
+        added.add_argument(
+            "--d-mem", type=positive, default=64, metavar="N", help="memory width (default: 64)"
+        )
+        added.add_argument(
+            "--repeats", type=positive, default=30, metavar="N", help="timed calls (default: 30)"
+        )
+    decode = benchmark(
+        "decode",
+        verbs.bench_decode,
+        "Beam search, constrained to catalogues of several sizes and not.",
+        "  prefixmem bench decode --catalogues 10000 1000000 --beams 20 100",
+    )
+    decode.add_argument(
+        "--decoder",
+        choices=("4-layer", "quickstart", "qwen3-0.6b"),
+        default="4-layer",
+        help="whose shape (default: %(default)s, d_model 256)",
+    )
+    for flag, default, what in (
+        ("--catalogues", [10_000, 1_000_000, 10_000_000], "random SIDs to constrain to"),
+        ("--beams", [10, 70, 500], "widths of the beam"),
+    ):
+        decode.add_argument(
+            flag,
+            type=positive,
+            nargs="+",
+            default=default,
+            metavar="N",
+            help=f"{what} (default: {' '.join(map(str, default))})",
+        )
+    for flag, default, what in (
+        ("--users", 2, "in one batch"),
+        ("--levels", 5, "of the SIDs"),
+        ("--codes", 2048, "by level"),
+        ("--repeats", 15, "timed calls"),
+    ):
+        decode.add_argument(
+            flag,
+            type=positive,
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    load = benchmark(
+        "load",
+        verbs.bench_load,
+        "Peak of host memory when a run starts from a Hugging Face checkpoint.",
+        "  prefixmem bench load --size 2GB",
+    )
+    load.add_argument(
+        "--size", default="2GB", metavar="SIZE", help="of the checkpoint (default: %(default)s)"
+    )
