@@ -26,7 +26,9 @@ EVERYTHING = dataclasses.replace(
     with_optimizer(CONFIG, average_decay=0.9),
     objective=NextToken(label_smoothing=0.1),
     model=dataclasses.replace(CONFIG.model, dropout=0.3),
-    sid_encoder=dataclasses.replace(CONFIG.sid_encoder, target_levels=(1, 2, 3), dropout=0.2),
+    sid_encoder=dataclasses.replace(
+        CONFIG.sid_encoder, target_levels=(1, 2, 3), orders=3, dropout=0.2
+    ),
     item_head=ItemHeadConfig(),
 )
 

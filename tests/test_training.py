@@ -99,20 +99,25 @@ def test_stage_two_refuses_what_does_not_fit(stage_one, tmp_path, overrides, wor
 EVERYTHING = """
 import dataclasses
 from prefixmem_jax.config_files import inherit
-from prefixmem_jax.config_groups import ItemHeadConfig
+from prefixmem_jax.config_groups import InitConfig, ItemHeadConfig
 
 def get_config():
-    return dataclasses.replace(inherit(__file__, {parent!r}), item_head=ItemHeadConfig())
+    parent = inherit(__file__, {parent!r})
+    memory = dataclasses.replace(parent.sid_encoder, target_levels=(1, 3, 4), orders=4)
+    return dataclasses.replace(
+        parent, sid_encoder=memory, item_head=ItemHeadConfig(negatives=50), init=InitConfig()
+    )
 """
 
 
-def test_a_killed_run_ends_bit_identical(stage_one, tmp_path):
-    """With all that is random or remembered on: dropout, an average, the best validation."""
+def test_a_killed_run_ends_bit_identical(tmp_path):
+    """With all that is random or remembered on: dropout, items that are drawn, an average, the best
+    validation.
+    """
     config = tmp_path / "config.py"
     config.write_text(EVERYTHING.format(parent=str(QUICKSTART / "prefixmem.py")))
     arguments = [
-        "train", config, *SMALL, f"init.run={stage_one}", "steps=200", "checkpoint.every_steps=15",
-        "init.fresh=('llm','sid_encoder','item_head')", "model.dropout=0.2",
+        "train", config, *SMALL, "steps=200", "checkpoint.every_steps=15", "model.dropout=0.2",
         "sid_encoder.dropout=0.1", "optimizer.average_decay=0.99",
         "evaluation.select_by=item_ndcg@10",
     ]  # fmt: skip

@@ -19,5 +19,4 @@ def get_config() -> Config:
         model=dataclasses.replace(recipe.model, dropout=0.5, tied_embeddings=True),
         sid_encoder=None,
         item_head=None,
-        optimizer=dataclasses.replace(recipe.optimizer, learning_rate=1e-3),
     )

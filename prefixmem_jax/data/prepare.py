@@ -72,7 +72,10 @@ def load_catalog(config: DataConfig) -> Catalog:
 
 
 def data_vocabulary(config: DataConfig) -> Vocabulary:
-    """The data's tokens; reads the catalogue only where the config does not state codebooks."""
+    """The data's tokens; reads the catalogue only where the config does not state codebooks.
+
+    Items whose SIDs are not read have zeros for them, which is enough where only shapes matter.
+    """
     items = config.items or 0
     if config.codebook_sizes is not None:
         space = SidSpace(tuple(config.codebook_sizes))
@@ -83,7 +86,8 @@ def data_vocabulary(config: DataConfig) -> Vocabulary:
         )
     else:
         return _vocabulary(config, load_catalog(config))
-    return Vocabulary(space, config.text_tokens, config.vocabulary_multiple, items)
+    sids = np.zeros((items, space.levels), np.int32) if items else None
+    return Vocabulary(space, config.text_tokens, config.vocabulary_multiple, items, sids)
 
 
 def _recoded(config: DataConfig, catalog: Catalog) -> Catalog:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from prefixmem_jax.config_groups import ItemHeadConfig
@@ -54,14 +53,13 @@ class MemoryVectors(nnx.Module):
     def candidates(self, encoder: SidEncoder, key: jax.Array | None) -> Lookup:
         """What to look up, to score all items, or a few drawn with the key (`Lookup.names`)."""
         vocabulary, drawn = self.vocabulary, None
-        sids = vocabulary.sids
-        if sids is None:  # as good as any, where only shapes matter
-            sids = np.zeros((vocabulary.items, vocabulary.levels), np.int32)
+        if vocabulary.sids is None:
+            raise ValueError("the items' SIDs are not known; training wants `Vocabulary.sids`")
         # Behind the barrier the compiler takes no time to compute with a whole catalogue.
-        tokens_IL = jax.lax.optimization_barrier(jnp.asarray(vocabulary.encode(sids)))
+        tokens_IL = jax.lax.optimization_barrier(jnp.asarray(vocabulary.encode(vocabulary.sids)))
         if self.negatives is not None:
             key = jax.random.key(0) if key is None else key
-            drawn = jax.random.randint(key, (self.negatives,), 0, len(sids))
+            drawn = jax.random.randint(key, (self.negatives,), 0, vocabulary.items)
             tokens_IL = tokens_IL[drawn]
         missing = -len(tokens_IL) % device_count()
         tokens_IL = jnp.pad(tokens_IL, ((0, missing), (0, 0)))
