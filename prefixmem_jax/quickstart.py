@@ -16,8 +16,9 @@ from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.comparison import evaluate_heuristics
-from prefixmem_jax.evaluation.evaluator import chosen_examples, evaluate_run
-from prefixmem_jax.evaluation.report import Results, text_table, write_report
+from prefixmem_jax.evaluation.evaluator import chosen_examples, evaluate_run, load_scores
+from prefixmem_jax.evaluation.report import Results, comparison_table, text_table, write_report
+from prefixmem_jax.evaluation.statistics import compare
 from prefixmem_jax.files import write_json
 from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.runs.metrics import read_metrics
@@ -125,9 +126,17 @@ def quickstart(
         results[name] = evaluated.metrics
     for values in results.values():
         values["dataset_sha256"] = prepared.dataset.sha256
+    base, ours = (load_scores(out / name) for name in ("baseline", "prefixmem"))
+    paired = {"prefixmem": compare(base, ours)}
+    differences = (
+        "prefixmem minus baseline, paired bootstrap over users, 95% interval:\n"
+        + comparison_table(paired, levels)
+    )
     write_json(out / "results.json", results)
-    write_report(out, results, learning_curves(out), facts)
+    write_json(out / "comparison.json", {"compared_with": "baseline", "systems": paired})
+    write_report(out, results, learning_curves(out), facts, differences)
     say(text_table(results, levels))
+    say(f"\n{differences}")
     export_run(Run(out / "prefixmem"), out / "export")
     return results
 

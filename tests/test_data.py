@@ -29,7 +29,7 @@ from prefixmem_jax.data.formats.parquet import read_catalog, read_dataset, write
 from prefixmem_jax.data.packing import one_per_row, pack
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import data_vocabulary, fixed_sample, load_catalog, prepare_data
-from prefixmem_jax.data.splits import split_dataset
+from prefixmem_jax.data.splits import Examples, split_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.catalog import Catalog
@@ -217,6 +217,17 @@ def test_leave_two_out():
     assert spelled(split.test) == [(0, [1, 2, 3], 4), (2, [7, 8], 9)]
     assert spelled(split.test.take(np.array([1]))) == spelled(split.test)[1:]
     assert split.item_counts(20).tolist() == [0, 1, 1, 0, 0, 1, 1, 1] + [0] * 12
+
+
+def test_what_followed_in_training():
+    sequences = [[4, 1, 2, 3, 0], [1, 2, 1], [1, 2, 0, 3], [6, 9]]
+    split = split_dataset(tiny_dataset(sequences), "leave_two_out", 0.1)
+    # Trained on 4 1 2, on 1, on 1 2 and on 6 9: of 2-3, 1-2, 2-0 one is there, of 3-0, 2-1, 0-3 none;
+    # nor is 2-1, where one sequence ends and the next one begins.
+    assert split.followed(split.validation).tolist() == [False, True, False]
+    assert split.followed(split.test).tolist() == [False] * 3
+    asked = Examples(split.items, np.arange(2), np.array([0, 10]), np.array([0, 13]))
+    assert split.followed(asked).tolist() == [False, True]  # without a history; 6-9
 
 
 def test_time_split_never_trains_on_the_held_out_period():

@@ -13,6 +13,7 @@ from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.evaluation import heuristics
 from prefixmem_jax.evaluation.metrics import (
     beam_scores,
+    by_transition,
     catalogue_metrics,
     diversity_scores,
     expected_scores,
@@ -200,6 +201,18 @@ def test_prefix_popularity_by_hand():
     catalog = Catalog(sids, [None] * 5, SidSpace((3, 6)))
     popularity = prefix_popularity(catalog, np.array([1, 10, 100, 1000, 0]), np.array([3, 2, 4, 0]))
     assert popularity.tolist() == [1011, 100, 0, 1011]
+
+
+def test_memorised_and_new_transitions_by_hand():
+    scores = {"item_recall@10/constrained": np.array([1.0, 0.5, 0.0]), "other": np.zeros(3)}
+    parts = by_transition(scores, np.array([False, True, False]))
+    assert means(parts) == {
+        "item_recall@10/constrained/memorised": 0.5,
+        "item_recall@10/constrained/new": 0.5,
+    }
+    assert means(by_transition(scores, np.array([True] * 3))) == {
+        "item_recall@10/constrained/memorised": 0.5
+    }
 
 
 def test_diversity_and_catalogue_metrics_by_hand():

@@ -60,6 +60,11 @@ def test_results_hold_every_metric_of_every_system(finished):
     assert ours["parameters"] > base["parameters"]
     for system in results:
         assert system in done.stdout
+    paired = json.loads((out / "comparison.json").read_text())["systems"]["prefixmem"]
+    found = paired["item_recall@10/constrained"]
+    difference = ours["item_recall@10/constrained"] - base["item_recall@10/constrained"]
+    assert abs(found["difference"] - difference) < 1e-9 and found["low"] <= found["high"]
+    assert f"item_recall@10/constrained  {difference:+.4f}" in done.stdout
     assert "40 of them" in done.stdout  # the retrieval sample's size
 
 

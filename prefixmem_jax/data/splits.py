@@ -90,6 +90,18 @@ class Split:
     validation: Examples
     test: Examples
 
+    def followed(self, examples: Examples) -> np.ndarray:
+        """Whether some training sequence has an example's target right after the last item of its
+        history: bool [examples].
+        """
+        size = int(self.items.max()) + 1
+        here = self.train.indices()
+        here = here[here + 1 < np.repeat(self.train.stops, self.train.lengths)]
+        known = np.unique(self.items[here] * size + self.items[here + 1])
+        last = self.items[np.maximum(examples.targets_at - 1, 0)]
+        has_history = examples.targets_at > examples.starts
+        return has_history & np.isin(last * size + examples.targets, known)
+
     def item_counts(self, size: int) -> np.ndarray:
         """Occurrences in the training sequences of every item of a catalogue, int64 [size]."""
         return np.bincount(self.items[self.train.indices()], minlength=size)

@@ -23,6 +23,7 @@ from prefixmem_jax.evaluation.metrics import (
     Evaluated,
     Scores,
     beam_scores,
+    by_transition,
     catalogue_metrics,
     diversity_scores,
     groups_of,
@@ -91,6 +92,7 @@ def evaluate(
     for suffix in ("unconstrained", "constrained"):
         groups = groups_of(results[suffix], catalog)
         retrieved |= beam_scores(groups, targets, catalog, suffix)
+    retrieved |= by_transition(retrieved, data.split.followed(everyone.take(sample)))
     retrieved |= diversity_scores(results["constrained"])
     depths = catalog.trie.depths(results["greedy"])
     for level in range(1, catalog.space.levels + 1):

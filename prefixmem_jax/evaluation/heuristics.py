@@ -20,6 +20,7 @@ from prefixmem_jax.data.splits import Examples
 from prefixmem_jax.evaluation.metrics import (
     Evaluated,
     Scores,
+    by_transition,
     cutoffs,
     over_users,
     popularity_thirds,
@@ -218,6 +219,7 @@ def evaluate_scorer(
         retrieved |= rank_scores(sid_rank, item_rank - 1, alone, options.beam, suffix)
         for cutoff in cutoffs(options.beam):
             retrieved[f"sid_valid@{cutoff}/{suffix}"] = np.ones(len(ranks))
+    retrieved |= by_transition(retrieved, data.split.followed(examples.take(sample)))
     return Evaluated(scores | over_users(retrieved, sample, len(examples)), {})
 
 

@@ -22,6 +22,7 @@ from prefixmem_jax.semantic_ids.catalog import Catalog
 CUTOFFS = (5, 10, 20, 30, 50, 100)
 REACHABLE_RANK = 10
 NOT_FOUND = 1 << 40
+SPLIT_BY_TRANSITION = ("item_recall@10/constrained", "item_ndcg@10/constrained")
 
 Scores = dict[str, np.ndarray]
 
@@ -119,6 +120,21 @@ def rank_scores(
             for name, score in expected_scores(before, size, cutoff).items():
                 scores[f"{kind}_{name}@{cutoff}/{suffix}"] = score
     return scores
+
+
+def by_transition(scores: Scores, followed: np.ndarray) -> Scores:
+    """Retrieval of items at 10 apart for users whose target followed their last item in training,
+    `/memorised`, and for the others, `/new`.
+
+    Args:
+      followed: bool [users], see `data.splits.Split.followed`.
+    """
+    parts = {}
+    for name in SPLIT_BY_TRANSITION:
+        if name in scores:
+            parts[f"{name}/memorised"] = np.where(followed, scores[name], np.nan)
+            parts[f"{name}/new"] = np.where(followed, np.nan, scores[name])
+    return parts
 
 
 def expected_scores(before: np.ndarray, group_size: np.ndarray, cutoff: int) -> Scores:

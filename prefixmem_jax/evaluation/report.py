@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-from prefixmem_jax.evaluation.metrics import CUTOFFS
+from prefixmem_jax.evaluation.metrics import CUTOFFS, SPLIT_BY_TRANSITION
 from prefixmem_jax.files import write_text
 from prefixmem_jax.text import visible
 
@@ -58,6 +58,7 @@ def metric_rows(levels: int) -> list[str]:
         *(f"item_recall@{cutoff}/constrained" for cutoff in CUTOFFS),
         *(f"item_ndcg@{cutoff}/constrained" for cutoff in (5, 10)),
         "item_mrr@10/constrained",
+        *(f"{name}/{part}" for name in SPLIT_BY_TRANSITION for part in ("memorised", "new")),
     ]
 
 
@@ -191,6 +192,8 @@ def comparison_table(paired: dict[str, Any], levels: int) -> str:
         f"tf_accuracy/level_{levels}",
         "item_recall@10/constrained",
         "item_recall@100/constrained",
+        "item_ndcg@10/constrained",
+        *(f"{name}/{part}" for name in SPLIT_BY_TRANSITION for part in ("memorised", "new")),
     ]
     lines = []
     for system, metrics in paired.items():
@@ -203,11 +206,14 @@ def comparison_table(paired: dict[str, Any], levels: int) -> str:
     return "\n".join(lines)
 
 
-def write_report(folder: Path, results: Results, curves: dict[str, list[dict]], facts: str) -> Path:
+def write_report(
+    folder: Path, results: Results, curves: dict[str, list[dict]], facts: str, differences: str
+) -> Path:
     """Writes the plots and `report.html`, which needs no other file.
 
     Args:
       facts: text that says what was compared, shown above the table.
+      differences: PrefixMem minus baseline, as text, shown below it.
     """
     levels = sum(name.startswith("prefix_hit_rate/") for name in results["baseline"])
     plot_learning_curves(folder / "learning_curves.png", curves, levels)
@@ -258,6 +264,7 @@ td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: left }}
 <h1>PrefixMem against its baseline</h1>
 <pre>{html.escape(facts)}</pre>
 <pre>{html.escape(text_table(results, levels))}</pre>
+<pre>{html.escape(differences)}</pre>
 <table><tr><th>cost</th><th>baseline</th><th>prefixmem</th></tr>{cost_rows}</table>
 {images}
 </body></html>
