@@ -148,9 +148,10 @@ def test_a_step_that_draws_holds_nothing_of_every_item(data):
     assert shapes[None] and not shapes[64]
 
 
-@pytest.mark.parametrize("vectors", ["own", "memory"])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_a_wide_search_ranks_by_both(share, vectors):
+@pytest.mark.parametrize(
+    ("vectors", "share"), [("own", 0.0), ("own", 0.4), ("memory", 0.4), ("memory", 1.0)]
+)
+def test_a_wide_search_ranks_by_both(vectors, share):
     head = ItemHeadConfig(vectors)
     model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, head)
     read = None
