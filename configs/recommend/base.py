@@ -1,6 +1,6 @@
-"""The recommender's recipe: memory across items, which scores whole items too, and dropout; the best
-checkpoint by validation is kept.
+"""The recommender's recipe: memory across items, which scores whole items too; dropout.
 
+The best checkpoint by validation is kept.
 Chosen on Beauty's validation users. For your data: data.path=DIR.
 """
 
