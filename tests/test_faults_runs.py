@@ -244,7 +244,7 @@ class Interrupts(Hook):
 
 
 def test_an_interrupt_stops_after_the_step_and_can_be_gone_on_from(trained, tmp_path, monkeypatch):
-    run_steps = loop.run_steps
+    run_steps, handler = loop.run_steps, signal.getsignal(signal.SIGINT)
 
     def with_interrupt(spec, state, iterator, hooks, progress, bar):
         return run_steps(spec, state, iterator, [*hooks, Interrupts(1)], progress, bar)
@@ -256,7 +256,7 @@ def test_an_interrupt_stops_after_the_step_and_can_be_gone_on_from(trained, tmp_
     monkeypatch.undo()
     train(CONFIG, tmp_path / "run", DATA)
     chex.assert_trees_all_equal(state_of(tmp_path / "run")[1], trained[1])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_save_that_fails_is_the_runs_failure(tmp_path, monkeypatch):
