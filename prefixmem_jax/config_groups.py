@@ -213,7 +213,7 @@ class ItemHeadConfig:
         only; uniformly, their probability corrected). None: a softmax over all items.
     """
 
-    vectors: Literal["memory", "own"] = "memory"
+    vectors: Literal["memory", "own"] = "own"
     weight: PositiveFloat = 1.0
     negatives: PositiveInt | None = None
 

@@ -1,6 +1,7 @@
 """The item head: its loss against NumPy, its say in the search against brute force."""
 
 import dataclasses
+import json
 import re
 from functools import partial
 
@@ -12,6 +13,7 @@ from models import DECODER, SID_ENCODER, make_model, prompts, small_config
 from test_beam_search import brute_force
 
 from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import take_rows
 from prefixmem_jax.data.prepare import fixed_sample, prepare_data
@@ -192,6 +194,14 @@ def test_a_head_without_what_it_reads_is_refused():
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(with_head("memory"), **keys).check()
+
+
+def test_a_run_from_before_heads_could_read_the_memory_keeps_its_own_vectors(tmp_path):
+    saved = json.loads(to_json(with_head("own")))
+    for key in ("vectors", "negatives"):
+        del saved["item_head"][key]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert load_config(tmp_path / "config.json") == with_head("own")
 
 
 def test_a_memory_that_does_not_tell_items_apart_is_refused(data):

@@ -29,7 +29,7 @@ EVERYTHING = dataclasses.replace(
     sid_encoder=dataclasses.replace(
         CONFIG.sid_encoder, target_levels=(1, 2, 3), orders=3, dropout=0.2
     ),
-    item_head=ItemHeadConfig(),
+    item_head=ItemHeadConfig("memory"),
 )
 
 

@@ -225,7 +225,7 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
 ITEMS = dataclasses.replace(
     CONFIG,
     sid_encoder=dataclasses.replace(CONFIG.sid_encoder, target_levels=(1, 2, 3), orders=3),
-    item_head=ItemHeadConfig(weight=0.5),
+    item_head=ItemHeadConfig("memory", weight=0.5),
 )
 
 

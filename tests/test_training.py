@@ -105,7 +105,7 @@ def get_config():
     parent = inherit(__file__, {parent!r})
     memory = dataclasses.replace(parent.sid_encoder, target_levels=(1, 3, 4), orders=4)
     return dataclasses.replace(
-        parent, sid_encoder=memory, item_head=ItemHeadConfig(negatives=50), init=InitConfig()
+        parent, sid_encoder=memory, item_head=ItemHeadConfig("memory", negatives=50), init=InitConfig()
     )
 """
 

@@ -41,7 +41,7 @@ def bench_step(
     }
     if items:
         reading = dataclasses.replace(memory, target_levels=(1, 4, 5), orders=5)
-        head = ItemHeadConfig(negatives=negatives)
+        head = ItemHeadConfig(vectors="memory", negatives=negatives)
         models["with"] = one_device_model(decoder, reading, *shape)
         models["item_head"] = one_device_model(decoder, reading, *shape, head, items)
     batches = random_batches(list(models.values())[-1], 8)
