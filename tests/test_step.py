@@ -268,7 +268,10 @@ def test_tied_bfloat16_remat_steps_agree_across_meshes():
     np.testing.assert_allclose(losses(other), losses(rough), rtol=0.02)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ITEMS], ids=["codes", "items"])
+DRAWN = dataclasses.replace(ITEMS, item_head=ItemHeadConfig("memory", negatives=20))
+
+
+@pytest.mark.parametrize("config", [CONFIG, ITEMS, DRAWN], ids=["codes", "items", "drawn"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
 def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes, config):
     config = on_mesh(config, *sizes)

@@ -25,6 +25,9 @@ from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memor
 from prefixmem_jax.training.state import TrainState, abstract_state
 from prefixmem_jax.training.trainable import merged_with, only_trainable, trainable_tree
 
+# What the model looks up is drawn by a key that is no piece's: pieces are numbered from 0.
+DRAWING = 2**32 - 1
+
 
 def abstract_batch(spec: ModelSpec) -> Any:
     """Shapes, dtypes and shardings of a global batch."""
@@ -50,8 +53,7 @@ def train_step(
     key = step_key(config.seed, state.step)
     fetched = None
     if table is not None:
-        # A key of its own: the step's key itself rounds the memory's rows.
-        drawing = jax.random.fold_in(key, config.optimizer.accumulation_steps)
+        drawing = jax.random.fold_in(key, DRAWING)
         addresses = spec.model(state.params).memory_addresses(batch, drawing)
         fetched = table.fetch(state.memory, addresses)
 
@@ -130,6 +132,7 @@ def _gradients(
             index = fetched.index._replace(by_position=by_position)
             looked_up = spread(fetched._replace(rows=rows, index=index))
         model = spec.model(merged_with(params, learning))
+        # A key of its own: the step's key itself rounds the memory's rows.
         piece_key = jax.random.fold_in(key, number)
         sums = spec.config.objective.loss_sums(model, batch, looked_up, piece_key)
         return sums["loss"], sums
