@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 setup(
     name="prefixmem_jax",
@@ -13,9 +13,10 @@ setup(
     packages=[
         *find_packages(include=["prefixmem_jax", "prefixmem_jax.*"]),
         "prefixmem_jax.configs",
-        "prefixmem_jax.configs.models",
-        "prefixmem_jax.configs.quickstart",
-        "prefixmem_jax.configs.qwen3_1p7b",
+        *(
+            f"prefixmem_jax.configs.{folder}"
+            for folder in find_namespace_packages("configs", exclude=["*__pycache__"])
+        ),
     ],
     # Written into exported folders, never imported here: they need torch.
     package_data={"prefixmem_jax.hf": ["exported/*.py"]},

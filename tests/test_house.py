@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -112,6 +113,17 @@ def imported_roots(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             roots.add(node.module.split(".")[0])
     return roots
+
+
+def test_all_that_is_imported_is_installed(monkeypatch):
+    """What a wheel holds: setup.py has to name every folder."""
+    said = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **keys: said.update(keys))
+    runpy.run_path("setup.py")
+    folders = {p.parent.relative_to(ROOT) for p in OWN_FILES}
+    folders |= {"prefixmem_jax" / p.parent.relative_to(ROOT) for p in ROOT.glob("configs/**/*.py")}
+    assert {".".join(folder.parts) for folder in folders} == set(said["packages"])
 
 
 def test_no_file_is_long():
