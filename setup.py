@@ -45,7 +45,16 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "test": ["chex>=0.1.90", "pytest", "pytest-xdist", "hypothesis", "ruff", "torch==2.13.0"],
+        "sids": ["scikit-learn"],
+        "test": [
+            "chex>=0.1.90",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "scikit-learn",
+            "torch==2.13.0",
+        ],
     },
     entry_points={"console_scripts": ["prefixmem=prefixmem_jax.cli:main"]},
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import traceback
 import typing
@@ -25,7 +26,7 @@ from prefixmem_jax.errors import UserError, nearest
 from prefixmem_jax.kinds import Kind, find_kind, kind_name
 from prefixmem_jax.text import shortened
 
-_CONFIG = TypeAdapter(Config)
+Root = typing.TypeVar("Root")  # a frozen dataclass of keys: `Config`, or another job's
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -50,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     else:
         raise UserError(f"{path}: a config file ends in .py or .json")
     try:
-        config = _validate(data)
+        config = _validate(data, Config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for text in overrides:
@@ -111,7 +112,7 @@ def _run_config_file(path: Path) -> Config:
     return config
 
 
-def override(config: Config, text: str) -> Config:
+def override(config: Root, text: str) -> Root:
     """Applies one `dotted.key=value`; the value is a Python literal, or text for strings."""
     key, equals, written = text.partition("=")
     if not (key and equals):
@@ -126,7 +127,7 @@ def override(config: Config, text: str) -> Config:
             raise UserError(f"{key}: {'.'.join(groups[:depth])} is {what}")
     node[name] = value = _literal(written)
     try:
-        return _CONFIG.validate_json(json.dumps(data))
+        return _adapter(type(config)).validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"] == (*groups, name):
@@ -136,7 +137,7 @@ def override(config: Config, text: str) -> Config:
                 node[name] = [value]
             elif first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
                 node[name] = int(value)  # steps=1e3
-    return _validate(data)
+    return _validate(data, type(config))
 
 
 def _literal(text: str) -> Any:
@@ -150,12 +151,12 @@ def _literal(text: str) -> Any:
     return text if isinstance(value, dict) else value
 
 
-def to_json(config: Config) -> str:
+def to_json(config: Any) -> str:
     """The resolved config, every key present; `kind` first where a group comes in kinds."""
     return json.dumps(config, indent=2, default=_keys) + "\n"
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def _plain(config: Any) -> dict[str, Any]:
     return json.loads(to_json(config))
 
 
@@ -167,10 +168,15 @@ def _keys(value: Any) -> dict[str, Any]:
     return kind | {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
 
 
-def _validate(data: Any) -> Config:
+@functools.cache
+def _adapter(root: type[Root]) -> TypeAdapter[Root]:
+    return TypeAdapter(root)
+
+
+def _validate(data: Any, root: type[Root]) -> Root:
     """The config that JSON data says, or UserError about the first key that is wrong."""
     try:
-        return _CONFIG.validate_json(json.dumps(data))
+        return _adapter(root).validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
     path = [step for step in first["loc"] if isinstance(step, str)]
@@ -179,14 +185,14 @@ def _validate(data: Any) -> Config:
         raise UserError("a value is not UTF-8 text")
     if what == "unexpected_keyword_argument":
         group = "".join(f"{step}." for step in path[:-1])
-        hint = nearest(path[-1], _names(data, path[:-1]), group)
+        hint = nearest(path[-1], _names(root, data, path[:-1]), group)
         raise UserError(f"{key}: no such key{hint}")
     if what == "missing":
         raise UserError(f"{key} is missing")
     if what == "dataclass_type" and not path:
         raise UserError(f"expected an object of keys, got {value}")
     if what == "dataclass_type":
-        example = f"{key}.{_names(data, path)[0]}"
+        example = f"{key}.{_names(root, data, path)[0]}"
         raise UserError(f"{key} is a group of keys; set one of them, such as {example}")
     if what == "literal_error":
         valid = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
@@ -207,9 +213,9 @@ _TYPES = {
 }
 
 
-def _names(data: Any, path: Sequence[str]) -> list[str]:
+def _names(root: type, data: Any, path: Sequence[str]) -> list[str]:
     """Keys of the group that stands at a path."""
-    group: Any = Config
+    group: Any = root
     for step in path:
         hint = typing.get_type_hints(group)[step]
         group = next(t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))

@@ -26,9 +26,9 @@ from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 PACKAGE = ROOT / "prefixmem_jax"
 # Files and folders of the package, each of which imports only from those before it.
 ROOMS = [
-    "errors", "text", "progress", "files", "kinds", "config_groups", "parallel", "semantic_ids",
+    "errors", "text", "progress", "files", "page", "kinds", "config_groups", "parallel", "semantic_ids",
     "data", "memory", "layers", "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
-    "hf", "runs", "evaluation", "training", "planning", "recommender", "convert", "quickstart", "sweep",
+    "hf", "runs", "evaluation", "training", "planning", "recommender", "convert", "sids", "quickstart", "sweep",
     "benchmarks", "cli",
 ]  # fmt: skip
 # Written into exported folders, where the package is not.

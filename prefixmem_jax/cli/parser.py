@@ -66,6 +66,28 @@ def make_parser() -> argparse.ArgumentParser:
     )
     quick.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
+    naming = verb(
+        "sids",
+        verbs.sids,
+        "Give items Semantic IDs made of their titles or vectors, with a report of their quality.",
+        "  prefixmem sids DIR --out NEW              # of the titles in DIR/items.parquet\n"
+        "  prefixmem sids DIR --out NEW --embeddings FILE 'quantizer.codes=(64,64)'\n"
+        "  prefixmem sids DIR --out NEW collisions=level quantizer.iterations=10",
+    )
+    naming.add_argument(
+        "data", type=Path, metavar="DIR", help="items.parquet, and maybe histories.parquet"
+    )
+    naming.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="older SIDs there are replaced"
+    )
+    naming.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help=".parquet or .npz with item_id and embedding (default: vectors of the titles)",
+    )
+    naming.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+
     training = verb(
         "train",
         verbs.train,

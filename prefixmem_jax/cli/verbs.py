@@ -32,6 +32,18 @@ def quickstart(options: argparse.Namespace) -> None:
     print("\n" + "  ".join(visible(str(options.out / name)) for name in names))
 
 
+def sids(options: argparse.Namespace) -> None:
+    start()
+    from prefixmem_jax.semantic_ids.report import describe
+    from prefixmem_jax.sids import make_sids
+
+    measured = make_sids(
+        options.data, options.out, options.embeddings, options.overrides, say=print
+    )
+    print(f"\n{describe(measured)}\n")
+    print(visible(f"{options.out / 'sids.html'}  {options.out / 'items.parquet'}"))
+
+
 def train(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from prefixmem_jax.evaluation.metrics import CUTOFFS, SPLIT_BY_TRANSITION
-from prefixmem_jax.files import write_text
+from prefixmem_jax.page import image, preformatted, table, write_page
 from prefixmem_jax.text import visible
 
 matplotlib.use("Agg")
@@ -234,11 +232,6 @@ def write_report(
         ],
         "Retrieval over the full catalogue (test)",
     )
-    images = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
-        for name in ("learning_curves.png", "accuracy_by_level.png", "retrieval.png")
-    )
     costs = [
         ("decoder steps", "steps"),
         ("tokens, stage 1 included", "tokens"),
@@ -246,28 +239,18 @@ def write_report(
         ("training seconds, stage 1 included", "seconds"),
         ("training FLOPs, stage 1 included", "flops"),
     ]
-    cost_rows = "".join(
-        "<tr>"
-        + f"<td>{label}</td>"
-        + "".join(f"<td>{results[s][key]:,.0f}</td>" for s in ("baseline", "prefixmem"))
-        + "</tr>"
-        for label, key in costs
+    rows = [["cost", "baseline", "prefixmem"]]
+    for label, key in costs:
+        rows.append([label, *(f"{results[s][key]:,.0f}" for s in ("baseline", "prefixmem"))])
+    plots = ("learning_curves.png", "accuracy_by_level.png", "retrieval.png")
+    page = folder / "report.html"
+    write_page(
+        page,
+        "PrefixMem against its baseline",
+        [
+            *map(preformatted, (facts, text_table(results, levels), differences)),
+            table(rows),
+            *(image(folder / name) for name in plots),
+        ],
     )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>PrefixMem against its baseline</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto }}
-pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto }}
-img {{ max-width: 100%; display: block; margin: 1.5rem 0 }}
-td, th {{ padding: 0.2rem 1rem 0.2rem 0; text-align: left }}
-</style></head><body>
-<h1>PrefixMem against its baseline</h1>
-<pre>{html.escape(facts)}</pre>
-<pre>{html.escape(text_table(results, levels))}</pre>
-<pre>{html.escape(differences)}</pre>
-<table><tr><th>cost</th><th>baseline</th><th>prefixmem</th></tr>{cost_rows}</table>
-{images}
-</body></html>
-"""
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    return page

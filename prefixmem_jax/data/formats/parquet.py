@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,33 +63,53 @@ def read_catalog(
     )
     row_of_item = _row_of_item(path, table)
     sids = _read_sids(path, table, sid_column, codebook_sizes)[row_of_item]
-    titles: list[str | None] = [None] * len(sids)
-    if "title" in table.column_names:
-        titles = _texts(path, table, "title").take(row_of_item).to_pylist()
+    titles = _titles(path, table, row_of_item)
     sizes = codebook_sizes or tuple(int(size) for size in sids.max(axis=0) + 1)
     return Catalog(sids, titles, SidSpace(tuple(sizes)))
+
+
+def read_titles(folder: str | Path) -> list[str | None]:
+    """Titles of items 0..N-1, which need no SIDs yet; None where one has none."""
+    path = Path(folder) / ITEMS
+    table = _read_table(path, {"item_id": "int, 0..N-1"}, optional="title")
+    return _titles(path, table, _row_of_item(path, table))
+
+
+def _titles(path: Path, table: pa.Table, row_of_item: np.ndarray) -> list[str | None]:
+    if "title" not in table.column_names:
+        return [None] * len(row_of_item)
+    return _texts(path, table, "title").take(row_of_item).to_pylist()
 
 
 def write_dataset(folder: str | Path, dataset: Dataset) -> None:
     """Writes a dataset in the format that `read_dataset` reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    catalog, histories = dataset.catalog, dataset.histories
-    codes = np.arange(len(catalog) + 1) * catalog.space.levels
-    items = {
-        "item_id": np.arange(len(catalog)),
-        "title": pa.array(catalog.titles, pa.string()),
-        "sid": _lists(codes, catalog.sids.reshape(-1)),
-    }
+    histories = dataset.histories
+    write_items(folder, dataset.catalog)
     users = {
         "user_id": histories.user_ids,
         "item_ids": _lists(histories.offsets, histories.items),
     }
     if histories.timestamps is not None:
         users["timestamps"] = _lists(histories.offsets, histories.timestamps)
-    for name, columns in ((ITEMS, items), (HISTORIES, users)):
-        with replacing(folder / name) as beside:
-            pq.write_table(pa.table(columns), beside)
+    _write(folder / HISTORIES, users)
+
+
+def write_items(folder: Path, catalog: Catalog) -> None:
+    """Writes items.parquet alone."""
+    codes = np.arange(len(catalog) + 1) * catalog.space.levels
+    items = {
+        "item_id": np.arange(len(catalog)),
+        "title": pa.array(catalog.titles, pa.string()),
+        "sid": _lists(codes, catalog.sids.reshape(-1)),
+    }
+    _write(folder / ITEMS, items)
+
+
+def _write(path: Path, columns: dict[str, Any]) -> None:
+    with replacing(path) as beside:
+        pq.write_table(pa.table(columns), beside)
 
 
 def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:

@@ -1,0 +1,103 @@
+"""Items that share a SID: kept so, told apart by one more level, or moved to free codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+# Distances of so many items to all codes at a time.
+PIECE = 1 << 12
+
+
+def groups_of(sids: np.ndarray) -> np.ndarray:
+    """For every SID [N, levels] the number of the distinct one that it is, int64 [N]."""
+    return np.unique(sids, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def rank_in_group(group: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+    """How many of its group come before each, int64 [N], by `order` [N], or as they stand."""
+    by = np.lexsort((np.arange(len(group)) if order is None else order, group))
+    ordered = group[by]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    sizes = np.diff(np.r_[starts, len(group)])
+    rank = np.empty(len(group), np.int64)
+    rank[by] = np.arange(len(group)) - np.repeat(starts, sizes)
+    return rank
+
+
+def add_level(sids: np.ndarray) -> np.ndarray:
+    """SIDs [N, levels + 1], all distinct: the last code counts the items that shared a SID."""
+    return np.column_stack([sids, rank_in_group(groups_of(sids))]).astype(np.int32)
+
+
+def move_to_free(
+    sids: np.ndarray, codes: int, last_distances: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """SIDs in which all but one item of each group took the nearest free code of the last level.
+
+    Of a group, the item nearest to its code keeps it. Where a prefix has more items than codes,
+    those left over share what they have.
+
+    Args:
+      sids: int32 [N, levels]; codes: of the last level.
+      last_distances: for items int64 [n], the squared distance of what the levels before the last
+        left over to every code of the last, float32 [n, codes].
+    """
+    sids = sids.copy()
+    shared = np.bincount(groups_of(sids))[groups_of(sids)] > 1
+    if not shared.any():
+        return sids
+    prefix = groups_of(sids[:, :-1])
+    # Only prefixes in which somebody has to move; their table of taken codes is small.
+    crowded = np.unique(prefix[shared])
+    inside = np.flatnonzero(np.isin(prefix, crowded))
+    row = np.searchsorted(crowded, prefix[inside])
+    taken = np.zeros((len(crowded), codes), bool)
+    taken[row, sids[inside, -1]] = True
+
+    members = np.flatnonzero(shared)
+    own = np.concatenate(
+        [last_distances(part)[np.arange(len(part)), sids[part, -1]] for part in _pieces(members)]
+    )
+    moving = members[rank_in_group(groups_of(sids[members]), own) > 0]
+    passed_over = np.zeros(len(moving), np.int64)
+    while len(moving):
+        at = np.searchsorted(crowded, prefix[moving])
+        there = ~taken[at].all(axis=1)
+        moving, at, passed_over = moving[there], at[there], passed_over[there]
+        wanted, distance = _nearest_free(moving, taken, at, passed_over, last_distances)
+        # Of those that want the same code, the nearest has it; the next takes the next best.
+        places = at * codes + wanted
+        passed_over = rank_in_group(places, distance) - 1
+        first = passed_over < 0
+        sids[moving[first], -1] = wanted[first]
+        taken.reshape(-1)[places[first]] = True
+        moving, passed_over = moving[~first], passed_over[~first]
+    return sids
+
+
+def _pieces(items: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(items, -(-len(items) // PIECE)) if len(items) else []
+
+
+def _nearest_free(
+    items: np.ndarray,
+    taken: np.ndarray,
+    row: np.ndarray,
+    passed_over: np.ndarray,
+    last_distances: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each item a free code of its row of `taken`, and its distance.
+
+    Args:
+      passed_over: how many nearer ones are left to others, as far as there are more.
+    """
+    codes, distances = np.zeros(len(items), np.int32), np.zeros(len(items), np.float32)
+    for part in _pieces(np.arange(len(items))):
+        free = np.where(taken[row[part]], np.inf, last_distances(items[part]))
+        number = np.minimum(passed_over[part], np.isfinite(free).sum(axis=1) - 1)
+        each = np.arange(len(part))
+        codes[part] = np.argsort(free, axis=1, kind="stable")[each, number]
+        distances[part] = free[each, codes[part]]
+    return codes, distances

@@ -1,0 +1,1 @@
+"""What turns items' vectors into SIDs, one file each."""

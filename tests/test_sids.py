@@ -1,0 +1,189 @@
+"""`prefixmem sids`: a dataset without SIDs becomes one that can be trained on."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import prefixmem
+
+from prefixmem_jax.config_groups import SyntheticConfig
+from prefixmem_jax.data.formats.parquet import read_dataset, write_dataset
+from prefixmem_jax.data.synthetic import make_synthetic
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.models.new_tokens import read_codebooks
+from prefixmem_jax.semantic_ids import texts, vectors
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.sids import make_sids
+
+COLORS, THINGS = ["red", "green", "blue", "black"], ["lamp", "chair", "table", "cup", "rug"]
+TITLES = [f"{color} {thing} {n}" for color in COLORS for thing in THINGS for n in range(12)]
+WAYS = ["quantizer.codes=(16,16)", "quantizer.iterations=3", "text_width=12"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Items with titles, in no order, and histories; no SIDs."""
+    folder = tmp_path / "data"
+    dataset, _ = make_synthetic(
+        SyntheticConfig(items=240, users=100, codebook_sizes=(4, 4), children=(4, 4), liked_codes=2)
+    )
+    write_dataset(folder, dataset)
+    order = np.random.default_rng(0).permutation(240)
+    items = {"item_id": order, "title": [TITLES[item] for item in order]}
+    pq.write_table(pa.table(items), folder / "items.parquet")
+    return folder
+
+
+def test_titles_become_sids_that_can_be_trained_on(data, tmp_path):
+    done = prefixmem("sids", data, "--out", tmp_path / "x", *WAYS, "collisions=level")
+    dataset = read_dataset(tmp_path / "x")
+    catalog = dataset.catalog
+    assert list(catalog.titles) == TITLES
+    assert len(catalog.group_sids) == 240 and catalog.space.levels == 3
+    assert len(dataset.histories) == 100
+    # What is called alike is named alike.
+    of_thing = {}
+    for title, sid in zip(catalog.titles, catalog.sids.tolist(), strict=True):
+        of_thing.setdefault(title.rsplit(" ", 1)[0], []).append(tuple(sid[:2]))
+    assert np.mean([len(set(sids)) for sids in of_thing.values()]) < 4
+    report = json.loads((tmp_path / "x" / "sids.json").read_text())
+    assert report["distinct"] == 240 and len(report["levels"]) == 3
+    assert 0 < report["levels"][0]["counting_accuracy"] < 1
+    assert report["levels"][1]["reconstruction_error"] < report["levels"][0]["reconstruction_error"]
+    assert "bits after prefix" in done.stdout and "neighbours together" in done.stdout
+    page = (tmp_path / "x" / "sids.html").read_text()
+    assert "data:image/png;base64," in page and 'src="sids' not in page
+    sizes = json.loads((tmp_path / "x" / "sids_config.json").read_text())["quantizer"]["codes"]
+    found = read_codebooks(tmp_path / "x" / "codebooks.npz", SidSpace((*sizes, 12)))
+    assert [array.shape for array in found] == [(16, 12), (16, 12), (12, 12)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "x"]
+
+
+def test_vectors_are_matched_by_item(data, tmp_path):
+    """Whatever the order of the files; the same SIDs from Parquet and .npz."""
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((240, 8)).astype(np.float32)
+    order = rng.permutation(240)
+    np.savez(tmp_path / "v.npz", item_id=np.arange(240), embedding=embedding)
+    table = {"embedding": list(embedding[order]), "item_id": order}
+    pq.write_table(pa.table(table), tmp_path / "v.parquet", row_group_size=50)
+    found = []
+    for name in ("v.npz", "v.parquet"):
+        make_sids(data, tmp_path / name[2:], tmp_path / name, [*WAYS, "collisions=move"])
+        found.append(read_dataset(tmp_path / name[2:]).catalog)
+    np.testing.assert_array_equal(found[0].sids, found[1].sids)
+    first = found[0].sids[:, 0]
+    of_prefix = np.bincount(first)  # each has room for 16
+    assert len(found[0].group_sids) == np.minimum(of_prefix, 16).sum()
+    centres = np.stack([embedding[first == code].mean(axis=0) for code in np.unique(first)])
+    distances = ((embedding[:, None] - centres) ** 2).sum(axis=-1)
+    assert np.mean(np.unique(first)[distances.argmin(axis=1)] == first) > 0.9
+
+
+def test_a_killed_call_goes_on(data, tmp_path, monkeypatch):
+    make_sids(data, tmp_path / "whole", None, WAYS)
+    from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
+
+    one_pass, passes = ResidualKMeans._pass, []
+
+    def counting(*arguments):
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        passes.append(1)
+        return one_pass(*arguments)
+
+    monkeypatch.setattr(ResidualKMeans, "_pass", counting)
+    with pytest.raises(KeyboardInterrupt):
+        make_sids(data, tmp_path / "killed", None, WAYS)
+    assert not (tmp_path / "killed").exists()
+    passes[:] = [1, 1]  # two are left
+    make_sids(data, tmp_path / "killed", None, WAYS)
+    whole, killed = (tmp_path / name / "items.parquet" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+    passes.clear()  # other ways begin afresh
+    monkeypatch.setattr(ResidualKMeans, "_pass", one_pass)
+    make_sids(data, tmp_path / "killed", None, [*WAYS, "quantizer.seed=1"])
+    assert whole.read_bytes() != killed.read_bytes()
+
+
+def save(name, **arrays):
+    return lambda folder: np.savez(folder / name, **arrays)
+
+
+def parquet(**columns):
+    return lambda folder: pq.write_table(pa.table(columns), folder / "v.parquet")
+
+
+IDS = list(range(240))
+GOOD = [[1.0, float(item)] for item in IDS]
+
+
+@pytest.mark.parametrize(
+    "name, write, words",
+    [
+        ("v.npz", lambda folder: None, "v.npz: expected an .npz with arrays item_id and embedding"),
+        ("v.npz", lambda folder: (folder / "v.npz").write_text("no"), "expected an .npz"),
+        ("v.npz", save("v.npz", embedding=np.ones((240, 2))), "expected an .npz"),
+        ("v.npz", save("v.npz", item_id=np.ones(240), embedding=np.ones((240, 2))), "must be integers"),
+        ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.ones(240)), "must be floats"),
+        ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.ones((240, 2), int)), "must be floats"),
+        ("v.npz", save("v.npz", item_id=np.arange(239), embedding=np.ones((239, 2))), "no vector for item 239"),
+        ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.ones((239, 2))), "240 item ids, but 239"),
+        ("v.npz", save("v.npz", item_id=np.r_[0, IDS], embedding=np.ones((241, 2))), "item 0 has more than one"),
+        ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.full((240, 2), np.nan)), "vector of item 0 is not finite"),
+        ("v.parquet", lambda folder: None, "v.parquet: not a readable Parquet file"),
+        ("v.parquet", parquet(item_id=IDS), "no column 'embedding'"),
+        ("v.parquet", parquet(embedding=GOOD), "no column 'item_id'"),
+        ("v.parquet", parquet(item_id=IDS, embedding=IDS), "expected lists of floats"),
+        ("v.parquet", parquet(item_id=list(map(str, IDS)), embedding=GOOD), "must hold integers"),
+        ("v.parquet", parquet(item_id=IDS, embedding=[*GOOD[:-1], [1.0]]), "row 239: embedding has 1 numbers, row 0 has 2"),
+        ("v.parquet", parquet(item_id=IDS, embedding=[*GOOD[:-1], None]), "row 239: embedding has 0 numbers"),
+        ("v.parquet", parquet(item_id=IDS, embedding=[*GOOD[:-1], [1.0, None]]), "vector of item 239 is not finite"),
+        ("v.parquet", parquet(item_id=IDS[:0], embedding=pa.array([], pa.list_(pa.float32()))), "the file has no rows"),
+    ],
+)  # fmt: skip
+def test_vectors_that_do_not_fit(data, tmp_path, name, write, words):
+    write(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=words):
+        make_sids(data, tmp_path / "x", tmp_path / name, WAYS)
+    assert sorted(tmp_path.iterdir()) == before  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["quantizer.codes=(500,)"], "240 vectors for 500 codes"),
+        (["quantizer.code=3"], "did you mean quantizer.codes"),
+        (["quantizer.iterations=0"], "quantizer.iterations: expected"),
+        (["collisions=drop"], "collisions: 'drop' is not one of keep, level, move"),
+        (["quantizer=k_means"], "no kind 'k_means'; did you mean residual_kmeans"),
+    ],
+)
+def test_ways_that_cannot_be(data, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        make_sids(data, tmp_path / "x", None, changes)
+    assert not (tmp_path / "x").exists()
+
+
+def test_titles_without_words_are_no_vectors(data, tmp_path):
+    pq.write_table(pa.table({"item_id": IDS, "title": ["?"] * 240}), data / "items.parquet")
+    with pytest.raises(UserError, match="240 titles with 0 different words are too few"):
+        make_sids(data, tmp_path / "x", None, WAYS)
+
+
+def test_new_titles_have_the_vectors_of_old_ones():
+    fitted = texts.TextVectors.fit(TITLES, 8, 0)
+    again = texts.TextVectors(fitted.arrays)(["red lamp 3", "nothing known", None])
+    np.testing.assert_allclose(again[0], fitted(TITLES)[3], atol=1e-6)
+    assert not again[1:].any() and np.linalg.norm(again[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_file_larger_than_a_piece_is_read_in_pieces(monkeypatch):
+    monkeypatch.setattr(vectors, "PIECE", 10)
+    array = np.arange(42.0).reshape(21, 2)
+    pieces = list(vectors.Vectors(array, None, "x").pieces())
+    assert [len(piece) for _, piece in pieces] == [5, 5, 5, 5, 1]
+    np.testing.assert_array_equal(np.concatenate([piece for _, piece in pieces]), array)
