@@ -93,19 +93,6 @@ def test_it_ends_with_a_folder_that_recommends_as_the_readme_says(finished):
         assert abs(float(score) - float(ours.split()[1])) < 1e-3
 
 
-def test_the_same_seed_gives_the_same_results(finished, tmp_path):
-    out, _ = finished
-    prefixmem("quickstart", "--out", tmp_path / "again", *SYNTHETIC)
-
-    def timeless(path):
-        results = json.loads((path / "results.json").read_text())
-        for values in results.values():
-            values.pop("seconds", None), values.pop("stage1_seconds", None)
-        return results
-
-    assert timeless(tmp_path / "again") == timeless(out)
-
-
 def test_evaluate_agrees_with_quickstart(finished):
     out, results = finished[0], json.loads((finished[0] / "results.json").read_text())
     done = prefixmem("evaluate", out / "prefixmem")
