@@ -9,13 +9,15 @@ import numpy as np
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference.engine import Engine
+from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.text import shortened
 
 
 class Recommendation(NamedTuple):
-    """An item, its title and SID, and the log-probability of the SID."""
+    """An item, what its owner calls it, its title and SID, and the log-probability of the SID."""
 
     item: int
+    key: str
     title: str | None
     sid: tuple[int, ...]
     score: float
@@ -46,7 +48,7 @@ def recommend(
     if beam < top:
         raise UserError(f"--beam: expected as many as --top, {top}, or more, got {beam}")
     if isinstance(history, str):
-        history = parse_history(history, len(catalog))
+        history = parse_history(history, catalog)
     items = np.asarray(history, np.int64)
     if ((items < 0) | (items >= len(catalog))).any():
         raise UserError(f"history: expected items 0..{len(catalog) - 1}, got {list(history)}")
@@ -57,17 +59,27 @@ def recommend(
             for item in catalog.items_of_group(catalog.groups(sid[None])[0]):
                 if not (exclude_seen and item in items):
                     title, codes_of_item = catalog.titles[item], tuple(map(int, sid))
-                    best.append(Recommendation(int(item), title, codes_of_item, float(score)))
+                    best.append(
+                        Recommendation(
+                            int(item), catalog.key(item), title, codes_of_item, float(score)
+                        )
+                    )
     return best[:top]
 
 
-def parse_history(text: str, items: int) -> list[int]:
-    """Item ids from `12,55,803`; UserError where one is no item."""
+def parse_history(text: str, catalog: Catalog) -> list[int]:
+    """Items from `12,55,803`, or from what their owner calls them; UserError where one is none."""
     history = []
     for piece in map(str.strip, text.split(",")):
-        # Digits alone, and few: int() takes much else, and refuses thousands of digits.
-        if not (piece.isascii() and piece.isdigit() and len(piece) < 19 and int(piece) < items):
-            shown = shortened(piece, 30)
-            raise UserError(f"--history: '{shown}' is not an item id; expected 0..{items - 1}")
-        history.append(int(piece))
+        if catalog.keys is not None:
+            item = catalog.item_of_key.get(piece)
+        else:  # digits alone, and few: int() takes much else, and refuses thousands of digits
+            is_number = piece.isascii() and piece.isdigit() and len(piece) < 19
+            item = int(piece) if is_number and int(piece) < len(catalog) else None
+        if item is None:
+            raise UserError(
+                f"--history: '{shortened(piece, 30)}' is not an item id; expected "
+                + (f"0..{len(catalog) - 1}" if catalog.keys is None else "keys of items.parquet")
+            )
+        history.append(item)
     return history

@@ -81,7 +81,7 @@ def make_sids(
     for text in overrides:
         config = override(config, text)
     check_local(out)
-    titles = read_titles(data)
+    titles, keys = read_titles(data)
     beside = out.absolute().parent
     if not beside.is_dir():
         raise UserError(f"{out}: no folder {beside}")
@@ -95,13 +95,13 @@ def make_sids(
             vectors = Vectors(texts(titles), None, f"{data / ITEMS}: titles")
             fitted = {f"text_{name}": array for name, array in texts.arrays.items()}
         else:
-            vectors = read_vectors(embeddings, len(titles), unpacked)
+            vectors = read_vectors(embeddings, len(titles), keys, unpacked)
         say(
             f"{config.quantizer.name}: {len(titles):,} vectors of {vectors.width} numbers to "
             f"{config.quantizer.levels} levels of {config.quantizer.codes} codes"
         )
         fitted |= _fit(config.quantizer, vectors, unfinished)
-        measured = _write(config, data, out, titles, vectors, fitted)
+        measured = _write(config, data, out, (titles, keys), vectors, fitted)
     finally:
         unpacked.unlink(missing_ok=True)
     unfinished.unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def _write(
     config: SidsConfig,
     data: Path,
     out: Path,
-    titles: list[str | None],
+    named: tuple[list[str | None], list[str] | None],
     vectors: Vectors,
     fitted: Fitted,
 ) -> dict[str, Any]:
@@ -151,7 +151,8 @@ def _write(
             return quantizer.last_distances(fitted, vectors.take(items), sids[items])
 
         sids = move_to_free(sids, codes[-1], last_distances)
-    catalog = Catalog(sids, titles, SidSpace(codes))
+    titles, keys = named
+    catalog = Catalog(sids, titles, SidSpace(codes), keys)
     with replacing_files(out, "SIDs", ITEMS) as folder:
         write_items(folder, catalog)
         trained_on = held_out = None

@@ -22,6 +22,8 @@ from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
 from prefixmem_jax.evaluation.lists import load_lists
 from prefixmem_jax.recommender import parse_history
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.semantic_ids.space import SidSpace
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,11 @@ def runs(tmp_path_factory):
 
 
 def test_histories_are_item_ids_and_nothing_else():
-    assert parse_history(" 3, 14,0", 15) == [3, 14, 0]
+    catalog = Catalog(np.arange(15)[:, None], [None] * 15, SidSpace((15,)))
+    assert parse_history(" 3, 14,0", catalog) == [3, 14, 0]
     for text in ("15", "-1", "3,,4", "", "1.0", "²", "٣", "9" * 5000):
         with pytest.raises(UserError, match=r"is not an item id; expected 0\.\.14") as error:
-            parse_history(text, 15)
+            parse_history(text, catalog)
         assert len(str(error.value)) < 100
 
 

@@ -18,6 +18,7 @@ from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.recommender import parse_history
 from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.text import visible
 
 ITEMS, HISTORIES = "items.parquet", "histories.parquet"
@@ -296,5 +297,6 @@ def test_a_catalogue_is_a_file(tmp_path):
 
 @pytest.mark.parametrize("text", ["²", "٣", "9" * 5000, "", " ", ",", ",,,", "1,,2", "1e3", "-1", "5", "\x1b[31m"])  # fmt: skip
 def test_histories_that_are_none_are_refused(text):
-    message = refused(parse_history, text, 5)
+    catalog = Catalog(np.arange(5)[:, None], [None] * 5, SidSpace((5,)))
+    message = refused(parse_history, text, catalog)
     assert "is not an item id; expected 0..4" in message and len(message) < 100

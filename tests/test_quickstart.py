@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT, command_environment, prefixmem, python_without_us
 
 from prefixmem_jax.config_groups import SyntheticConfig
-from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 
 SMALL = [
@@ -159,25 +158,6 @@ def test_mistakes_end_in_one_line(finished, arguments, words):
     done = prefixmem(*(a.replace("RUN", run) for a in arguments), expect=2)
     assert words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_own_data_with_five_levels_and_shared_sids(tmp_path):
-    config = SyntheticConfig(
-        items=150, users=300, codebook_sizes=(5, 6, 3, 4, 7), children=(5, 3, 2, 2, 2)
-    )
-    dataset, _ = make_synthetic(config)
-    write_dataset(tmp_path / "data", dataset)
-    prefixmem("quickstart", "--data", tmp_path / "data", "--out", tmp_path / "x", *SMALL)
-    results = json.loads((tmp_path / "x" / "results.json").read_text())
-    assert set(results) == {
-        "baseline", "prefixmem", "heuristic_popularity", "heuristic_successor",
-        "heuristic_transition", "heuristic_item_knn",
-    }  # fmt: skip
-    sid_encoder = results["prefixmem"]["config"]["sid_encoder"]
-    assert sid_encoder["target_levels"] == [1, 3, 4, 5] and sid_encoder["orders"] == 5
-    heads = [results[name]["config"]["item_head"]["vectors"] for name in ("baseline", "prefixmem")]
-    assert heads == ["own", "memory"]
-    assert all(name in results["prefixmem"] for name in names(5))
 
 
 def test_help_teaches():

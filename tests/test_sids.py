@@ -126,7 +126,7 @@ GOOD = [[1.0, float(item)] for item in IDS]
         ("v.npz", lambda folder: None, "v.npz: expected an .npz with arrays item_id and embedding"),
         ("v.npz", lambda folder: (folder / "v.npz").write_text("no"), "expected an .npz"),
         ("v.npz", save("v.npz", embedding=np.ones((240, 2))), "expected an .npz"),
-        ("v.npz", save("v.npz", item_id=np.ones(240), embedding=np.ones((240, 2))), "must be integers"),
+        ("v.npz", save("v.npz", item_id=np.ones(240), embedding=np.ones((240, 2))), "must be ids"),
         ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.ones(240)), "must be floats"),
         ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.ones((240, 2), int)), "must be floats"),
         ("v.npz", save("v.npz", item_id=np.arange(239), embedding=np.ones((239, 2))), "no vector for item 239"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefixmem_jax.cli import verbs
 from prefixmem_jax.cli.arguments import (
@@ -24,10 +25,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on overrides that stand after a flag; take them wherever they stand.
-    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in options):
+    into = next((name for name in ("overrides", "given") if name in options), None)
+    if any(text.startswith("-") for text in rest) or (rest and into is None):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides = [*options.overrides, *rest]
+        setattr(options, into, [*getattr(options, into), *rest])
     return options
 
 
@@ -66,6 +68,28 @@ def make_parser() -> argparse.ArgumentParser:
     )
     quick.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
+    starting = verb(
+        "start",
+        verbs.start_,
+        "From raw files to recommendations: convert them, give items SIDs, train, evaluate.",
+        "  prefixmem start items.csv interactions.csv --out mine\n"
+        "  prefixmem start log.parquet --embeddings vectors.parquet --out mine source.item=sku\n"
+        "  prefixmem start ml-32m --out mine source=movielens k_core=5 steps=500",
+    )
+    _add_raw(starting)
+    starting.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="what is there already goes on"
+    )
+    _add_embeddings(starting)
+
+    data = verb(
+        "data",
+        lambda options: data.print_help(),
+        "Bring your own data into this package's format.",
+        "  prefixmem data convert items.csv interactions.csv --out DIR",
+    )
+    _add_convert(data.add_subparsers(metavar="WHAT"))
+
     naming = verb(
         "sids",
         verbs.sids,
@@ -80,12 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     naming.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="older SIDs there are replaced"
     )
-    naming.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FILE",
-        help=".parquet or .npz with item_id and embedding (default: vectors of the titles)",
-    )
+    _add_embeddings(naming)
     naming.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
     training = verb(
@@ -303,6 +322,46 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_benchmarks(benching.add_subparsers(metavar="WHAT"))
     return parser
+
+
+def _add_convert(subparsers: Any) -> None:
+    summary = "Turn raw interactions, and items if there are some, into a dataset folder."
+    converting = subparsers.add_parser(
+        "convert",
+        help=summary,
+        **described(
+            summary,
+            "  prefixmem data convert items.csv interactions.csv --out DIR\n"
+            "  prefixmem data convert log.parquet --out DIR source.user=uid source.item=sku\n"
+            "  prefixmem data convert ml-32m --out DIR source=movielens k_core=5\n"
+            "  prefixmem data convert meta_Beauty.json.gz reviews_Beauty.json.gz --out DIR "
+            "source=amazon_reviews\n\n"
+            "sources: tables (default), movielens, amazon_reviews, recbole, lc_rec",
+        ),
+    )
+    converting.set_defaults(verb=verbs.convert)
+    _add_raw(converting)
+    converting.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="an older dataset there is replaced"
+    )
+
+
+def _add_raw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "given",
+        nargs="+",
+        metavar="PATH|KEY=VALUE",
+        help="ITEMS INTERACTIONS, or INTERACTIONS alone, or the folder of another source; and keys",
+    )
+
+
+def _add_embeddings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help=".parquet or .npz with item_id and embedding (default: vectors of the titles)",
+    )
 
 
 def _add_catalogue(parser: argparse.ArgumentParser) -> None:

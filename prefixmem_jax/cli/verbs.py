@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefixmem_jax.errors import UserError
@@ -42,6 +43,37 @@ def sids(options: argparse.Namespace) -> None:
     )
     print(f"\n{describe(measured)}\n")
     print(visible(f"{options.out / 'sids.html'}  {options.out / 'items.parquet'}"))
+
+
+def start_(options: argparse.Namespace) -> None:
+    start()
+    from prefixmem_jax.start import start as start_job
+
+    paths, overrides = _paths_and_overrides(options.given)
+    out = options.out
+    start_job(paths, out, options.embeddings, overrides, say=print)
+    run, names = out / "prefixmem", ("report.html", "data/sids.html", "results.json", "export")
+    print("\n" + "  ".join(visible(str(out / name)) for name in names))
+    print(visible(f"prefixmem recommend {run} --history ID,ID,..."))
+
+
+def _paths_and_overrides(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """What names files, and what says KEY=VALUE."""
+    overrides = [text for text in given if "=" in text and not Path(text).exists()]
+    return [Path(text) for text in given if text not in overrides], overrides
+
+
+def convert(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_files import override
+    from prefixmem_jax.data.conversion import ConversionConfig
+    from prefixmem_jax.data.conversion import convert as convert_data
+
+    paths, overrides = _paths_and_overrides(options.given)
+    config = ConversionConfig()
+    for text in overrides:
+        config = override(config, text)
+    print(convert_data(config, paths, options.out).describe())
+    print(visible(str(options.out)))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -124,7 +156,8 @@ def recommend(options: argparse.Namespace) -> None:
             sid = "-".join(map(str, one.sid))
             title = visible(one.title or "")
             print(
-                f"{rank:3d}  {one.score:8.3f}  item {one.item:<8d} {sid:<20s} {title}", flush=True
+                f"{rank:3d}  {one.score:8.3f}  item {visible(one.key):<8s} {sid:<20s} {title}",
+                flush=True,
             )
 
     if options.history is not None:

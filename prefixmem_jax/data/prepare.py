@@ -95,7 +95,7 @@ def _recoded(config: DataConfig, catalog: Catalog) -> Catalog:
     if config.sid_column != ITEM_ID:
         return catalog
     items = len(catalog)
-    return Catalog(np.arange(items)[:, None], catalog.titles, SidSpace((items,)))
+    return Catalog(np.arange(items)[:, None], catalog.titles, SidSpace((items,)), catalog.keys)
 
 
 def _vocabulary(config: DataConfig, catalog: Catalog) -> Vocabulary:

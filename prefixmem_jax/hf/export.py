@@ -102,6 +102,8 @@ def write_folder(
         listed = zip(catalog.sids.tolist(), catalog.titles, strict=True)
         for item, (sid, title) in enumerate(listed):
             entry = {"item": item, "sid": sid, "title": title}
+            if catalog.keys is not None:
+                entry["key"] = catalog.keys[item]
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     write_weights(folder, parameters, dtype, max_shard_bytes)

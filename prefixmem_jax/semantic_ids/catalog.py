@@ -27,14 +27,22 @@ class Catalog:
     Attributes:
       sids: int32 [items, levels].
       titles: one string or None per item.
+      keys: what the items' owner calls them, one string per item, each once; None if by number.
       space: the codebook sizes that the codes lie in.
       trie: of the SIDs; its leaves are the groups.
       group_of_item: int64 [items].
     """
 
-    def __init__(self, sids: np.ndarray, titles: Sequence[str | None], space: SidSpace):
+    def __init__(
+        self,
+        sids: np.ndarray,
+        titles: Sequence[str | None],
+        space: SidSpace,
+        keys: Sequence[str] | None = None,
+    ):
         self.sids = np.ascontiguousarray(sids, dtype=np.int32)
         self.titles = titles
+        self.keys = keys
         self.space = space
         self.trie = Trie(self.sids, space.codebook_sizes)
         self.group_of_item = self.trie.find(self.sids)
@@ -45,7 +53,8 @@ class Catalog:
     def read_jsonl(cls, path: str | Path, codebook_sizes: tuple[int, ...] | None = None) -> Catalog:
         """Reads what an exported model has as `items.jsonl`.
 
-        One line an item, in order: {"item": 0, "sid": [3, 1, 4], "title": "..." or null}.
+        One line an item, in order: {"item": 0, "sid": [3, 1, 4], "title": "..." or null}, and on
+        every line or none "key": "...".
 
         Args:
           codebook_sizes: codes per level; the largest code + 1 of each where None.
@@ -58,27 +67,40 @@ class Catalog:
             raise UserError(f"{path}: is a folder, expected a file such as items.jsonl")
         sids: list[list[int]] = []
         titles: list[str | None] = []
+        keys: list[str] = []
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     try:
-                        sid, title = _parse_line(line, len(sids), codebook_sizes)
+                        sid, title, key = _parse_line(line, len(sids), codebook_sizes)
                         if sids and len(sid) != len(sids[0]):
                             raise ValueError(f"sid has {len(sid)} codes, line 1 has {len(sids[0])}")
+                        if sids and (key is None) == bool(keys):
+                            raise ValueError("expected a key on all lines or none")
                     except ValueError as error:
                         raise UserError(f"{path}: line {number}: {error}") from None
                     sids.append(sid)
                     titles.append(title)
+                    keys += [] if key is None else [key]
         except OSError as error:
             raise UserError(f"{path}: not readable ({error.strerror})") from None
         if not sids:
             raise UserError(f"{path}: no items")
         array = np.array(sids)
         sizes = codebook_sizes or tuple(int(size) for size in array.max(axis=0) + 1)
-        return cls(array, titles, SidSpace(tuple(sizes)))
+        return cls(array, titles, SidSpace(tuple(sizes)), keys or None)
 
     def __len__(self) -> int:
         return len(self.sids)
+
+    @cached_property
+    def item_of_key(self) -> dict[str, int]:
+        """Items by what their owner calls them."""
+        return {key: item for item, key in enumerate(self.keys or ())}
+
+    def key(self, item: int) -> str:
+        """What the items' owner calls an item."""
+        return str(item) if self.keys is None else self.keys[item]
 
     @cached_property
     def sha256(self) -> str:
@@ -108,8 +130,8 @@ class Catalog:
 
 def _parse_line(
     line: bytes, item: int, codebook_sizes: tuple[int, ...] | None
-) -> tuple[list[int], str | None]:
-    """SID and title of the item that a line of `items.jsonl` must hold; ValueError says why not."""
+) -> tuple[list[int], str | None, str | None]:
+    """What the line of an item in `items.jsonl` must hold; ValueError says why it does not."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -130,7 +152,10 @@ def _parse_line(
         if not 0 <= code < size:
             hint = STATE_CODES if codebook_sizes is None else ""
             raise ValueError(f"sid level {level} is {_shown(code)}, expected 0..{size - 1}{hint}")
-    return sid, title
+    key = entry.get("key")
+    if key is not None and not isinstance(key, str):
+        raise ValueError(f"key is {_shown(key)}, expected a string")
+    return sid, title, key
 
 
 def _shown(value: object) -> str:

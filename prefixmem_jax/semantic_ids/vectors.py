@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,11 @@ class Vectors:
             yield slice(first, first + len(items)), self.take(items)
 
 
-def read_vectors(path: Path, items: int, unpacked: Path) -> Vectors:
+def read_vectors(path: Path, items: int, keys: Sequence[str] | None, unpacked: Path) -> Vectors:
     """The vectors of items 0..items-1, matched by item id.
 
     Args:
+      keys: what the items' owner calls them, if `item_id` in the file says that.
       path: a Parquet file with columns `item_id` and `embedding` (list of float), or an .npz with
         arrays of these names.
       unpacked: where a Parquet file's vectors are written to, as they are read piece by piece.
@@ -69,6 +70,11 @@ def read_vectors(path: Path, items: int, unpacked: Path) -> Vectors:
         ids, array = _unpack_parquet(path, unpacked)
     if len(ids) != len(array):
         raise UserError(f"{path}: {len(ids)} item ids, but {len(array)} vectors")
+    if keys is None and not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{path}: column 'item_id' must hold integers without nulls")
+    if keys is not None:
+        item_of_key = {key: item for item, key in enumerate(keys)}
+        ids = np.array([item_of_key.get(key, -1) for key in ids.astype(str).tolist()], np.int64)
     row_of_item = np.full(items, -1, np.int64)
     known = (ids >= 0) & (ids < items)
     row_of_item[ids[known]] = np.flatnonzero(known)
@@ -78,7 +84,7 @@ def read_vectors(path: Path, items: int, unpacked: Path) -> Vectors:
     missing = np.flatnonzero(row_of_item < 0)
     if len(missing):
         raise UserError(
-            f"{path}: no vector for item {missing[0]} "
+            f"{path}: no vector for item {missing[0] if keys is None else keys[missing[0]]} "
             f"({len(missing):,} of {items:,} items have none)"
         )
     return Vectors(array, row_of_item, str(path))
@@ -92,13 +98,13 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{path}: expected an .npz with arrays item_id and {EMBEDDING} ({error})"
         ) from None
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"{path}: item_id must be integers [items], is {ids.dtype} {ids.shape}")
+    if ids.ndim != 1 or ids.dtype.kind not in "iuU":
+        raise UserError(f"{path}: item_id must be ids [items], is {ids.dtype} {ids.shape}")
     if array.ndim != 2 or not array.shape[1] or not np.issubdtype(array.dtype, np.floating):
         raise UserError(
             f"{path}: {EMBEDDING} must be floats [items, width], is {array.dtype} {array.shape}"
         )
-    return ids.astype(np.int64), array
+    return ids, array
 
 
 def _unpack_parquet(path: Path, unpacked: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -114,8 +120,8 @@ def _unpack_parquet(path: Path, unpacked: Path) -> tuple[np.ndarray, np.ndarray]
         kind = batch[EMBEDDING].type
         if not (_is_list(kind) and pa.types.is_floating(kind.value_type)):
             raise UserError(f"{path}: column {EMBEDDING!r} is {kind}, expected lists of floats")
-        if not pa.types.is_integer(batch["item_id"].type) or batch["item_id"].null_count:
-            raise UserError(f"{path}: column 'item_id' must hold integers without nulls")
+        if batch["item_id"].null_count:
+            raise UserError(f"{path}: column 'item_id' holds a null")
         lengths = batch[EMBEDDING].cast(pa.large_list(kind.value_type)).value_lengths()
         lengths = lengths.fill_null(0).to_numpy()
         if array is None:
@@ -131,7 +137,7 @@ def _unpack_parquet(path: Path, unpacked: Path) -> tuple[np.ndarray, np.ndarray]
             )
         values = batch[EMBEDDING].flatten().to_numpy(zero_copy_only=False)
         array[first : first + len(batch)] = values.reshape(len(batch), -1)
-        ids.append(batch["item_id"].to_numpy().astype(np.int64))
+        ids.append(batch["item_id"].to_numpy(zero_copy_only=False))
         first += len(batch)
     if array is None:
         raise UserError(f"{path}: the file has no rows")

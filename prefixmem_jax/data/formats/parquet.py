@@ -2,7 +2,8 @@
 
 A dataset is a folder with two Parquet files (documented in docs/data.md):
 
-- `items.parquet`: `item_id` int (each of 0..N-1 once), `title` string or null, and a SID column
+- `items.parquet`: `item_id` int (each of 0..N-1 once), `title` string or null, maybe `key` string
+  (what the items' owner calls them, each once), and a SID column
   list<int> (codes by level, no offset; `sid` unless the config names another). Column `item_id`
   itself, as SIDs, gives every item one code of its own.
 - `histories.parquet`: `user_id` string (each once), `item_ids` list<int> oldest first, optionally
@@ -12,6 +13,7 @@ A dataset is a folder with two Parquet files (documented in docs/data.md):
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +61,43 @@ def read_catalog(
         raise UserError(f"{folder}: not a folder with {ITEMS} and {HISTORIES}")
     path = folder / ITEMS
     table = _read_table(
-        path, {"item_id": "int, 0..N-1", sid_column: "list of codes by level"}, optional="title"
+        path, {"item_id": "int, 0..N-1", sid_column: "list of codes by level"}, ("title", "key")
     )
     row_of_item = _row_of_item(path, table)
     sids = _read_sids(path, table, sid_column, codebook_sizes)[row_of_item]
     titles = _titles(path, table, row_of_item)
     sizes = codebook_sizes or tuple(int(size) for size in sids.max(axis=0) + 1)
-    return Catalog(sids, titles, SidSpace(tuple(sizes)))
+    return Catalog(sids, titles, SidSpace(tuple(sizes)), _keys(path, table, row_of_item))
 
 
-def read_titles(folder: str | Path) -> list[str | None]:
-    """Titles of items 0..N-1, which need no SIDs yet; None where one has none."""
+def read_titles(folder: str | Path) -> tuple[list[str | None], list[str] | None]:
+    """Titles and keys of items 0..N-1, which need no SIDs yet; None where there are none."""
     path = Path(folder) / ITEMS
-    table = _read_table(path, {"item_id": "int, 0..N-1"}, optional="title")
-    return _titles(path, table, _row_of_item(path, table))
+    table = _read_table(path, {"item_id": "int, 0..N-1"}, ("title", "key"))
+    row_of_item = _row_of_item(path, table)
+    return _titles(path, table, row_of_item), _keys(path, table, row_of_item)
 
 
 def _titles(path: Path, table: pa.Table, row_of_item: np.ndarray) -> list[str | None]:
     if "title" not in table.column_names:
         return [None] * len(row_of_item)
     return _texts(path, table, "title").take(row_of_item).to_pylist()
+
+
+def _keys(path: Path, table: pa.Table, row_of_item: np.ndarray) -> list[str] | None:
+    if "key" not in table.column_names:
+        return None
+    keys = _texts(path, table, "key").take(row_of_item).to_pylist()
+    item_of_key: dict[str, int] = {}
+    for item, key in enumerate(keys):
+        if key is None:
+            raise UserError(f"{path}: row {row_of_item[item]}: key is null")
+        if item_of_key.setdefault(key, item) != item:
+            first = row_of_item[item_of_key[key]]
+            raise UserError(
+                f"{path}: row {row_of_item[item]}: key {shortened(key)} is already in row {first}"
+            )
+    return keys
 
 
 def write_dataset(folder: str | Path, dataset: Dataset) -> None:
@@ -104,6 +123,8 @@ def write_items(folder: Path, catalog: Catalog) -> None:
         "title": pa.array(catalog.titles, pa.string()),
         "sid": _lists(codes, catalog.sids.reshape(-1)),
     }
+    if catalog.keys is not None:
+        items["key"] = pa.array(catalog.keys, pa.string())
     _write(folder / ITEMS, items)
 
 
@@ -116,7 +137,7 @@ def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets.astype(np.int32), values)
 
 
-def _read_table(path: Path, required: dict[str, str], optional: str) -> pa.Table:
+def _read_table(path: Path, required: dict[str, str], optional: Sequence[str]) -> pa.Table:
     """The columns that are asked for; others may be large (embeddings) and are not read."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
@@ -128,7 +149,7 @@ def _read_table(path: Path, required: dict[str, str], optional: str) -> pa.Table
             if column not in names:
                 has = ", ".join(names)
                 raise UserError(f"{path}: no column {column!r} ({meaning}); the file has: {has}")
-        table = parquet.read([name for name in names if name in (*required, optional)])
+        table = parquet.read([name for name in names if name in (*required, *optional)])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
     if table.num_rows == 0:
@@ -271,7 +292,7 @@ def _read_sids(
 
 def _read_histories(path: Path, items: int) -> Histories:
     table = _read_table(
-        path, {"user_id": "string", "item_ids": "list of item ids, oldest first"}, "timestamps"
+        path, {"user_id": "string", "item_ids": "list of item ids, oldest first"}, ("timestamps",)
     )
     flat, offsets = _integer_lists(path, table, "item_ids")
     lengths = np.diff(offsets)

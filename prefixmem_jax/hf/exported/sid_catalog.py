@@ -15,7 +15,7 @@ ITEMS = "items.jsonl"
 # `generate` fills beams that found nothing (more beams than SIDs) with scores of -1e9 or less.
 EXHAUSTED = -1e8
 
-Recommendation = namedtuple("Recommendation", "item title sid score")
+Recommendation = namedtuple("Recommendation", "item title sid score key")
 
 
 class SidSpace:
@@ -42,12 +42,15 @@ class Catalog:
     """Items 0..N-1 with SIDs and titles, and a trie over the SIDs.
 
     Attributes:
+      own_ids: what the items' owner calls them; empty if by number.
       max_items: how much of the end of a history the model was trained with.
       beam: width of its beam search.
     """
 
-    def __init__(self, space, sids, titles, max_items, beam):
+    def __init__(self, space, sids, titles, own_ids, max_items, beam):
         self.space = space
+        self.own_ids = own_ids
+        self.item_of_own_id = {own: item for item, own in enumerate(own_ids)}
         self.max_items = max_items
         self.beam = beam
         self.sids = [tuple(sid) for sid in sids]
@@ -74,19 +77,20 @@ class Catalog:
         """
         described = config.semantic_ids
         space = SidSpace(described["codebook_sizes"], described["text_tokens"])
-        sids, titles = [], []
+        sids, titles, own_ids = [], [], []
         path = cached_file(folder, ITEMS)
         with open(path, "rb") as file:
             for item, line in enumerate(file):
                 try:
-                    sid, title = _parse_line(line, item, space)
+                    sid, title, own_id = _parse_line(line, item, space)
                 except ValueError as error:
                     raise ValueError(f"{path}: line {item + 1}: {error}") from None
                 sids.append(sid)
                 titles.append(title)
+                own_ids += [] if own_id is None else [own_id]
         if len(sids) != described["items"]:
             raise ValueError(f"{path}: {len(sids)} items, expected {described['items']}")
-        return cls(space, sids, titles, described["max_items"], described["beam"])
+        return cls(space, sids, titles, own_ids, described["max_items"], described["beam"])
 
     def allowed(self, codes):
         """Which codes may follow: bool [prefixes, codes of the next level].
@@ -137,7 +141,7 @@ class Catalog:
         return [mass.log() for mass in masses[::-1]]
 
     def recommend(self, model, history, top=10, beams=None, include_seen=False):
-        """The best next items after a history of item ids, oldest first.
+        """The best next items after a history of items or their own ids, oldest first.
 
         Args:
           model: a causal LM that speaks this catalogue's SIDs.
@@ -151,11 +155,13 @@ class Catalog:
           item head, mixed with the log-probability of the SID's items.
         """
         space = self.space
-        unknown = [item for item in history if not 0 <= item < len(self.sids)]
+        given, count = list(history), len(self.sids)
+        history = [self.item_of_own_id.get(i, -1) if isinstance(i, str) else i for i in given]
+        unknown = [i for i, item in zip(given, history, strict=True) if not 0 <= item < count]
         if unknown:
-            raise ValueError(f"item {unknown[0]} is not in the catalogue of {len(self.sids)} items")
+            raise ValueError(f"item {unknown[0]} is not in the catalogue of {count} items")
         tokens = [space.bos_token]
-        for item in list(history)[-self.max_items :]:
+        for item in history[-self.max_items :]:
             tokens += space.encode(self.sids[item])
         seen = set() if include_seen else set(history)
         gone = {self.sids[item] for item in seen}
@@ -192,19 +198,20 @@ class Catalog:
             if score < EXHAUSTED or sid not in self.items:
                 continue
             for item in (item for item in self.items[sid] if item not in seen):
-                results.append(Recommendation(item, self.titles[item], sid, score))
+                own_id = self.own_ids[item] if self.own_ids else str(item)
+                results.append(Recommendation(item, self.titles[item], sid, score, own_id))
         return results[:top]
 
 
 def _parse_line(line, item, space):
-    """SID and title of an item; ValueError says why the line does not give them."""
+    """SID, title and own id of an item; ValueError says why the line does not give them."""
     try:
         entry = json.loads(line)
     except ValueError:
         entry = None
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
-    number, sid, title = (entry.get(key) for key in ("item", "sid", "title"))
+    number, sid, title, own_id = (entry.get(key) for key in ("item", "sid", "title", "key"))
     if type(number) is not int or number != item:
         raise ValueError(f"item is {number!r}, expected {item}: 0, 1, 2, ...")
     if not isinstance(sid, list) or len(sid) != space.levels:
@@ -214,7 +221,7 @@ def _parse_line(line, item, space):
             raise ValueError(f"sid level {level} is {code!r}, expected 0..{size - 1}")
     if title is not None and not isinstance(title, str):
         raise ValueError(f"title is {title!r}, expected a string or null")
-    return sid, title
+    return sid, title, own_id
 
 
 class SidLogitsProcessor(LogitsProcessor):

@@ -1,0 +1,151 @@
+"""Raw data as a dataset folder: own ids counted from 0, histories in order, rare ones left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import NonNegativeInt
+
+from prefixmem_jax.data.formats.parquet import HISTORIES, ITEMS
+from prefixmem_jax.data.sources.source import RawData, Source
+from prefixmem_jax.data.sources.tables import Tables
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import replacing_files
+from prefixmem_jax.kinds import STRICT
+from prefixmem_jax.text import shortened
+
+
+@dataclass(frozen=True)
+class ConversionConfig:
+    """How raw data become a dataset.
+
+    Attributes:
+      source: what the files are.
+      k_core: leave out users and items with fewer interactions, until none is left; 0: none.
+    """
+
+    __pydantic_config__ = STRICT
+
+    source: Source = field(default_factory=Tables)
+    k_core: NonNegativeInt = 0
+
+
+class Converted(NamedTuple):
+    """How much there is, and was."""
+
+    users: int
+    items: int
+    interactions: int
+    raw_interactions: int
+    untitled: int
+    has_sids: bool
+
+    def describe(self) -> str:
+        left_out = self.raw_interactions - self.interactions
+        return (
+            f"{self.users:,} users, {self.items:,} items, {self.interactions:,} interactions "
+            f"({left_out:,} left out); {self.untitled:,} items have no title"
+        )
+
+
+def convert(config: ConversionConfig, paths: Sequence[Path], out: Path) -> Converted:
+    """Reads raw data and writes a dataset folder (docs/data.md).
+
+    Items get numbers in the order of the catalogue, then of their first interaction; column `key`
+    keeps their own ids. Users keep theirs.
+
+    Raises:
+      UserError: names the file, what is wrong and where.
+    """
+    if not paths:
+        raise UserError("no files are named")
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    raw = config.source.read(paths)
+    users, user_ids = _numbers(raw.users)
+    items, keys = _items(raw)
+    keep = _core(users, items, config.k_core)
+    if not keep.any():
+        raise UserError(
+            f"{raw.name}: no user and item have {config.k_core} interactions each; expected a "
+            "smaller k_core"
+        )
+    users, items = users[keep], items[keep]
+    times = None if raw.times is None else raw.times[keep]
+    kept_items = np.arange(len(keys))
+    if config.k_core:
+        kept_items, items = np.unique(items, return_inverse=True)
+    kept_users, users = np.unique(users, return_inverse=True)
+    by = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
+    titles = _aligned(raw, keys, "titles")
+    columns = {"item_id": np.arange(len(kept_items)), "key": keys.take(kept_items)}
+    if titles is not None:
+        columns["title"] = titles.take(kept_items)
+    sids = _aligned(raw, keys, "sids")
+    if sids is not None:
+        columns["sid"] = sids.take(kept_items)
+    histories = {"user_id": user_ids.take(kept_users), "item_ids": _lists(offsets, items[by])}
+    if times is not None:
+        histories["timestamps"] = _lists(offsets, times[by])
+    with replacing_files(out, "dataset", ITEMS) as folder:
+        pq.write_table(pa.table(columns), folder / ITEMS)
+        pq.write_table(pa.table(histories), folder / HISTORIES)
+    untitled = len(kept_items) if titles is None else columns["title"].null_count
+    return Converted(
+        len(kept_users), len(kept_items), len(items), len(raw.items), untitled, sids is not None
+    )
+
+
+def _numbers(texts: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Numbers in order of first appearance, int64, and what they stand for."""
+    encoded = texts.dictionary_encode()
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
+
+
+def _items(raw: RawData) -> tuple[np.ndarray, pa.Array]:
+    """The item of each interaction, and all items' own ids: the catalogue's first."""
+    if raw.catalogue is None:
+        return _numbers(raw.items)
+    ids = raw.catalogue.ids
+    found, distinct = _numbers(ids)
+    if len(distinct) != len(ids):
+        seen = np.unique(found, return_index=True)[1]
+        row = int(np.setdiff1d(np.arange(len(ids)), seen)[0])
+        raise UserError(f"{raw.name}: item {shortened(ids[row].as_py())} is in the catalogue twice")
+    numbers, _ = _numbers(pa.concat_arrays([ids, raw.items]))
+    keys = pa.concat_arrays([ids, raw.items]).dictionary_encode().dictionary
+    return numbers[len(ids) :], keys
+
+
+def _aligned(raw: RawData, keys: pa.Array, what: str) -> pa.Array | None:
+    """Titles or SIDs of all items; null where the catalogue has not the item."""
+    values = None if raw.catalogue is None else getattr(raw.catalogue, what)
+    if values is None:
+        return None
+    missing = len(keys) - len(values)
+    return pa.concat_arrays([values, pa.nulls(missing, values.type)]) if missing else values
+
+
+def _core(users: np.ndarray, items: np.ndarray, least: int) -> np.ndarray:
+    """Interactions of users and items that have enough of them among those kept, bool."""
+    keep = np.ones(len(users), bool)
+    while least:
+        of_user = np.bincount(users[keep], minlength=users.max() + 1)
+        of_item = np.bincount(items[keep], minlength=items.max() + 1)
+        enough = keep & (of_user[users] >= least) & (of_item[items] >= least)
+        if (enough == keep).all():
+            break
+        keep = enough
+    return keep
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))

@@ -1,0 +1,257 @@
+"""Raw data of several kinds become the same dataset; what is wrong in them is told in a line."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import prefixmem
+
+from prefixmem_jax.config_files import override
+from prefixmem_jax.data.conversion import ConversionConfig, convert
+from prefixmem_jax.data.formats.parquet import read_dataset, read_titles
+from prefixmem_jax.errors import UserError
+
+# Who met what when, in no order; "cup" is listed and never met, "sofa" is met and not listed.
+LOG = [
+    ("ann", "lamp", 30), ("bob", "rug", 10), ("ann", "rug", 20), ("ann", "desk", 40),
+    ("bob", "desk", 11), ("eve", "sofa", 5), ("bob", "lamp", 12), ("eve", "rug", 6),
+]  # fmt: skip
+TITLES = {"desk": "Oak desk", "lamp": "Red lamp", "cup": "Cup, blue", "rug": None}
+HISTORIES = {
+    "ann": ["rug", "lamp", "desk"],
+    "bob": ["rug", "desk", "lamp"],
+    "eve": ["sofa", "rug"],
+}
+
+
+def csv(rows, header, separator=","):
+    quoted = (
+        separator.join(f'"{x}"' if separator in str(x) else str(x) for x in row) for row in rows
+    )
+    return "\n".join([separator.join(header), *quoted]) + "\n"
+
+
+def titles_of(items):
+    return [(item, title or "") for item, title in items.items()]
+
+
+def write_csv(folder):
+    (folder / "items.csv").write_text(csv(titles_of(TITLES), ["item_id", "title"]))
+    (folder / "log.csv").write_text(csv(LOG, ["user_id", "item_id", "timestamp"]))
+    return ["items.csv", "log.csv"], []
+
+
+def write_jsonl(folder):
+    items = [{"sku": item, "label": title} for item, title in TITLES.items()]
+    log = [{"who": u, "sku": i, "when": f"2024-01-01T00:00:{t:02d}"} for u, i, t in LOG]
+    for name, rows in (("items.jsonl", items), ("log.jsonl.gz", log)):
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (folder / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    mapping = ["user=who", "item=sku", "time=when", "item_id=sku", "title=label"]
+    return ["items.jsonl", "log.jsonl.gz"], [f"source.{key}" for key in mapping]
+
+
+def write_parquet(folder):
+    users, items, times = zip(*LOG, strict=True)
+    pq.write_table(
+        pa.table({"user": users, "item": items, "ts": np.array(times) / 2}), folder / "log.parquet"
+    )
+    (folder / "items.tsv").write_text(csv(titles_of(TITLES), ["id", "name"], "\t"))
+    return ["items.tsv", "log.parquet"], []
+
+
+def write_amazon_2014(folder):
+    items = "".join(
+        f"{{'asin': '{i}', 'title': '{t}'}}\n" if t else f"{{'asin': '{i}'}}\n"
+        for i, t in TITLES.items()
+    )
+    reviews = [{"reviewerID": u, "asin": i, "unixReviewTime": t, "overall": 5.0} for u, i, t in LOG]
+    (folder / "meta.json.gz").write_bytes(gzip.compress(items.encode()))
+    (folder / "reviews.json.gz").write_bytes(
+        gzip.compress("".join(json.dumps(r) + "\n" for r in reviews).encode())
+    )
+    return ["meta.json.gz", "reviews.json.gz"], ["source=amazon_reviews"]
+
+
+def write_amazon_2023(folder):
+    items = [{"parent_asin": i, "title": t} for i, t in TITLES.items()]
+    reviews = [
+        {"user_id": u, "parent_asin": i, "asin": "x", "timestamp": t, "rating": 4.0}
+        for u, i, t in LOG
+    ]
+    reviews.append({"user_id": "ann", "parent_asin": "bad", "timestamp": 1, "rating": 2.0})
+    for name, rows in (("meta.jsonl", items), ("reviews.jsonl", reviews)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["meta.jsonl", "reviews.jsonl"], ["source=amazon_reviews", "source.least_rating=3"]
+
+
+def write_recbole(folder):
+    (folder / "x").mkdir()
+    header = ["user_id:token", "item_id:token", "timestamp:float"]
+    (folder / "x" / "x.inter").write_text(csv(LOG, header, "\t"))
+    (folder / "x" / "x.item").write_text(
+        csv(titles_of(TITLES), ["item_id:token", "title:token_seq"], "\t")
+    )
+    return ["x"], ["source=recbole"]
+
+
+def write_lc_rec(folder):
+    (folder / "x").mkdir()
+    about = {item: {"title": title} for item, title in TITLES.items()}
+    index = {item: [f"<a_{n}>", f"<b_{n % 2}>"] for n, item in enumerate([*TITLES, "sofa"])}
+    for name, content in (("inter", HISTORIES), ("item", about), ("index", index)):
+        (folder / "x" / f"x.{name}.json").write_text(json.dumps(content))
+    return ["x"], ["source=lc_rec"]
+
+
+def run(tmp_path, paths, overrides, *more):
+    config = ConversionConfig()
+    for text in (*overrides, *more):
+        config = override(config, text)
+    return convert(config, [tmp_path / path for path in paths], tmp_path / "out")
+
+
+def histories(folder):
+    table = pq.read_table(folder / "histories.parquet").to_pydict()
+    _, keys = read_titles(folder)
+    named = [[keys[item] for item in items] for items in table["item_ids"]]
+    return dict(zip(table["user_id"], named, strict=True))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_csv, write_jsonl, write_parquet, write_amazon_2014, write_amazon_2023, write_recbole, write_lc_rec],
+)  # fmt: skip
+def test_every_source_gives_the_same_histories_and_titles(tmp_path, write):
+    paths, overrides = write(tmp_path)
+    found = run(tmp_path, paths, overrides)
+    assert histories(tmp_path / "out") == HISTORIES
+    titles, keys = read_titles(tmp_path / "out")
+    named = {key: title or None for key, title in zip(keys, titles, strict=True)}
+    expected = TITLES | {"sofa": None}
+    if write in (write_amazon_2014, write_amazon_2023):  # metadata list all that there ever was
+        expected = {key: title for key, title in expected.items() if key != "cup"}
+    assert named == expected
+    assert (found.users, found.items, found.interactions) == (3, len(expected), 8)
+    assert read_dataset(tmp_path / "out", "item_id").histories.items.tolist() == [
+        keys.index(item) for history in HISTORIES.values() for item in history
+    ]
+
+
+def test_sids_come_along(tmp_path):
+    run(tmp_path, *write_lc_rec(tmp_path))
+    catalog = read_dataset(tmp_path / "out").catalog
+    assert catalog.sids.tolist() == [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]
+
+
+def test_the_rare_are_left_out_until_none_is_rare(tmp_path):
+    """Sofa goes, then eve, and rug stays with two."""
+    found = run(tmp_path, *write_csv(tmp_path), "k_core=2")
+    assert histories(tmp_path / "out") == {user: HISTORIES[user] for user in ("ann", "bob")}
+    assert (found.items, found.interactions, found.raw_interactions) == (3, 6, 8)
+    assert "2 left out" in found.describe()
+    with pytest.raises(UserError, match="no user and item have 4 interactions each"):
+        run(tmp_path, ["items.csv", "log.csv"], [], "k_core=4")
+
+
+def test_a_log_alone_in_its_own_order(tmp_path):
+    (tmp_path / "log.csv").write_text(csv([row[:2] for row in LOG], ["user_id", "item_id"]))
+    run(tmp_path, ["log.csv"], [])
+    assert histories(tmp_path / "out")["ann"] == ["lamp", "rug", "desk"]
+    assert "timestamps" not in pq.read_table(tmp_path / "out" / "histories.parquet").column_names
+
+
+@pytest.mark.parametrize("separator", ["::", ","])
+def test_movielens(tmp_path, separator):
+    movies = [(7, "Amélie, the film (2001)", "Drama"), (9, "Up", "Comedy")]
+    ratings = [(1, 9, 5, 20), (1, 7, 3, 10), (2, 7, 1, 5), (2, 9, 4, 9)]
+    for name, rows, header in (
+        ("movies", movies, ["movieId", "title", "genres"]),
+        ("ratings", ratings, ["userId", "movieId", "rating", "timestamp"]),
+    ):
+        if separator == "::":
+            text = "".join("::".join(map(str, row)) + "\n" for row in rows)
+            (tmp_path / f"{name}.dat").write_text(text, encoding="latin-1")
+        else:
+            (tmp_path / f"{name}.csv").write_text(csv(rows, header))
+    out = tmp_path / "data"
+    prefixmem(
+        "data", "convert", tmp_path, "source=movielens", "source.least_rating=2", "--out", out
+    )
+    assert histories(out) == {"1": ["7", "9"], "2": ["9"]}
+    assert read_titles(out)[0] == ["Amélie, the film (2001)", "Up"]
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def nothing(folder):
+    pass
+
+
+TWO = csv(LOG, ["user_id", "item_id", "timestamp"])
+
+
+@pytest.mark.parametrize(
+    "paths, write, overrides, words",
+    [
+        (["log.csv"], nothing, [], "log.csv: no such file or folder"),
+        ([], nothing, [], "no files are named"),
+        (["a.csv", "a.csv", "a.csv"], text("a.csv", TWO), [], "expected ITEMS INTERACTIONS"),
+        (["log.csv"], text("log.csv", ""), [], "log.csv: not readable"),
+        (["log.csv"], text("log.csv", "user_id,item_id\n"), [], "log.csv: the file has no rows"),
+        (["log.csv"], text("log.csv", "a,b\n1\n"), [], "log.csv: not readable"),
+        (["log.xls"], text("log.xls", TWO), [], "ends in .csv, .tsv, .jsonl or .parquet"),
+        (["log.csv"], text("log.csv", "a,b\n1,2\n"), [], "no column like 'user_id'; the file has: a, b; set source.user=NAME"),
+        (["log.csv"], text("log.csv", "uid,b\n1,2\n"), [], "no column like 'item_id'"),
+        (["log.csv"], text("log.csv", TWO), ["source.user=who"], "no column 'who'; the file has: user_id"),
+        (["log.csv"], text("log.csv", TWO), ["source.time=when"], "no column 'when'"),
+        (["log.csv"], text("log.csv", "user_id,item_id,timestamp\na,b,soon\n"), [], "column 'timestamp': "),
+        (["log.csv"], text("log.csv", "user_id,item_id,timestamp\na,b,1\na,c,\n"), [], "row 1: timestamp is missing"),
+        (["log.csv"], text("log.csv", "user_id,item_id,timestamp\na,b,nan\na,c,1.5\n"), [], "timestamp is nan|timestamp is missing"),
+        (["log.csv"], text("log.csv", "user_id,item_id\n1,b\n,c\n"), [], "row 1: user_id is missing"),
+        (["log.csv"], text("log.csv", "user_id,item_id\na,b\n,c\n"), [], "row 1: user_id is empty"),
+        (["log.csv"], text("log.csv", "user_id,item_id\n1.5,b\n"), [], "column 'user_id' has numbers that are no ids"),
+        (["log.csv"], text("log.csv", "user_id,item_id\ntrue,b\n"), [], "column 'user_id' is bool, expected ids"),
+        (["log.jsonl"], text("log.jsonl", "{\"user_id\": 1}\n{"), [], "log.jsonl: not readable"),
+        (["log.jsonl"], text("log.jsonl", '{"user_id": [1], "item_id": 2}\n'), [], "column 'user_id' is list"),
+        (["log.parquet"], text("log.parquet", "no"), [], "log.parquet: not readable"),
+        (["log.csv.gz"], text("log.csv.gz", TWO), [], "log.csv.gz: not readable"),
+        (["i.csv", "log.csv"], lambda f: (text("log.csv", TWO)(f), text("i.csv", "item_id,title\nrug,a\nrug,b\n")(f)), [], "item rug is in the catalogue twice"),
+        (["i.csv", "log.csv"], lambda f: (text("log.csv", TWO)(f), text("i.csv", "label\nrug\n")(f)), [], "i.csv: no column like 'item_id'"),
+        (["log.csv"], text("log.csv", TWO), ["source=spreadsheet"], "no kind 'spreadsheet'"),
+        (["log.csv"], text("log.csv", TWO), ["k_core=-1"], "k_core: expected"),
+        (["log.csv"], text("log.csv", TWO), ["source.usr=a"], "did you mean source.user"),
+        (["log.csv"], text("log.csv", TWO), ["source=movielens"], "expected a folder with ratings.csv"),
+        (["x"], lambda f: (f / "x").mkdir(), ["source=movielens"], "ratings.csv: not readable"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/ratings.dat", "1::2::3\n")(f)), ["source=movielens"], "ratings.dat: line 1: 3 fields, expected 4"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/ratings.dat", "1::2::3::now\n")(f)), ["source=movielens"], "column 'timestamp' must hold integers"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/ratings.csv", "a\n1\n")(f), text("x/movies.csv", "a\n1\n")(f)), ["source=movielens"], "no column 'userId', which MovieLens has"),
+        (["x"], lambda f: (f / "x").mkdir(), ["source=recbole"], "0 files end in .inter, expected one"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/a.inter", "user:token\titem_id:token\n1\t2\n")(f)), ["source=recbole"], "no column 'user_id'"),
+        (["x"], lambda f: (f / "x").mkdir(), ["source=lc_rec"], "0 files end in .inter.json"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/a.inter.json", "[]")(f)), ["source=lc_rec"], "expected a JSON object"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/a.inter.json", "{}")(f)), ["source=lc_rec"], "no users"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/a.inter.json", '{"u": 3}')(f)), ["source=lc_rec"], "user u: expected a list of items"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/a.inter.json", '{"u": [3]}')(f), text("x/a.index.json", '{"3": ["a7"]}')(f)), ["source=lc_rec"], "item 3: expected tokens such as <a_17>"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/a.inter.json", '{"u": [3]}')(f), text("x/a.index.json", "{}")(f)), ["source=lc_rec"], "item 3: expected tokens such as <a_17>, got None"),
+        (["r.jsonl"], text("r.jsonl", "[1]\n"), ["source=amazon_reviews"], "r.jsonl: line 1: not a JSON object"),
+        (["r.jsonl"], text("r.jsonl", "{'asin': f()}\n"), ["source=amazon_reviews"], "r.jsonl: line 1: not a JSON object"),
+        (["r.jsonl"], text("r.jsonl", '{"asin": "a", "timestamp": 1}\n'), ["source=amazon_reviews"], "line 1: no user_id or reviewerID"),
+        (["r.jsonl"], text("r.jsonl", '{"asin": "a", "user_id": "u"}\n'), ["source=amazon_reviews"], "line 1: no timestamp or unixReviewTime"),
+        (["r.jsonl"], text("r.jsonl", '{"asin": "a", "user_id": "u", "timestamp": 1, "rating": "5"}\n'), ["source=amazon_reviews"], "rating is '5', expected a number"),
+        (["r.json.gz"], text("r.json.gz", "{}"), ["source=amazon_reviews"], "r.json.gz: not readable"),
+        (["r.jsonl"], text("r.jsonl", "\n"), ["source=amazon_reviews"], "r.jsonl: no reviews"),
+        (["r.jsonl"] * 3, text("r.jsonl", "\n"), ["source=amazon_reviews"], "expected METADATA REVIEWS"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_and_nothing_is_left(tmp_path, paths, write, overrides, words):
+    write(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        run(tmp_path, paths, overrides)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
