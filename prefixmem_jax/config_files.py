@@ -23,6 +23,7 @@ from pydantic_core import from_json
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.errors import UserError, nearest
+from prefixmem_jax.files import read_json_object
 from prefixmem_jax.kinds import Kind, find_kind, kind_name
 from prefixmem_jax.text import shortened
 
@@ -154,6 +155,15 @@ def _literal(text: str) -> Any:
 def to_json(config: Any) -> str:
     """The resolved config, every key present; `kind` first where a group comes in kinds."""
     return json.dumps(config, indent=2, default=_keys) + "\n"
+
+
+def read_config(path: Path, root: type[Root]) -> Root:
+    """What `to_json` wrote of a job's keys; UserError names the file where it is something else."""
+    data = read_json_object(path)
+    try:
+        return _validate(data, root)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _plain(config: Any) -> dict[str, Any]:

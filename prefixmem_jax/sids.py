@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import PositiveInt
 
-from prefixmem_jax.config_files import override, to_json
+from prefixmem_jax.config_files import override, read_config, to_json
 from prefixmem_jax.data.formats.parquet import (
     HISTORIES,
     ITEMS,
+    read_catalog,
     read_dataset,
     read_titles,
     write_items,
@@ -34,6 +36,9 @@ from prefixmem_jax.semantic_ids.report import write_report
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.texts import TextVectors
 from prefixmem_jax.semantic_ids.vectors import Vectors, read_vectors
+
+# Titles and keys of the items, as `read_titles`.
+Named = tuple[list[str | None], list[str] | None]
 
 CONFIG, FITTED, CODEBOOKS = "sids_config.json", "quantizer.npz", "codebooks.npz"
 
@@ -62,6 +67,7 @@ def make_sids(
     embeddings: Path | None,
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
     """Gives every item a SID, and writes a dataset that has them.
 
@@ -73,39 +79,79 @@ def make_sids(
       embeddings: the items' vectors, see `read_vectors`; vectors of titles where None.
       overrides: of `SidsConfig`, such as `quantizer.codes=(256,256,256)`.
       say: called with each line of progress.
+      earlier: what an earlier call wrote. Its items keep their SIDs, and others get theirs from its
+        codebooks; nothing is fitted.
 
     Returns:
       What the report measured.
     """
-    config = SidsConfig()
+    check_local(out)
+    config, fitted = SidsConfig(), {}
+    if earlier is not None:
+        if overrides:
+            raise UserError(
+                f"--apply {earlier} says how SIDs are made; {overrides[0]} has no place"
+            )
+        config, fitted = read_config(earlier / CONFIG, SidsConfig), _load(earlier / FITTED)
     for text in overrides:
         config = override(config, text)
-    check_local(out)
-    titles, keys = read_titles(data)
+    named = read_titles(data)
     beside = out.absolute().parent
     if not beside.is_dir():
         raise UserError(f"{out}: no folder {beside}")
     unfinished = beside / f".{out.name}.fit.npz"
     unpacked = beside / f".{out.name}.vectors.npy"
     try:
-        fitted: Fitted = {}
-        if embeddings is None:
-            say(f"vectors of {len(titles):,} titles ...")
-            texts = TextVectors.fit(titles, config.text_width, config.quantizer.seed)
-            vectors = Vectors(texts(titles), None, f"{data / ITEMS}: titles")
-            fitted = {f"text_{name}": array for name, array in texts.arrays.items()}
-        else:
-            vectors = read_vectors(embeddings, len(titles), keys, unpacked)
-        say(
-            f"{config.quantizer.name}: {len(titles):,} vectors of {vectors.width} numbers to "
-            f"{config.quantizer.levels} levels of {config.quantizer.codes} codes"
-        )
-        fitted |= _fit(config.quantizer, vectors, unfinished)
-        measured = _write(config, data, out, (titles, keys), vectors, fitted)
+        vectors, of_texts = _vectors(config, data / ITEMS, named, embeddings, unpacked, fitted)
+        quantizer = config.quantizer
+        if earlier is None:
+            say(
+                f"{quantizer.name}: {vectors.count:,} vectors of {vectors.width} numbers to "
+                f"{quantizer.levels} levels of {quantizer.codes} codes"
+            )
+            fitted = of_texts | _fit(quantizer, vectors, unfinished)
+        measured = _write(config, data, out, named, vectors, fitted, earlier)
     finally:
         unpacked.unlink(missing_ok=True)
     unfinished.unlink(missing_ok=True)
     return measured
+
+
+def _load(path: Path) -> Fitted:
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not what `prefixmem sids` wrote ({error})") from None
+
+
+def _vectors(
+    config: SidsConfig,
+    path: Path,
+    named: Named,
+    embeddings: Path | None,
+    unpacked: Path,
+    fitted: Fitted,
+) -> tuple[Vectors, Fitted]:
+    """The items' vectors, and of those of titles what makes more of them."""
+    titles, keys = named
+    prefix, width = "text_", None
+    arrays = {name.removeprefix(prefix): x for name, x in fitted.items() if name.startswith(prefix)}
+    if fitted:
+        width = fitted[level_name(0)].shape[1]
+        if bool(arrays) == (embeddings is not None):
+            made_of = "titles; leave --embeddings out" if arrays else "vectors; name --embeddings"
+            raise UserError(f"--apply: these SIDs were made of {made_of}")
+    if embeddings is None:
+        texts = TextVectors(arrays)
+        if not fitted:
+            texts = TextVectors.fit(titles, config.text_width, config.quantizer.seed)
+        vectors = Vectors(texts(titles), None, f"{path}: titles")
+        return vectors, {f"{prefix}{name}": array for name, array in texts.arrays.items()}
+    vectors = read_vectors(embeddings, len(titles), keys, unpacked)
+    if width not in (None, vectors.width):
+        raise UserError(f"{embeddings}: vectors of {vectors.width} numbers, the codebooks' {width}")
+    return vectors, {}
 
 
 def _fit(quantizer: Quantizer, vectors: Vectors, unfinished: Path) -> Fitted:
@@ -132,34 +178,39 @@ def _write(
     config: SidsConfig,
     data: Path,
     out: Path,
-    named: tuple[list[str | None], list[str] | None],
+    named: Named,
     vectors: Vectors,
     fitted: Fitted,
+    earlier: Path | None,
 ) -> dict[str, Any]:
     """Encodes all items, and writes what there is."""
     quantizer, mesh = config.quantizer, make_mesh()
+    titles, keys = named
     sids = np.empty((vectors.count, quantizer.levels), np.int32)
     for items, piece in vectors.pieces():
         sids[items] = quantizer.encode(fitted, piece, mesh)
-    codes = quantizer.codes
+    codes, last = quantizer.codes, np.full(len(sids), -1)
+    if earlier is not None:
+        known = _known(read_catalog(earlier), keys, len(sids))
+        fixed = known[:, 0] >= 0
+        sids[fixed] = known[fixed, : quantizer.levels]
+        last[fixed] = known[fixed, -1]
     if config.collisions == "level":
-        sids = add_level(sids)
+        sids = add_level(sids, last)
         codes = (*codes, int(sids[:, -1].max()) + 1)
     elif config.collisions == "move":
 
         def last_distances(items: np.ndarray) -> np.ndarray:
             return quantizer.last_distances(fitted, vectors.take(items), sids[items])
 
-        sids = move_to_free(sids, codes[-1], last_distances)
-    titles, keys = named
+        sids = move_to_free(sids, codes[-1], last_distances, last >= 0)
     catalog = Catalog(sids, titles, SidSpace(codes), keys)
     with replacing_files(out, "SIDs", ITEMS) as folder:
         write_items(folder, catalog)
         trained_on = held_out = None
         if (data / HISTORIES).is_file():
             shutil.copy(data / HISTORIES, folder / HISTORIES)
-            dataset = read_dataset(folder, codebook_sizes=codes)
-            split = split_dataset(dataset, "leave_two_out", 0.1)
+            split = split_dataset(read_dataset(folder, codebook_sizes=codes), "leave_two_out", 0.1)
             trained_on = split.items[split.train.indices()]
             held_out = split.validation.targets
         measured = measure(
@@ -180,3 +231,18 @@ def _write(
         write_text(folder / CONFIG, to_json(config))
         write_report(folder, measured)
     return measured
+
+
+def _known(old: Catalog, keys: list[str] | None, items: int) -> np.ndarray:
+    """SIDs that items have from before, int [items, levels]; -1 where there are none."""
+    known = np.full((items, old.space.levels), -1)
+    if (keys is None) != (old.keys is None):
+        raise UserError("--apply: items have keys here but not there, or there but not here")
+    if keys is None:
+        count = min(items, len(old))
+        known[:count] = old.sids[:count]
+        return known
+    for item, key in enumerate(keys):
+        if key in old.item_of_key:
+            known[item] = old.sids[old.item_of_key[key]]
+    return known

@@ -9,7 +9,7 @@ import pytest
 from conftest import prefixmem
 
 from prefixmem_jax.config_groups import SyntheticConfig
-from prefixmem_jax.data.formats.parquet import read_dataset, write_dataset
+from prefixmem_jax.data.formats.parquet import read_catalog, read_dataset, write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.models.new_tokens import read_codebooks
@@ -106,6 +106,40 @@ def test_a_killed_call_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ResidualKMeans, "_pass", one_pass)
     make_sids(data, tmp_path / "killed", None, [*WAYS, "quantizer.seed=1"])
     assert whole.read_bytes() != killed.read_bytes()
+
+
+@pytest.mark.parametrize("collisions", ["keep", "level", "move"])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_new_items_get_sids_and_old_ones_keep_theirs(data, tmp_path, collisions, keyed):
+    """Also where new ones are called like old ones; found by key, wherever they stand."""
+    table = pq.read_table(data / "items.parquet").sort_by("item_id")
+    if keyed:
+        table = table.append_column("key", [[f"k{n}" for n in range(240)]])
+    pq.write_table(table.slice(0, 200), data / "items.parquet")
+    (data / "histories.parquet").unlink()
+    make_sids(data, tmp_path / "old", None, [*WAYS, f"collisions={collisions}"])
+    again = table.slice(0, 20).set_column(0, "item_id", [list(range(240, 260))])
+    if keyed:
+        again = again.set_column(2, "key", [[f"k{n}" for n in range(240, 260)]])
+    order = np.random.default_rng(0).permutation(260) if keyed else np.arange(260)
+    table = pa.concat_tables([table, again]).take(order).set_column(0, "item_id", [np.arange(260)])
+    pq.write_table(table, data / "items.parquet")
+    make_sids(data, tmp_path / "new", None, earlier=tmp_path / "old")
+    old, new = (read_catalog(tmp_path / name) for name in ("old", "new"))
+    of_new = {int(item): new.sids[place].tolist() for place, item in enumerate(order)}
+    assert [of_new[item] for item in range(200)] == old.sids.tolist()
+    levels = 3 if collisions == "level" else 2
+    assert len(of_new[255]) == levels
+    for item in range(20):  # called alike, near each other
+        assert of_new[240 + item][0] == of_new[item][0]
+    if collisions == "level":
+        assert len(new.group_sids) == 260
+    with pytest.raises(UserError, match="says how SIDs are made; collisions=keep cannot"):
+        make_sids(data, tmp_path / "x", None, ["collisions=keep"], earlier=tmp_path / "old")
+    with pytest.raises(UserError, match="made of titles; leave --embeddings out"):
+        make_sids(data, tmp_path / "x", tmp_path / "v.npz", earlier=tmp_path / "old")
+    with pytest.raises(UserError, match=r"sids_config.json: not readable"):
+        make_sids(data, tmp_path / "x", None, earlier=data)
 
 
 def save(name, **arrays):

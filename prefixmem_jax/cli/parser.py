@@ -96,7 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
         "Give items Semantic IDs made of their titles or vectors, with a report of their quality.",
         "  prefixmem sids DIR --out NEW              # of the titles in DIR/items.parquet\n"
         "  prefixmem sids DIR --out NEW --embeddings FILE 'quantizer.codes=(64,64)'\n"
-        "  prefixmem sids DIR --out NEW collisions=level quantizer.iterations=10",
+        "  prefixmem sids DIR --out NEW collisions=level quantizer.iterations=10\n"
+        "  prefixmem sids MORE --out NEWER --apply NEW        # more items, the same codebooks",
     )
     naming.add_argument(
         "data", type=Path, metavar="DIR", help="items.parquet, and maybe histories.parquet"
@@ -105,6 +106,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="older SIDs there are replaced"
     )
     _add_embeddings(naming)
+    naming.add_argument(
+        "--apply",
+        type=Path,
+        metavar="OLD",
+        help="what an earlier call wrote: its items keep their SIDs, new ones get theirs alike",
+    )
     naming.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
     training = verb(

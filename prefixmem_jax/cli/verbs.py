@@ -39,7 +39,7 @@ def sids(options: argparse.Namespace) -> None:
     from prefixmem_jax.sids import make_sids
 
     measured = make_sids(
-        options.data, options.out, options.embeddings, options.overrides, say=print
+        options.data, options.out, options.embeddings, options.overrides, print, options.apply
     )
     print(f"\n{describe(measured)}\n")
     print(visible(f"{options.out / 'sids.html'}  {options.out / 'items.parquet'}"))

@@ -26,13 +26,33 @@ def rank_in_group(group: np.ndarray, order: np.ndarray | None = None) -> np.ndar
     return rank
 
 
-def add_level(sids: np.ndarray) -> np.ndarray:
-    """SIDs [N, levels + 1], all distinct: the last code counts the items that shared a SID."""
-    return np.column_stack([sids, rank_in_group(groups_of(sids))]).astype(np.int32)
+def add_level(sids: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
+    """SIDs [N, levels + 1], all distinct: the last code counts the items that shared a SID.
+
+    Args:
+      last: codes that items have already, int [N]; -1 where they have none, and get free ones.
+    """
+    group = groups_of(sids)
+    if last is None or (last < 0).all():
+        return np.column_stack([sids, rank_in_group(group)]).astype(np.int32)
+    last, taken = last.copy(), {}
+    new = np.flatnonzero(last < 0)
+    for item in np.flatnonzero((last >= 0) & np.isin(group, group[new])):
+        taken.setdefault(group[item], set()).add(int(last[item]))
+    free = dict.fromkeys(group[new].tolist(), 0)
+    for item in new:
+        used, code = taken.get(group[item], ()), free[group[item]]
+        while code in used:
+            code += 1
+        last[item], free[group[item]] = code, code + 1
+    return np.column_stack([sids, last]).astype(np.int32)
 
 
 def move_to_free(
-    sids: np.ndarray, codes: int, last_distances: Callable[[np.ndarray], np.ndarray]
+    sids: np.ndarray,
+    codes: int,
+    last_distances: Callable[[np.ndarray], np.ndarray],
+    fixed: np.ndarray | None = None,
 ) -> np.ndarray:
     """SIDs in which all but one item of each group took the nearest free code of the last level.
 
@@ -43,8 +63,10 @@ def move_to_free(
       sids: int32 [N, levels]; codes: of the last level.
       last_distances: for items int64 [n], the squared distance of what the levels before the last
         left over to every code of the last, float32 [n, codes].
+      fixed: items that keep their SID in any case, bool [N].
     """
     sids = sids.copy()
+    fixed = np.zeros(len(sids), bool) if fixed is None else fixed
     shared = np.bincount(groups_of(sids))[groups_of(sids)] > 1
     if not shared.any():
         return sids
@@ -60,7 +82,9 @@ def move_to_free(
     own = np.concatenate(
         [last_distances(part)[np.arange(len(part)), sids[part, -1]] for part in _pieces(members)]
     )
-    moving = members[rank_in_group(groups_of(sids[members]), own) > 0]
+    own[fixed[members]] = -1
+    first = rank_in_group(groups_of(sids[members]), own) == 0
+    moving = members[~(first | fixed[members])]
     passed_over = np.zeros(len(moving), np.int64)
     while len(moving):
         at = np.searchsorted(crowded, prefix[moving])
