@@ -1,6 +1,7 @@
 """Datasets: what is refused and how, splits, documents, packing, the pipeline, the synthetic process."""
 
 import dataclasses
+import re
 import shutil
 
 import grain
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, SyntheticConfig
 from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.dataset import Dataset, Histories
@@ -32,6 +34,7 @@ from prefixmem_jax.data.prepare import data_vocabulary, fixed_sample, load_catal
 from prefixmem_jax.data.splits import Examples, split_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.inspection import inspect
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 
@@ -439,3 +442,27 @@ def test_real_datasets_load(name, items, users, sizes):
     data = prepare_data(DataConfig(path=str(real_data(name)), codebook_sizes=sizes))
     assert (len(data.catalog), len(data.dataset.histories)) == (items, users)
     assert len(data.split.test) == users
+
+
+def test_inspection_shows_what_is_learned():
+    """Each document is somebody's history, item by item."""
+    synthetic = SyntheticConfig(items=60, users=50, codebook_sizes=(8, 8, 8), children=(8, 4, 4))
+    config = Config("x", data=DataConfig(synthetic=synthetic, sequence_length=64))
+    said = []
+    inspect(config, 4, said.append)
+    data = prepare_data(config.data)
+    assert "60 items, 50 users" in said[0] and "rows of 64 tokens" in said[1]
+    documents = "\n".join(said[2:]).split("\n\n")
+    assert len(documents) == 4
+    histories = [data.dataset.histories.of(user)[:-2].tolist() for user in range(50)]
+    for document in documents:
+        head, bos, *lines = document.strip().split("\n")
+        assert head.startswith("row ") and bos == "  BOS"
+        items = []
+        for line in lines:
+            found = re.fullmatch(r"  ([\d-]+) +item (\d+) (synthetic \d+)( or .*)?", line)
+            item = int(found[2])
+            assert found[1] == "-".join(map(str, data.catalog.sids[item]))
+            items.append(int(data.catalog.group_of_item[item]))
+        groups = [data.catalog.group_of_item[history].tolist() for history in histories]
+        assert any(items == own[i : i + len(items)] for own in groups for i in range(len(own)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from prefixmem_jax.cli import verbs
 from prefixmem_jax.cli.arguments import (
@@ -18,6 +17,7 @@ from prefixmem_jax.cli.arguments import (
     step,
 )
 from prefixmem_jax.cli.benchmark_parser import add_benchmarks
+from prefixmem_jax.cli.data_parser import add_convert, add_embeddings, add_inspect, add_raw
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,19 +76,22 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem start log.parquet --embeddings vectors.parquet --out mine source.item=sku\n"
         "  prefixmem start ml-32m --out mine source=movielens k_core=5 steps=500",
     )
-    _add_raw(starting)
+    add_raw(starting)
     starting.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="what is there already goes on"
     )
-    _add_embeddings(starting)
+    add_embeddings(starting)
 
     data = verb(
         "data",
         lambda options: data.print_help(),
         "Bring your own data into this package's format.",
-        "  prefixmem data convert items.csv interactions.csv --out DIR",
+        "  prefixmem data convert items.csv interactions.csv --out DIR\n"
+        "  prefixmem data inspect recommend/small data.path=DIR",
     )
-    _add_convert(data.add_subparsers(metavar="WHAT"))
+    parts = data.add_subparsers(metavar="WHAT")
+    add_convert(parts)
+    add_inspect(parts, overrides_help)
 
     naming = verb(
         "sids",
@@ -105,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     naming.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="older SIDs there are replaced"
     )
-    _add_embeddings(naming)
+    add_embeddings(naming)
     naming.add_argument(
         "--apply",
         type=Path,
@@ -329,46 +332,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_benchmarks(benching.add_subparsers(metavar="WHAT"))
     return parser
-
-
-def _add_convert(subparsers: Any) -> None:
-    summary = "Turn raw interactions, and items if there are some, into a dataset folder."
-    converting = subparsers.add_parser(
-        "convert",
-        help=summary,
-        **described(
-            summary,
-            "  prefixmem data convert items.csv interactions.csv --out DIR\n"
-            "  prefixmem data convert log.parquet --out DIR source.user=uid source.item=sku\n"
-            "  prefixmem data convert ml-32m --out DIR source=movielens k_core=5\n"
-            "  prefixmem data convert meta_Beauty.json.gz reviews_Beauty.json.gz --out DIR "
-            "source=amazon_reviews\n\n"
-            "sources: tables (default), movielens, amazon_reviews, recbole, lc_rec",
-        ),
-    )
-    converting.set_defaults(verb=verbs.convert)
-    _add_raw(converting)
-    converting.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="an older dataset there is replaced"
-    )
-
-
-def _add_raw(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "given",
-        nargs="+",
-        metavar="PATH|KEY=VALUE",
-        help="ITEMS INTERACTIONS, or INTERACTIONS alone, or the folder of another source; and keys",
-    )
-
-
-def _add_embeddings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FILE",
-        help=".parquet or .npz with item_id and embedding (default: vectors of the titles)",
-    )
 
 
 def _add_catalogue(parser: argparse.ArgumentParser) -> None:

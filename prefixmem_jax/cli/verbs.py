@@ -76,6 +76,16 @@ def convert(options: argparse.Namespace) -> None:
     print(visible(str(options.out)))
 
 
+def inspect(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_files import load_config
+
+    config = load_config(options.config, options.overrides)
+    start()
+    from prefixmem_jax.inspection import inspect as inspect_data
+
+    inspect_data(config, options.documents, print)
+
+
 def train(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
 

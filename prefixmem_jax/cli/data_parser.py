@@ -1,0 +1,69 @@
+"""What the verbs that bring in data take: `prefixmem start`, `sids` and `data`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from prefixmem_jax.cli import verbs
+from prefixmem_jax.cli.arguments import described, positive
+
+
+def add_convert(subparsers: Any) -> None:
+    summary = "Turn raw interactions, and items if there are some, into a dataset folder."
+    converting = subparsers.add_parser(
+        "convert",
+        help=summary,
+        **described(
+            summary,
+            "  prefixmem data convert items.csv interactions.csv --out DIR\n"
+            "  prefixmem data convert log.parquet --out DIR source.user=uid source.item=sku\n"
+            "  prefixmem data convert ml-32m --out DIR source=movielens k_core=5\n"
+            "  prefixmem data convert meta_Beauty.json.gz reviews_Beauty.json.gz --out DIR "
+            "source=amazon_reviews\n\n"
+            "sources: tables (default), movielens, amazon_reviews, recbole, lc_rec",
+        ),
+    )
+    converting.set_defaults(verb=verbs.convert)
+    add_raw(converting)
+    converting.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="an older dataset there is replaced"
+    )
+
+
+def add_inspect(subparsers: Any, overrides_help: str) -> None:
+    summary = "Show what training sees: how much there is, and some documents item by item."
+    inspecting = subparsers.add_parser(
+        "inspect",
+        help=summary,
+        **described(
+            summary,
+            "  prefixmem data inspect recommend/small data.path=DIR\n"
+            "  prefixmem data inspect runs/b2/config.json --documents 10",
+        ),
+    )
+    inspecting.set_defaults(verb=verbs.inspect)
+    inspecting.add_argument("config", metavar="CONFIG", help="as `prefixmem train` takes it")
+    inspecting.add_argument(
+        "--documents", type=positive, default=3, metavar="N", help="to show (default: %(default)s)"
+    )
+    inspecting.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+
+
+def add_raw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "given",
+        nargs="+",
+        metavar="PATH|KEY=VALUE",
+        help="ITEMS INTERACTIONS, or INTERACTIONS alone, or the folder of another source; and keys",
+    )
+
+
+def add_embeddings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help=".parquet or .npz with item_id and embedding (default: vectors of the titles)",
+    )

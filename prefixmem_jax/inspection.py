@@ -1,0 +1,78 @@
+"""What training really sees: packed rows as the SIDs, items and titles that they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.data.batch import Batch, count_rows, take_rows
+from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.text import shortened
+
+
+def inspect(config: Config, documents: int, say: Callable[[str], None]) -> None:
+    """Says how much a config's data are, and shows documents of the first batch.
+
+    Args:
+      documents: how many.
+      say: called with each line.
+
+    Raises:
+      UserError: the config's objective does not learn from sequences of tokens.
+    """
+    data = prepare_data(config.data)
+    rows = config.objective.training_rows(data, config.data, config.seed)
+    if not isinstance(rows, Batch):
+        raise UserError("data inspect: this objective's examples are no sequences of tokens")
+    real, split = rows.segment_ids > 0, data.split
+    say(
+        f"{shortened(data.dataset.name)}: {len(data.catalog):,} items, "
+        f"{len(data.dataset.histories):,} users; {len(split.validation):,} validation and "
+        f"{len(split.test):,} test examples"
+    )
+    say(
+        f"packed: {count_rows(rows):,} rows of {rows.tokens.shape[1]} tokens, "
+        f"{int(rows.segment_ids.max(axis=1).sum()):,} documents; {1 - real.mean():.1%} is padding, "
+        f"{int(rows.loss_mask.sum()):,} tokens are predicted"
+    )
+    shown = 0
+    for number in range(count_rows(rows)):
+        row = take_rows(rows, number)
+        for segment in range(1, row.segment_ids.max() + 1):
+            if shown == documents:
+                return
+            here = row.segment_ids == segment
+            say(f"\nrow {number}, document {segment}: {here.sum()} tokens")
+            for line in _lines(data, row.tokens[here], row.loss_mask[here]):
+                say(f"  {line}")
+            shown += 1
+
+
+def _lines(data: PreparedData, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """One line for each item; codes that are not predicted stand in brackets."""
+    vocabulary, catalog = data.vocabulary, data.catalog
+    levels, codes = (np.asarray(x) for x in vocabulary.level_and_code(tokens))
+    predicted = np.concatenate([[0], mask[:-1]]) > 0
+    lines, at = [], 0
+    while at < len(tokens):
+        if levels[at] != 1:
+            lines.append("BOS" if tokens[at] == vocabulary.bos_token else f"token {tokens[at]}")
+            at += 1
+            continue
+        stop = at + vocabulary.levels
+        sid = "-".join(
+            f"{code}" if known else f"[{code}]"
+            for code, known in zip(codes[at:stop], predicted[at:stop], strict=True)
+        )
+        items = catalog.items_of_group(int(catalog.groups(codes[None, at:stop])[0]))
+        names = [
+            f"item {catalog.key(item)} {shortened(catalog.titles[item] or '', 50)}".strip()
+            for item in items[:2].tolist()
+        ]
+        more = f", and {len(items) - 2} more" if len(items) > 2 else ""
+        lines.append(f"{sid:<24s}  {' or '.join(names)}{more}")
+        at = stop
+    return lines
