@@ -18,6 +18,7 @@ from prefixmem_jax.hf.families import ModelFolder, read_folder
 from prefixmem_jax.hf.load import load_parts, load_rows
 from prefixmem_jax.hf.mapping import Architecture
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
+from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
@@ -27,6 +28,7 @@ from prefixmem_jax.runs.run import Run
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
 def export_run(
@@ -60,6 +62,12 @@ def export_run(
         raise UserError(
             f"{run.path}: trained with {config.data.text_tokens} text tokens, from no Hugging Face "
             "folder; name their tokenizer with --tokenizer"
+        )
+    encoder = run.config.sid_encoder
+    if not isinstance(encoder, PrefixMemoryConfig | None):
+        raise UserError(
+            f"{run.path}: its SID encoder is {kind_name(type(encoder))}; exported models have "
+            "prefix_memory, or none"
         )
     catalog = run.catalog() if catalog is None else run.checked(catalog)
     with replacing_files(out, "export", last="config.json") as staged:

@@ -1,0 +1,118 @@
+"""SID-Transformer, the paper's comparator: a small causal transformer reads the prefix itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic import PositiveInt
+
+from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.layers.attention import NO_WINDOW, KeyValues, Place, attention
+from prefixmem_jax.layers.transformer import Layer, RMSNorm, rope_frequencies
+from prefixmem_jax.parallel.parameters import normal
+from prefixmem_jax.parallel.sharding import take
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoder, SidEncoderConfig
+
+
+@dataclass(frozen=True)
+class SidTransformerConfig(SidEncoderConfig):
+    """SID-Transformer's sizes; four layers are the paper's.
+
+    Attributes:
+      target_levels: 1-based levels to help predict, as PrefixMem's.
+      layers, width, d_ff, heads: of the transformer; its vectors are projected to the decoder's.
+    """
+
+    target_levels: tuple[PositiveInt, ...] = (4, 5)
+    layers: PositiveInt = 4
+    width: PositiveInt = 256
+    d_ff: PositiveInt = 1024
+    heads: PositiveInt = 4
+
+    def check_keys(self) -> None:
+        if self.width % (2 * self.heads):
+            raise UserError(
+                f"sid_encoder.width={self.width} does not divide by twice "
+                f"sid_encoder.heads={self.heads}"
+            )
+
+    def check(self, space: SidSpace) -> None:
+        for level in self.target_levels:
+            if not 2 <= level <= space.levels:
+                raise UserError(
+                    f"sid_encoder.target_levels={self.target_levels}: level {level} is outside "
+                    f"2..{space.levels} (the SIDs have {space.levels} levels)"
+                )
+
+    def build(
+        self, vocabulary: Vocabulary, d_model: int, output_std: float | None, rngs: nnx.Rngs
+    ) -> SidTransformer:
+        return SidTransformer(self, vocabulary, d_model, output_std, rngs=rngs)
+
+
+class SidTransformer(SidEncoder):
+    """The last hidden state over the tokens c_1..c_l of the item that is being written.
+
+    Attention stays within the item, so that a vector depends on its prefix alone, wherever it is.
+    """
+
+    def __init__(
+        self,
+        config: SidTransformerConfig,
+        vocabulary: Vocabulary,
+        d_model: int,
+        output_std: float | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.vocabulary = config, vocabulary
+        self.shape = DecoderConfig(
+            layers=config.layers,
+            d_model=config.width,
+            d_ff=config.d_ff,
+            query_heads=config.heads,
+            kv_heads=config.heads,
+            head_dim=config.width // config.heads,
+        )
+        std = config.width**-0.5
+        self.embedding = normal(rngs, std, (vocabulary.size, None), (config.width, None))
+        self.layers = nnx.List([Layer(self.shape, rngs=rngs) for _ in range(config.layers)])
+        self.norm = RMSNorm(config.width, self.shape)
+        scale = std if output_std is None else output_std
+        self.projection = normal(rngs, scale, (config.width, None), (d_model, None))
+
+    def active(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        level_BS, _ = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
+        before = jnp.asarray([level - 1 for level in self.config.target_levels])
+        return jnp.any(level_BS[..., None] == before, axis=-1)
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        rows_BPAW: jax.Array | None,
+        last: int | None = None,
+    ) -> jax.Array:
+        del rows_BPAW
+        level_BS, _ = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
+        # An item is a segment of its own; what is of no item is of segment 0 and says nothing.
+        item_BS = jnp.cumsum(level_BS == 1, axis=1) * (level_BS > 0)
+        place = Place(jnp.maximum(level_BS - 1, 0), item_BS)
+        frequency_H = jnp.asarray(rope_frequencies(self.shape.head_dim, self.shape.rope_base))
+
+        def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues]:
+            return attention(query, place, new, place, NO_WINDOW, None), new
+
+        x_BSD = take(self.embedding[...], tokens_BS, "batch", None, None)
+        for layer in self.layers:
+            x_BSD, _ = layer(x_BSD, place.positions, frequency_H, attend)
+        vectors_BSD = jnp.einsum("BSW,WD->BSD", self.norm(x_BSD), self.projection[...])
+        active_BS = self.active(tokens_BS, segment_ids_BS)
+        vectors_BSD = jnp.where(active_BS[..., None], vectors_BSD, 0.0)
+        return vectors_BSD if last is None else vectors_BSD[:, -last:]
