@@ -134,7 +134,7 @@ def test_new_items_get_sids_and_old_ones_keep_theirs(data, tmp_path, collisions,
         assert of_new[240 + item][0] == of_new[item][0]
     if collisions == "level":
         assert len(new.group_sids) == 260
-    with pytest.raises(UserError, match="says how SIDs are made; collisions=keep cannot"):
+    with pytest.raises(UserError, match="says how SIDs are made; collisions=keep has no place"):
         make_sids(data, tmp_path / "x", None, ["collisions=keep"], earlier=tmp_path / "old")
     with pytest.raises(UserError, match="made of titles; leave --embeddings out"):
         make_sids(data, tmp_path / "x", tmp_path / "v.npz", earlier=tmp_path / "old")
