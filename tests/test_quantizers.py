@@ -109,6 +109,7 @@ def test_codes_do_not_depend_on_pieces_or_order_in_the_file(mesh, monkeypatch):
     config = ResidualKMeans(codes=(6, 6), iterations=4, points=0)
     whole = config.fit(Vectors(vectors, None, "x"), mesh, {}, lambda state: None)
     monkeypatch.setattr("prefixmem_jax.semantic_ids.vectors.PIECE", 64 * vectors.shape[1])
+    monkeypatch.setattr("prefixmem_jax.semantic_ids.quantizers.residual_kmeans.KEPT", 0)
     order = np.random.default_rng(0).permutation(500)
     shuffled = Vectors(vectors[order], np.argsort(order), "x")
     pieces = config.fit(shuffled, mesh, {}, lambda state: None)

@@ -36,8 +36,10 @@ def assign(vectors: np.ndarray, centroids: np.ndarray, mesh: Mesh) -> Assigned:
     devices, count = mesh.devices.size, len(vectors)
     # A few sizes, so that few programs are compiled.
     size = devices * (1 << max(int(np.ceil(np.log2(max(count, 1) / devices))), 0))
-    padded = np.zeros((size, vectors.shape[1]), np.float32)
-    padded[:count] = vectors
+    padded = vectors
+    if count < size:
+        padded = np.zeros((size, vectors.shape[1]), np.float32)
+        padded[:count] = vectors
     everywhere = NamedSharding(mesh, P())
     codes, errors, counts, sums = _assign(
         jax.device_put(padded, NamedSharding(mesh, P(mesh.axis_names))),
@@ -86,12 +88,11 @@ def _nearest(
     index_K = jnp.arange(centroids, dtype=jnp.int32)
 
     def one_piece(vectors_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        squares_B = jnp.sum(vectors_BD**2, axis=1)
-        distance_BK = squares_B[:, None] + norms_K - 2 * vectors_BD @ centroids_KD.T
-        best_B = jnp.min(distance_BK, axis=1)
+        nearness_BK = norms_K - 2 * vectors_BD @ centroids_KD.T  # distance but for the vector's own
+        best_B = jnp.min(nearness_BK, axis=1)
         # Not argmin, which no CPU does many at a time.
-        code_B = jnp.min(jnp.where(distance_BK == best_B[:, None], index_K, centroids), axis=1)
-        return code_B, jnp.maximum(best_B, 0)
+        code_B = jnp.min(jnp.where(nearness_BK == best_B[:, None], index_K, centroids), axis=1)
+        return code_B, jnp.maximum(best_B + jnp.sum(vectors_BD**2, axis=1), 0)
 
     pieces = vectors_ND.reshape(size // piece, piece, -1)
     codes_N, errors_N = (x.reshape(size) for x in jax.lax.map(one_piece, pieces))

@@ -44,12 +44,16 @@ class Vectors:
             raise UserError(f"{self.name}: the vector of item {items[bad[0]]} is not finite")
         return found
 
-    def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """All of them: items, and their vectors float32 [any, width]."""
+    def slices(self) -> Iterator[slice]:
+        """All items, a piece at a time."""
         size = max(PIECE // self.width, 1)
         for first in range(0, self.count, size):
-            items = np.arange(first, min(first + size, self.count))
-            yield slice(first, first + len(items)), self.take(items)
+            yield slice(first, min(first + size, self.count))
+
+    def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """All of them: items, and their vectors float32 [any, width]."""
+        for items in self.slices():
+            yield items, self.take(np.arange(items.start, items.stop))
 
 
 def read_vectors(path: Path, items: int, keys: Sequence[str] | None, unpacked: Path) -> Vectors:

@@ -18,6 +18,8 @@ from prefixmem_jax.semantic_ids.vectors import Vectors
 
 # Vectors for each code among which k-means++ looks for the first centroids.
 CANDIDATES = 16
+# Numbers that are kept in memory: 1 GB.
+KEPT = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class ResidualKMeans(Quantizer):
             residuals.take_off(done[level_name(level)], level)
         passes = int(saved.get("passes", 0))
         with progress_bar(
-            self.levels * self.iterations, self.name, "pass", len(done) * self.iterations + passes
+            self.levels * self.iterations, self.name, "round", len(done) * self.iterations + passes
         ) as bar:
             for level in range(len(done), self.levels):
                 centroids = saved["centroids"] if passes else self._first(residuals, level)
@@ -113,12 +115,17 @@ class ResidualKMeans(Quantizer):
 
 
 class _Residuals:
-    """What the levels so far leave over of some vectors; codes are kept, vectors are not."""
+    """What the levels so far leave over of some vectors: kept where it is little, else made anew
+    from their codes whenever it is wanted.
+    """
 
     def __init__(self, config: ResidualKMeans, sample: Vectors, mesh: Mesh):
         self.sample, self.mesh = sample, mesh
         self.codes = np.zeros((sample.count, config.levels), np.int32)
         self.levels: list[np.ndarray] = []
+        self.kept = None
+        if sample.count * sample.width <= KEPT:
+            self.kept = sample.take(np.arange(sample.count))
 
     def take_off(self, centroids: np.ndarray, level: int) -> None:
         """One more level."""
@@ -126,13 +133,20 @@ class _Residuals:
         for piece in self.pieces():
             found = assign(piece, centroids, self.mesh)
             self.codes[at : at + len(piece), level] = found.codes
+            if self.kept is not None:
+                self.kept[at : at + len(piece)] -= centroids[found.codes]
             at += len(piece)
         self.levels.append(centroids)
 
     def take(self, items: np.ndarray) -> np.ndarray:
+        if self.kept is not None:
+            return self.kept[items]
         return self._less(self.sample.take(items), self.codes[items])
 
     def pieces(self) -> Iterator[np.ndarray]:
+        if self.kept is not None:
+            yield from (self.kept[items] for items in self.sample.slices())
+            return
         for items, piece in self.sample.pieces():
             yield self._less(piece, self.codes[items])
 
