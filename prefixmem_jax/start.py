@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,10 @@ def start(
         key = text.partition("=")[0].partition(".")[0]
         if key in ("source", "k_core"):
             conversion = override(conversion, text)
-        elif key in SidsConfig.__dataclass_fields__:
+        elif key in {one.name for one in fields(SidsConfig)}:
             about_sids.append(text)
         else:
             about_runs.append(text)
-    out.mkdir(parents=True, exist_ok=True)
     raw, data = out / "raw", out / "data"
     converted = convert(conversion, paths, raw)
     say(converted.describe())

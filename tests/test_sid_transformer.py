@@ -14,6 +14,7 @@ from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -77,7 +78,7 @@ def test_it_trains_and_its_search_scores_as_whole_sequences_do(tmp_path):
     config = override(config, "data.batch_size=8")
     train(config, tmp_path / "run")
     run = Run(tmp_path / "run")
-    losses = [r["loss"] for r in run_metrics(run)]
+    losses = [record["loss"] for record in read_metrics(run.path) if "loss" in record]
     assert losses[-1] < losses[0]
     data, engine = run.data(), run.engine()
     histories = data.split.test.take(np.arange(4)).histories()
@@ -99,12 +100,6 @@ def test_it_trains_and_its_search_scores_as_whole_sequences_do(tmp_path):
             assert scores[user, beam] == pytest.approx(total, abs=1e-4)
     with pytest.raises(UserError, match="its SID encoder is sid_transformer"):
         export_run(run, tmp_path / "out")
-
-
-def run_metrics(run):
-    from prefixmem_jax.runs.metrics import read_metrics
-
-    return [record for record in read_metrics(run.path) if "loss" in record]
 
 
 @pytest.mark.parametrize(

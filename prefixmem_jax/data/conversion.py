@@ -120,8 +120,7 @@ def _items(raw: RawData) -> tuple[np.ndarray, pa.Array]:
         seen = np.unique(found, return_index=True)[1]
         row = int(np.setdiff1d(np.arange(len(ids)), seen)[0])
         raise UserError(f"{raw.name}: item {shortened(ids[row].as_py())} is in the catalogue twice")
-    numbers, _ = _numbers(pa.concat_arrays([ids, raw.items]))
-    keys = pa.concat_arrays([ids, raw.items]).dictionary_encode().dictionary
+    numbers, keys = _numbers(pa.concat_arrays([ids, raw.items]))
     return numbers[len(ids) :], keys
 
 

@@ -119,11 +119,15 @@ def column(path: Path, table: pa.Table, key: str, name: str | None, usual: Seque
     raise UserError(f"{path}: no {what}; the file has: {', '.join(has)}; set {key}=NAME")
 
 
+def _whole(table: pa.Table, name: str) -> pa.Array:
+    """A column as one array."""
+    values = table[name].combine_chunks()
+    return pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
+
+
 def ids_of(path: Path, table: pa.Table, name: str) -> pa.Array:
     """A column of ids as strings; none may be missing."""
-    values = table[name].combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks)
+    values = _whole(table, name)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     kind = values.type
@@ -148,9 +152,7 @@ def ids_of(path: Path, table: pa.Table, name: str) -> pa.Array:
 
 def times_of(path: Path, table: pa.Table, name: str) -> np.ndarray:
     """A column of times as int64: numbers as they are, dates in microseconds."""
-    values = table[name].combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks)
+    values = _whole(table, name)
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         try:
@@ -175,9 +177,7 @@ def times_of(path: Path, table: pa.Table, name: str) -> np.ndarray:
 
 def texts_of(path: Path, table: pa.Table, name: str) -> pa.Array:
     """A column of texts; null where there is none."""
-    values = table[name].combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks)
+    values = _whole(table, name)
     if pa.types.is_nested(values.type):
         raise UserError(f"{path}: column {name!r} is {values.type}, expected text")
     return values.cast(pa.string())
