@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     # Most of the time goes into compiling small programs.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=4"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The same programs are compiled by many tests and commands; once a session is enough.
