@@ -47,8 +47,8 @@ def export_run(
       out: an older export there is replaced, but for files that were changed since.
       dtype: `float32` or `bfloat16` for all weights; None keeps each as it was trained.
       max_shard_size: such as `4GB`; a larger tensor has a file of its own.
-      tokenizer: folder of the text tokenizer; None means that of the folder in `init` that the run,
-        or the run it took `llm` from, started from.
+      tokenizer: folder of the text tokenizer; None means `data.tokenizer`, or that of the folder in
+        `init` that the run, or the run it took `llm` from, started from.
       catalog: the run's, where the caller has it; None means that of its data.
 
     Raises:
@@ -61,7 +61,7 @@ def export_run(
     if config.data.text_tokens and text_model is None:
         raise UserError(
             f"{run.path}: trained with {config.data.text_tokens} text tokens, from no Hugging Face "
-            "folder; name their tokenizer with --tokenizer"
+            "folder and without data.tokenizer; name their tokenizer with --tokenizer"
         )
     encoder = run.config.sid_encoder
     if not isinstance(encoder, PrefixMemoryConfig | None):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import tokenizers
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Batch, count_rows, take_rows
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.data.texts import read_tokenizer
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.text import shortened
 
@@ -38,6 +40,9 @@ def inspect(config: Config, documents: int, say: Callable[[str], None]) -> None:
         f"{int(rows.segment_ids.max(axis=1).sum()):,} documents; {1 - real.mean():.1%} is padding, "
         f"{int(rows.loss_mask.sum()):,} tokens are predicted"
     )
+    tokenizer = None
+    if config.data.tokenizer is not None:
+        tokenizer, _ = read_tokenizer(config.data.tokenizer)
     shown = 0
     for number in range(count_rows(rows)):
         row = take_rows(rows, number)
@@ -46,18 +51,30 @@ def inspect(config: Config, documents: int, say: Callable[[str], None]) -> None:
                 return
             here = row.segment_ids == segment
             say(f"\nrow {number}, document {segment}: {here.sum()} tokens")
-            for line in _lines(data, row.tokens[here], row.loss_mask[here]):
+            for line in _lines(data, row.tokens[here], row.loss_mask[here], tokenizer):
                 say(f"  {line}")
             shown += 1
 
 
-def _lines(data: PreparedData, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """One line for each item; codes that are not predicted stand in brackets."""
+def _lines(
+    data: PreparedData,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    tokenizer: tokenizers.Tokenizer | None,
+) -> list[str]:
+    """One line for each SID and each text; what is not predicted stands in brackets."""
     vocabulary, catalog = data.vocabulary, data.catalog
+    text = vocabulary.is_text(tokens)
     levels, codes = (np.asarray(x) for x in vocabulary.level_and_code(tokens))
     predicted = np.concatenate([[0], mask[:-1]]) > 0
     lines, at = [], 0
     while at < len(tokens):
+        if text[at] and tokenizer is not None:
+            same = (text[at:] & (predicted[at:] == predicted[at])).argmin() or len(tokens) - at
+            said = tokenizer.decode(tokens[at : at + same].tolist(), skip_special_tokens=False)
+            lines.append(shortened(repr(said) if predicted[at] else f"[{said!r}]", 100))
+            at += same
+            continue
         if levels[at] != 1:
             lines.append("BOS" if tokens[at] == vocabulary.bos_token else f"token {tokens[at]}")
             at += 1

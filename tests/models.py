@@ -21,7 +21,7 @@ from prefixmem_jax.config_groups import (
     SyntheticConfig,
 )
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.data.documents import document_length, prompt_documents
+from prefixmem_jax.data.documents.items import document_length, prompt_documents
 from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.inference.cached_sid_lm import RowsAt, rows_for

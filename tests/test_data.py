@@ -20,12 +20,12 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, SyntheticConfig
 from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.dataset import Dataset, Histories
-from prefixmem_jax.data.documents import (
-    Documents,
+from prefixmem_jax.data.documents.document import Corpus, Documents, mixture
+from prefixmem_jax.data.documents.items import (
+    Items,
     document_length,
     example_documents,
     prompt_documents,
-    training_documents,
 )
 from prefixmem_jax.data.formats.parquet import read_catalog, read_dataset, write_dataset
 from prefixmem_jax.data.packing import one_per_row, pack
@@ -274,9 +274,8 @@ def test_user_split_is_disjoint_and_depends_on_ids_alone():
 
 
 def packed(data, length, max_items, seed=0):
-    documents = training_documents(
-        data.split.items, data.split.train, data.item_tokens, data.vocabulary, max_items, length
-    )
+    options = DataConfig(max_items=max_items, sequence_length=length)
+    documents = mixture([Items()], Corpus(data, options), seed)
     return pack(documents, length, seed)
 
 

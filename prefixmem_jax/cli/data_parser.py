@@ -32,6 +32,23 @@ def add_convert(subparsers: Any) -> None:
     )
 
 
+def add_tokenizer(subparsers: Any) -> None:
+    summary = "Train a tokenizer on a dataset's titles, for a decoder that starts from scratch."
+    training = subparsers.add_parser(
+        "tokenizer",
+        help=summary,
+        **described(summary, "  prefixmem data tokenizer DIR --tokens 4096 --out DIR/tokenizer"),
+    )
+    training.set_defaults(verb=verbs.tokenizer)
+    training.add_argument("data", metavar="DIR", help="dataset folder, with titles")
+    training.add_argument(
+        "--tokens", type=positive, default=4096, metavar="N", help="at most (default: %(default)s)"
+    )
+    training.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="an older tokenizer is replaced"
+    )
+
+
 def add_inspect(subparsers: Any, overrides_help: str) -> None:
     summary = "Show what training sees: how much there is, and some documents item by item."
     inspecting = subparsers.add_parser(

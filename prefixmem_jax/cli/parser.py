@@ -17,7 +17,13 @@ from prefixmem_jax.cli.arguments import (
     step,
 )
 from prefixmem_jax.cli.benchmark_parser import add_benchmarks
-from prefixmem_jax.cli.data_parser import add_convert, add_embeddings, add_inspect, add_raw
+from prefixmem_jax.cli.data_parser import (
+    add_convert,
+    add_embeddings,
+    add_inspect,
+    add_raw,
+    add_tokenizer,
+)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -91,6 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parts = data.add_subparsers(metavar="WHAT")
     add_convert(parts)
+    add_tokenizer(parts)
     add_inspect(parts, overrides_help)
 
     naming = verb(

@@ -76,6 +76,23 @@ def convert(options: argparse.Namespace) -> None:
     print(visible(str(options.out)))
 
 
+def tokenizer(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_groups import DataConfig
+    from prefixmem_jax.data.prepare import load_catalog
+    from prefixmem_jax.data.texts import TOKENIZER, train_tokenizer, write_tokenizer
+    from prefixmem_jax.files import replacing_files
+
+    titles = [title for title in load_catalog(DataConfig(path=options.data)).titles if title]
+    if not titles:
+        raise UserError(f"{options.data}: no item has a title")
+    trained = train_tokenizer(titles, options.tokens)
+    with replacing_files(options.out, "tokenizer", last=TOKENIZER) as staged:
+        write_tokenizer(trained, staged)
+    size = trained.get_vocab_size()
+    print(f"{size} tokens from {len(titles)} titles: data.text_tokens={size}")
+    print(visible(f"data.tokenizer={options.out}"))
+
+
 def inspect(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
 

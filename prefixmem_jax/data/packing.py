@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.data.documents import Documents
+from prefixmem_jax.data.documents.document import Documents
 from prefixmem_jax.errors import UserError
 
 

@@ -67,14 +67,16 @@ def write_folder(
     """Writes all files into an empty folder.
 
     Args:
-      text_model: Hugging Face folder that the LLM and its tokenizer came from, if any.
+      text_model: folder of the text tokenizer; with a config.json, that the LLM came from too.
       config: of the run: its longest sequence, where there is no `text_model` to say, and how its
         recommendations are searched for.
       card: the model card, README.md.
       dtype, max_shard_bytes: see `write_weights`.
     """
     model, decoder = parameters.model, parameters.model.decoder
-    described = None if text_model is None else read_folder(text_model)
+    described = None
+    if text_model is not None and (Path(text_model) / "config.json").is_file():
+        described = read_folder(text_model)
     if described is not None and differing_key(described.decoder, decoder) is None:
         stock = described.config
         stock.vocab_size = vocabulary.size

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.data.batch import Batch, batches
-from prefixmem_jax.data.documents import document_length, prompt_documents
+from prefixmem_jax.data.documents.items import document_length, prompt_documents
 from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.inference.beam_search import Beams, beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, read_items, rows_for

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from pydantic import Field
 
 from prefixmem_jax.config_groups import DataConfig, Rate
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.data.documents import (
-    document_length,
-    example_documents,
-    training_documents,
-)
+from prefixmem_jax.data.documents.document import Corpus, DocumentsConfig, mixture
+from prefixmem_jax.data.documents.items import Items, document_length, example_documents
 from prefixmem_jax.data.packing import one_per_row, pack
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.layers.softmax_head import (
@@ -34,13 +32,17 @@ from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class NextToken(Objective):
-    """Cross-entropy of every next token of users' histories, and of every next item if there is
-    an item head.
+    """Cross-entropy of every next token of the documents, and of every next item if there is an
+    item head.
 
     Attributes:
+      documents: kinds of documents (`data/documents/`); validation is on histories of SIDs.
       label_smoothing: share of a target's probability that is spread evenly over the vocabulary.
     """
 
+    documents: Annotated[tuple[DocumentsConfig, ...], Field(min_length=1)] = field(
+        default=(Items(),), kw_only=True
+    )
     label_smoothing: Rate = field(default=0.0, kw_only=True)
     generates: ClassVar[bool] = True
 
@@ -53,14 +55,7 @@ class NextToken(Objective):
         return Batch.abstract(data.batch_size, data.sequence_length, sharding)
 
     def training_rows(self, data: PreparedData, config: DataConfig, seed: int) -> Batch:
-        documents = training_documents(
-            data.split.items,
-            data.split.train,
-            data.item_tokens,
-            data.vocabulary,
-            config.max_items,
-            config.sequence_length,
-        )
+        documents = mixture(self.documents, Corpus(data, config), seed)
         return pack(documents, config.sequence_length, seed)
 
     def validation_rows(

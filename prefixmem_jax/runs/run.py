@@ -17,6 +17,7 @@ import jax
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.data.prepare import PreparedData, load_catalog, prepare_data
+from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_json, write_text
 from prefixmem_jax.inference.engine import Engine
@@ -48,6 +49,7 @@ class DataDescription:
     Attributes:
       sha256: of the dataset's files.
       codebook_sizes: of its SIDs.
+      tokenizer_sha256: of its text tokenizer's file, or None.
     """
 
     name: str
@@ -56,9 +58,11 @@ class DataDescription:
     codebook_sizes: tuple[int, ...]
     items: int
     users: int
+    tokenizer_sha256: str | None = None
 
     @classmethod
-    def of(cls, data: PreparedData) -> DataDescription:
+    def of(cls, data: PreparedData, tokenizer: str | None = None) -> DataDescription:
+        """Of data, and of the folder of the tokenizer of texts."""
         dataset, catalog = data.dataset, data.catalog
         return cls(
             dataset.name,
@@ -67,6 +71,7 @@ class DataDescription:
             catalog.space.codebook_sizes,
             len(catalog),
             len(dataset.histories),
+            None if tokenizer is None else tokenizer_sha256(tokenizer),
         )
 
 
@@ -244,9 +249,13 @@ class Run:
 
     @property
     def text_model(self) -> str | None:
-        """The Hugging Face folder that its LLM came from, through the runs it was taken from."""
+        """The folder of its text tokenizer: the one that its documents were written with, or the
+        Hugging Face folder that its LLM came from; through the runs that this was taken from.
+        """
         run = self
         for _ in range(100):
+            if run.config.data.tokenizer is not None:
+                return run.config.data.tokenizer
             init = run.config.init
             if init.from_huggingface is not None:
                 return init.from_huggingface
@@ -301,6 +310,11 @@ class Run:
                 raise UserError(
                     f"{self.path}: was trained on other data (dataset sha256 "
                     f"{self.data_description.sha256[:12]}..., now {description.sha256[:12]}...)"
+                )
+            if self.data_description.tokenizer_sha256 != description.tokenizer_sha256:
+                raise UserError(
+                    f"{self.path}: was trained with another tokenizer than the one that is now in "
+                    f"{config.data.tokenizer}"
                 )
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def train(
             stack.enter_context(run.lock())
         if run.has_checkpoint:  # now that nobody else is at it
             state = None
-        run.claim(config, DataDescription.of(data))
+        run.claim(config, DataDescription.of(data, config.data.tokenizer))
         validation = objective.validation_rows(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
         )

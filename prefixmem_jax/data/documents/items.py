@@ -1,8 +1,4 @@
-"""What one training example says, before packing.
-
-A document of items is `BOS, SID of item 1, SID of item 2, ...`. Another kind of document is
-another function that makes `Documents`; packing asks no more of them.
-"""
+"""SIDs only: `BOS, SID of item 1, SID of item 2, ...`, as recommending asks for them."""
 
 from __future__ import annotations
 
@@ -11,34 +7,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefixmem_jax.config_groups import DataConfig
+from prefixmem_jax.data.documents.document import (
+    Corpus,
+    Documents,
+    DocumentsConfig,
+    offsets_of,
+)
 from prefixmem_jax.data.splits import Examples, Ranges
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Token sequences of any lengths, in flat arrays.
+class Items(DocumentsConfig):
+    """Every training sequence; each token after BOS is to be predicted."""
 
-    Attributes:
-      tokens: int32 [tokens].
-      loss_mask: float32 [tokens], 1 where the *next* token is to be predicted.
-      next_item: int32 [tokens], 1 + the item that starts with the next token; 0 where none does.
-      offsets: int64 [documents + 1]; document i is tokens[offsets[i]:offsets[i + 1]].
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    next_item: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every document, int64 [documents]."""
-        return np.diff(self.offsets)
+    def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
+        del rng
+        data = corpus.data
+        ranges = windows(data.split.train, corpus.config, data.vocabulary.levels)
+        documents = _of_items(data.split.items, ranges, data.item_tokens, data.vocabulary)
+        documents.loss_mask[:] = 1
+        documents.loss_mask[documents.offsets[1:] - 1] = 0
+        return documents
 
 
 def document_length(levels: int, items: int) -> int:
@@ -46,40 +38,28 @@ def document_length(levels: int, items: int) -> int:
     return 1 + levels * items
 
 
-def training_documents(
-    items: np.ndarray,
-    ranges: Ranges,
-    item_tokens: np.ndarray,
-    vocabulary: Vocabulary,
-    max_items: int,
-    length: int,
-) -> Documents:
-    """Every token after BOS of every sequence, to be predicted.
+def windows(ranges: Ranges, config: DataConfig, item_length: int) -> Ranges:
+    """Sequences of no more items than a document holds, every item once.
 
-    Sequences of more items than a document holds are cut into windows, the newest window full.
+    Longer sequences are cut, the newest window full.
 
     Args:
-      items: what `ranges` are over.
-      item_tokens: int32 [catalogue, levels].
-      max_items: that a document holds; fewer where `length` has no room for them.
-      length: of the packed rows, in tokens.
+      item_length: the most tokens that an item has in a document.
+
+    Raises:
+      UserError: one item is longer than a packed row.
     """
-    levels = vocabulary.levels
-    max_items = min(max_items, (length - 1) // levels)
-    if max_items < 1:
+    most = min(config.max_items, (config.sequence_length - 1) // item_length)
+    if most < 1:
         raise UserError(
-            f"data.sequence_length={length} is too short: one item needs "
-            f"{document_length(levels, 1)} tokens"
+            f"data.sequence_length={config.sequence_length} is too short: one item needs "
+            f"{1 + item_length} tokens"
         )
-    windows = -(-ranges.lengths // max_items)
-    sequence = np.repeat(np.arange(len(ranges)), windows)
-    newer = np.arange(len(sequence)) - np.repeat(np.cumsum(windows) - windows, windows)
-    stops = ranges.stops[sequence] - newer * max_items
-    starts = np.maximum(ranges.starts[sequence], stops - max_items)
-    documents = _of_items(items, Ranges(starts, stops), item_tokens, vocabulary)
-    documents.loss_mask[:] = 1
-    documents.loss_mask[documents.offsets[1:] - 1] = 0
-    return documents
+    count = -(-ranges.lengths // most)
+    sequence = np.repeat(np.arange(len(ranges)), count)
+    newer = np.arange(len(sequence)) - np.repeat(np.cumsum(count) - count, count)
+    stops = ranges.stops[sequence] - newer * most
+    return Ranges(np.maximum(ranges.starts[sequence], stops - most), stops)
 
 
 def example_documents(
@@ -113,7 +93,7 @@ def _of_items(
 ) -> Documents:
     """A document for each range of items; nothing to be predicted."""
     lengths = 1 + vocabulary.levels * ranges.lengths
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    offsets = offsets_of(lengths)
     tokens = np.empty(offsets[-1], np.int32)
     is_sid = np.ones(len(tokens), bool)
     is_sid[offsets[:-1]] = False

@@ -1,0 +1,1 @@
+"""What a training example says: one kind of document a file, any of them mixed by weight."""
