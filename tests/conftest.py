@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefixmem-test-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import forked
 import jax
 import pytest
 
@@ -47,27 +48,14 @@ def pytest_sessionfinish() -> None:
 
 def prefixmem(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
     """Runs the command line in its own process and checks its exit status."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prefixmem_jax.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=command_environment(),
-        timeout=500,
-    )
+    done = forked.run(forked.command, [*map(str, arguments)], command_environment(), timeout=500)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
 
 def python_without_us(script: str) -> str:
-    """What a script prints in a fresh process that can import neither this package nor JAX."""
-    blocked = "import sys; sys.modules['prefixmem_jax'] = sys.modules['jax'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-c", blocked + script],
-        capture_output=True,
-        text=True,
-        env=command_environment(),
-        timeout=300,
-    )
+    """What a script prints in a process that can import neither this package nor JAX."""
+    done = forked.run(forked.script_without_us, [script], command_environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -484,7 +484,7 @@ def test_user_errors_are_one_line_and_leave_nothing(plain_run, tmp_path, capfd):
         (("export", run, "--out", full), "holds something else"),
         (("export", tmp_path / "nothing", "--out", new), "not a run directory"),
         (("export", run, "--out", new, "--max-shard-size", "big"), "expected a size such as 4GB"),
-        (("export", run, "--out", new, "--tokenizer", tmp_path / "x"), "no config.json"),
+        (("export", run, "--out", new, "--tokenizer", tmp_path / "x"), "no tokenizer there"),
         (("import", full, "--out", new), "no config.json"),
         # A run has a config.json too: it must not be taken for an older export.
         (("export", run, "--out", run), "holds something else"),

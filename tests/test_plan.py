@@ -85,12 +85,13 @@ def test_collectives_say_what_they_serve(simulated):
     assert sum(by_part.values()) == sum(c["bytes"] for c in simulated.collectives)
     assert min(by_part[n] for n in ("table", "attention", "mlp", "embedding", "head")) > 0
     assert by_part["other"] < 0.01 * sum(by_part.values())
-    # Rows out, their gradients back, ids both times; sized for 4 of 5 * 4 n-grams and a quarter.
+    # Rows out, their gradients back, ids once or both times, as XLA sees that they are the same;
+    # sized for 4 of 5 * 4 n-grams and a quarter.
     addresses = 4 * 512 * 16
     capacity = int(np.ceil(1.25 * 0.2 * addresses / 8)) + 8
-    exchanged = 8 * capacity * (2 * 64 + 2) * 4 * 7 / 8
+    exchanged = [8 * capacity * (2 * 64 + ids) * 4 * 7 / 8 for ids in (1, 2)]
     exchange = [c for c in simulated.collectives if c["part"] == "table" and "all-to" in c["kind"]]
-    assert sum(c["bytes"] for c in exchange) == pytest.approx(exchanged, rel=1e-6)
+    assert sum(c["bytes"] for c in exchange) in exchanged
     assert simulated.table_bytes_gathered == 8 * capacity * 64 * 4
     assert "table" in describe(simulated)
 
@@ -105,16 +106,14 @@ def test_no_collective_or_temporary_has_the_tables_size(simulated):
 
 @needs_tpu_compiler
 def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table():
-    plans = {}
-    for shape, devices, rows in (("4x4", 16, 50_000), ("4x4", 16, 800_000), ("8x16", 128, 50_000)):
-        config = config_for(devices, rows, MeshConfig(-1, 4, 2))
-        plans[devices, rows] = plan(config, f"v5e:{shape}")
-    small, many_rows, large = plans.values()
+    small, large = (
+        plan(config_for(devices, rows, MeshConfig(-1, 4, 2)), f"v5e:{shape}")
+        for shape, devices, rows in (("4x4", 16, 50_000), ("8x16", 128, 6_400_000))
+    )
     assert small.collective_bytes["table"] > 100_000
     assert large.collective_bytes["table"] <= 1.25 * small.collective_bytes["table"]
-    more = {n: size - small.hbm_bytes[n] for n, size in many_rows.hbm_bytes.items()}
+    more = {n: size - small.hbm_bytes[n] for n, size in large.hbm_bytes.items()}
     assert more["table"] > 150e6 and more["temporary"] < 0.1 * more["table"]
-    assert many_rows.collective_bytes["table"] == small.collective_bytes["table"]
     assert small.fits and small.hbm_capacity == int(15.75 * 2**30)
     assert all(seconds > 0 for seconds in small.roofline_seconds.values())
 
