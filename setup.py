@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "tensorstore",
         "grain>=0.2.18",
+        "array_record",
         "transformers>=5",
         "numpy>=2",
         "ml_dtypes",

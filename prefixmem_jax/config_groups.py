@@ -88,6 +88,7 @@ class DataConfig:
       split: see `data.splits.split_dataset`.
       holdout: share held out for validation, and again for test (splits time and users).
       text_tokens: size of the text vocabulary that stands before the SID tokens.
+      packed: folder that `prefixmem data pack` wrote; none means that training packs in memory.
       tokenizer: folder of the tokenizer of texts (tokenizer.json), for documents that have titles.
       text_length: tokens of a title, at most.
       vocabulary_multiple: the vocabulary is filled up to a multiple of this with tokens that never
@@ -105,6 +106,7 @@ class DataConfig:
     split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     text_tokens: Annotated[NonNegativeInt, Field(le=2**22)] = 0
+    packed: str | None = None
     tokenizer: str | None = None
     text_length: PositiveInt = 32
     vocabulary_multiple: Annotated[PositiveInt, Field(le=2**20)] = 1

@@ -9,6 +9,7 @@ import tokenizers
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Batch, count_rows, take_rows
+from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.data.texts import read_tokenizer
 from prefixmem_jax.errors import UserError
@@ -26,7 +27,7 @@ def inspect(config: Config, documents: int, say: Callable[[str], None]) -> None:
       UserError: the config's objective does not learn from sequences of tokens.
     """
     data = prepare_data(config.data)
-    rows = config.objective.training_rows(data, config.data, config.seed)
+    rows = config.objective.training_rows(Corpus(data, config.data), config.seed)
     if not isinstance(rows, Batch):
         raise UserError("data inspect: this objective's examples are no sequences of tokens")
     real, split = rows.segment_ids > 0, data.split

@@ -138,7 +138,7 @@ def _vectors(
     prefix, width = "text_", None
     arrays = {name.removeprefix(prefix): x for name, x in fitted.items() if name.startswith(prefix)}
     if fitted:
-        width = fitted[level_name(0)].shape[1]
+        width = config.quantizer.width(fitted)
         if bool(arrays) == (embeddings is not None):
             made_of = "titles; leave --embeddings out" if arrays else "vectors; name --embeddings"
             raise UserError(f"--apply: these SIDs were made of {made_of}")
@@ -224,7 +224,7 @@ def _write(
         codebooks = {name: fitted[name] for name in map(level_name, range(quantizer.levels))}
         if len(codes) > quantizer.levels:  # counts mean nothing, so any directions will do
             rng = np.random.default_rng(quantizer.seed)
-            shape = (codes[-1], vectors.width)
+            shape = (codes[-1], fitted[level_name(0)].shape[1])
             codebooks[level_name(quantizer.levels)] = rng.normal(size=shape).astype(np.float32)
         np.savez(folder / CODEBOOKS, **codebooks)
         np.savez(folder / FITTED, **fitted)

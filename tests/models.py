@@ -157,7 +157,7 @@ def make_run(folder: Path, config: Config) -> Run:
         params["item_head"] = jax.tree.map(lambda x: 30 * x, params["item_head"])
     state = state._replace(params=params)
     run = Run(folder)
-    run.claim(config, DataDescription.of(data))
+    run.claim(config, DataDescription.of(data, config.data))
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(0, to_parts(spec, state), {})
     return run

@@ -29,7 +29,7 @@ from prefixmem_jax.data.documents.items import (
 )
 from prefixmem_jax.data.formats.parquet import read_catalog, read_dataset, write_dataset
 from prefixmem_jax.data.packing import one_per_row, pack
-from prefixmem_jax.data.pipeline import global_batch, training_batches
+from prefixmem_jax.data.pipeline import RowsInMemory, global_batch, training_batches
 from prefixmem_jax.data.prepare import data_vocabulary, fixed_sample, load_catalog, prepare_data
 from prefixmem_jax.data.splits import Examples, split_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
@@ -378,20 +378,20 @@ def test_pipeline_reshuffles_each_epoch_and_resumes_anywhere():
     def draw(iterator: grain.DatasetIterator, count: int):
         return [next(iterator).tokens[:, 0].tolist() for _ in range(count)]
 
-    whole = draw(training_batches(rows, 2, seed=0), 12)
+    whole = draw(training_batches(RowsInMemory(rows), 2, seed=0), 12)
     assert all(sorted(np.concatenate(whole[i : i + 5])) == list(range(10)) for i in (0, 5))
     assert whole[:5] != whole[5:10]
-    iterator = training_batches(rows, 2, seed=0)
+    iterator = training_batches(RowsInMemory(rows), 2, seed=0)
     draw(iterator, 7)
-    resumed = training_batches(rows, 2, seed=0)
+    resumed = training_batches(RowsInMemory(rows), 2, seed=0)
     resumed.set_state(iterator.get_state())
     assert draw(resumed, 5) == whole[7:]
     with pytest.raises(UserError, match="only 10 rows"):
-        training_batches(rows, 11, seed=0)
+        training_batches(RowsInMemory(rows), 11, seed=0)
 
 
 def test_batches_stay_batches_on_their_way_to_the_devices():
-    local = next(training_batches(Batch.zeros(10, 3), 8, seed=0))
+    local = next(training_batches(RowsInMemory(Batch.zeros(10, 3)), 8, seed=0))
     assert isinstance(local, Batch)
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
     everywhere = global_batch(local, sharding)

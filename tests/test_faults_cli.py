@@ -333,7 +333,7 @@ def runs(tmp_path_factory):
         "users": other(config, {}, {}, evaluation=EvaluationConfig(users=9)),
     }.items():
         shutil.copytree(folder / "plain", folder / name)
-        description = DataDescription.of(prepare_data(changed.data))
+        description = DataDescription.of(prepare_data(changed.data), changed.data)
         write_json(folder / name / "data.json", dataclasses.asdict(description))
         (folder / name / "config.json").write_text(to_json(changed))
     return folder

@@ -16,6 +16,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import take_rows
+from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import fixed_sample, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference.beam_search import beam_search
@@ -41,7 +42,7 @@ def log_softmax(x):
 
 
 def test_every_item_that_a_batch_predicts_is_found_once(data):
-    rows = take_rows(CONFIG.objective.training_rows(data, CONFIG.data, seed=0), slice(8))
+    rows = take_rows(CONFIG.objective.training_rows(Corpus(data, CONFIG.data), seed=0), slice(8))
     index, items = map(np.asarray, item_places(jnp.asarray(rows.next_item), 4))
     assert items.shape[1] == (64 - 1) // 4
     for row, (places, named) in enumerate(zip(index, items, strict=True)):

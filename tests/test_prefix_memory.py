@@ -9,6 +9,7 @@ from flax import nnx
 from test_hashing import reference_addresses
 
 from prefixmem_jax.config_groups import DataConfig
+from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import hashing
@@ -169,7 +170,7 @@ def test_real_batches_need_one_exchange_even_on_256_devices(name):
         target_levels=(levels - 1, levels), orders=levels - 1, rows=5_000_000
     )
     sid_encoder, table = config.build(data.vocabulary, 8, 1.0, nnx.Rngs(0)), config.table(space)
-    rows = NextToken().training_rows(data, options, seed=0)
+    rows = NextToken().training_rows(Corpus(data, options), seed=0)
     addresses_of = jax.jit(sid_encoder.addresses)
     largest = []
     for start in range(0, 200, 4):

@@ -24,6 +24,7 @@ from prefixmem_jax.config_groups import (
     SyntheticConfig,
 )
 from prefixmem_jax.data.batch import Batch, take_rows
+from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory.table import Lookup
@@ -65,7 +66,7 @@ CONFIG = Config(
     mesh=MeshConfig(1, 1, 1),
 )
 DATA = prepare_data(CONFIG.data)
-ROWS = NextToken().training_rows(DATA, CONFIG.data, seed=0)
+ROWS = NextToken().training_rows(Corpus(DATA, CONFIG.data), seed=0)
 
 
 def on_mesh(config: Config, *sizes: int) -> Config:

@@ -18,6 +18,7 @@ from prefixmem_jax.config_groups import (
     SyntheticConfig,
 )
 from prefixmem_jax.data.batch import take_rows
+from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
@@ -46,7 +47,7 @@ CONFIG = Config(
 )
 DATA = prepare_data(CONFIG.data)
 VOCABULARY = DATA.vocabulary
-ROWS = NextToken().training_rows(DATA, CONFIG.data, seed=0)
+ROWS = NextToken().training_rows(Corpus(DATA, CONFIG.data), seed=0)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,35 @@ def add_tokenizer(subparsers: Any) -> None:
     )
     training.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="an older tokenizer is replaced"
+    )
+
+
+def add_pack(subparsers: Any, overrides_help: str) -> None:
+    summary = "Pack a config's training rows into files, for data that memory should not hold."
+    packing = subparsers.add_parser(
+        "pack",
+        help=summary,
+        **described(
+            summary,
+            "  prefixmem data pack recommend/small data.path=DIR --out DIR/packed --shards 64\n"
+            "  prefixmem train recommend/small data.path=DIR data.packed=DIR/packed",
+        ),
+    )
+    packing.set_defaults(verb=verbs.pack)
+    packing.add_argument("config", metavar="CONFIG", help="as `prefixmem train` takes it")
+    packing.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+    packing.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="an earlier packing is replaced"
+    )
+    packing.add_argument(
+        "--shards", type=positive, default=16, metavar="N", help="files (default: %(default)s)"
+    )
+    packing.add_argument(
+        "--workers",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes that write at a time (default: one for each core)",
     )
 
 

@@ -93,6 +93,15 @@ def tokenizer(options: argparse.Namespace) -> None:
     print(visible(f"data.tokenizer={options.out}"))
 
 
+def pack(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_files import load_config
+    from prefixmem_jax.training_rows import pack as pack_rows
+
+    config = load_config(options.config, options.overrides)
+    rows = pack_rows(config, options.out, options.shards, options.workers)
+    print(f"{rows:,} rows in {options.shards} files: data.packed={visible(str(options.out))}")
+
+
 def inspect(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from prefixmem_jax.data.batch import Batch
@@ -9,7 +11,7 @@ from prefixmem_jax.data.documents.document import Documents
 from prefixmem_jax.errors import UserError
 
 
-def pack(documents: Documents, length: int, seed: int) -> Batch:
+def pack(documents: Documents, length: int, seed: int | Sequence[int]) -> Batch:
     """Packs documents into rows of `length` tokens, as many in each as fit.
 
     By best fit in decreasing length; `seed` fixes the order among equals and that of the rows.

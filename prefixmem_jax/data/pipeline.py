@@ -10,7 +10,9 @@ from prefixmem_jax.data.batch import Rows, take_rows
 from prefixmem_jax.errors import UserError
 
 
-class _PackedRows(grain.sources.RandomAccessDataSource):
+class RowsInMemory(grain.sources.RandomAccessDataSource):
+    """Rows of host arrays by their number."""
+
     def __init__(self, rows: Rows):
         self._rows = rows
 
@@ -21,10 +23,12 @@ class _PackedRows(grain.sources.RandomAccessDataSource):
         return take_rows(self._rows, index)
 
     def __repr__(self) -> str:
-        return f"packed_rows({len(self)})"
+        return f"rows_in_memory({len(self)})"
 
 
-def training_batches(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIterator:
+def training_batches(
+    source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int
+) -> grain.DatasetIterator:
     """Endless shuffled batches of this process's share of the global batch.
 
     Reshuffled every epoch from `seed`. Process p of P takes every P-th row of the one global
@@ -32,13 +36,12 @@ def training_batches(rows: Rows, batch_size: int, seed: int) -> grain.DatasetIte
     state (the number of batches drawn) means the same to all of them.
 
     Args:
-      rows: all there are to learn from, such as a packed `Batch`.
+      source: all rows there are to learn from.
       batch_size: rows in the *global* batch; must divide by the number of processes.
     """
     processes = jax.process_count()
     if batch_size % processes:
         raise UserError(f"data.batch_size={batch_size} does not divide by {processes} processes")
-    source = _PackedRows(rows)
     if len(source) < batch_size:
         raise UserError(
             f"data.batch_size={batch_size} rows, but the training data packs into only "

@@ -30,6 +30,10 @@ class Ranges:
         """Items of every sequence, int64 [sequences]."""
         return self.stops - self.starts
 
+    def take(self, indices: np.ndarray) -> Ranges:
+        """Some of the sequences, in the order of `indices`."""
+        return Ranges(self.starts[indices], self.stops[indices])
+
     def indices(self) -> np.ndarray:
         """Indices of all sequences, one after the other, int64 [sum of lengths]."""
         before = np.cumsum(self.lengths) - self.lengths

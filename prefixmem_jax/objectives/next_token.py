@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -17,6 +17,7 @@ from prefixmem_jax.data.documents.document import Corpus, DocumentsConfig, mixtu
 from prefixmem_jax.data.documents.items import Items, document_length, example_documents
 from prefixmem_jax.data.packing import one_per_row, pack
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
+from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.layers.softmax_head import (
     SoftmaxHead,
     cross_entropy,
@@ -54,9 +55,14 @@ class NextToken(Objective):
     ) -> Batch:
         return Batch.abstract(data.batch_size, data.sequence_length, sharding)
 
-    def training_rows(self, data: PreparedData, config: DataConfig, seed: int) -> Batch:
-        documents = mixture(self.documents, Corpus(data, config), seed)
-        return pack(documents, config.sequence_length, seed)
+    def training_rows(self, corpus: Corpus, seed: int) -> Batch:
+        drawn = seed if corpus.parts == 1 else [seed, corpus.part]
+        documents = mixture(self.documents, corpus, drawn)
+        return pack(documents, corpus.config.sequence_length, drawn)
+
+    @property
+    def rows_depend_on(self) -> Any:
+        return [{"kind": kind_name(type(one)), **asdict(one)} for one in self.documents]
 
     def validation_rows(
         self, data: PreparedData, config: DataConfig, examples: int, length_multiple: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx
 
 from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.batch import Rows
+from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import PreparedData
 from prefixmem_jax.kinds import Kind
 from prefixmem_jax.memory.table import Lookup
@@ -43,8 +44,13 @@ class Objective(Kind, ABC):
         """Shapes and dtypes of a global batch."""
 
     @abstractmethod
-    def training_rows(self, data: PreparedData, config: DataConfig, seed: int) -> Rows:
+    def training_rows(self, corpus: Corpus, seed: int) -> Rows:
         """Everything there is to learn from, on the host; batches are drawn from its rows."""
+
+    @property
+    def rows_depend_on(self) -> Any:
+        """What of its keys `training_rows` depends on, in plain data: all, where nobody says."""
+        return asdict(self)
 
     @abstractmethod
     def validation_rows(

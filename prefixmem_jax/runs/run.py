@@ -16,7 +16,9 @@ import jax
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config, to_json
+from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.prepare import PreparedData, load_catalog, prepare_data
+from prefixmem_jax.data.shards import index_sha256
 from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_json, write_text
@@ -49,7 +51,8 @@ class DataDescription:
     Attributes:
       sha256: of the dataset's files.
       codebook_sizes: of its SIDs.
-      tokenizer_sha256: of its text tokenizer's file, or None.
+      tokenizer_sha256, packed_sha256: of its text tokenizer's file and of the index of its packed
+        rows, or None.
     """
 
     name: str
@@ -59,10 +62,11 @@ class DataDescription:
     items: int
     users: int
     tokenizer_sha256: str | None = None
+    packed_sha256: str | None = None
 
     @classmethod
-    def of(cls, data: PreparedData, tokenizer: str | None = None) -> DataDescription:
-        """Of data, and of the folder of the tokenizer of texts."""
+    def of(cls, data: PreparedData, config: DataConfig) -> DataDescription:
+        """Of data, and of the other files that a config names."""
         dataset, catalog = data.dataset, data.catalog
         return cls(
             dataset.name,
@@ -71,7 +75,8 @@ class DataDescription:
             catalog.space.codebook_sizes,
             len(catalog),
             len(dataset.histories),
-            None if tokenizer is None else tokenizer_sha256(tokenizer),
+            None if config.tokenizer is None else tokenizer_sha256(config.tokenizer),
+            None if config.packed is None else index_sha256(config.packed),
         )
 
 
@@ -311,11 +316,15 @@ class Run:
                     f"{self.path}: was trained on other data (dataset sha256 "
                     f"{self.data_description.sha256[:12]}..., now {description.sha256[:12]}...)"
                 )
-            if self.data_description.tokenizer_sha256 != description.tokenizer_sha256:
-                raise UserError(
-                    f"{self.path}: was trained with another tokenizer than the one that is now in "
-                    f"{config.data.tokenizer}"
+            for key in ("tokenizer", "packed"):
+                was, now = (
+                    getattr(one, f"{key}_sha256") for one in (self.data_description, description)
                 )
+                if was != now:
+                    raise UserError(
+                        f"{self.path}: data.{key}={getattr(config.data, key)} holds something else "
+                        "than what it was trained with"
+                    )
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / DATA, description.__dict__)

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.data.batch import count_rows
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.evaluation.validation import ValidationRetrieval
@@ -42,6 +41,7 @@ from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.parts import abstract_parts, from_parts
 from prefixmem_jax.training.state import TrainState, abstract_state
 from prefixmem_jax.training.step import abstract_batch, check_mesh, compile_train_step, train_step
+from prefixmem_jax.training_rows import training_source
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +64,11 @@ def train(
     """
     data, run, objective = data or prepare_data(config.data), Run(folder), config.objective
     mesh = make_mesh(config.mesh)
-    rows = objective.training_rows(data, config.data, config.seed)
-    config = with_batch_size(config, count_rows(rows), mesh)
+    source = training_source(config, data)
+    config = with_batch_size(config, len(source), mesh)
     check_mesh(config, data.vocabulary, mesh)
     spec = ModelSpec.create(config, data.vocabulary, mesh)
-    iterator = training_batches(rows, config.data.batch_size, config.seed)
+    iterator = training_batches(source, config.data.batch_size, config.seed)
     # What `init` gets wrong is found before the run directory is touched.
     state = None if run.has_checkpoint else initial_state(spec, config.init, config.seed)
     first = jax.process_index() == 0
@@ -77,7 +77,7 @@ def train(
             stack.enter_context(run.lock())
         if run.has_checkpoint:  # now that nobody else is at it
             state = None
-        run.claim(config, DataDescription.of(data, config.data.tokenizer))
+        run.claim(config, DataDescription.of(data, config.data))
         validation = objective.validation_rows(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
         )

@@ -49,7 +49,7 @@ class Documents:
 
     def take(self, indices: np.ndarray) -> Documents:
         """Some of the documents, in the order of `indices`, which may repeat."""
-        ranges = Ranges(self.offsets[:-1][indices], self.offsets[1:][indices])
+        ranges = Ranges(self.offsets[:-1], self.offsets[1:]).take(indices)
         at = ranges.indices()
         return Documents(
             self.tokens[at], self.loss_mask[at], self.next_item[at], offsets_of(ranges.lengths)
@@ -63,15 +63,31 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What documents are made of: a split dataset, and how long they may be."""
+    """What documents are made of: a split dataset, and how long they may be.
+
+    Attributes:
+      part: of how many `parts`, which have all documents between them, this one is.
+    """
 
     data: PreparedData
     config: DataConfig
+    part: int = 0
+    parts: int = 1
 
     @cached_property
     def texts(self) -> ItemTexts:
         """The items' titles in tokens."""
         return item_texts(self.data.catalog, self.config)
+
+    @property
+    def train(self) -> Ranges:
+        """The training sequences of this part."""
+        train = self.data.split.train
+        return train if self.parts == 1 else train.take(self.share(len(train)))
+
+    def share(self, count: int) -> np.ndarray:
+        """Indices below `count` that this part has, int64."""
+        return np.arange(self.part, count, self.parts)
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,9 @@ class DocumentsConfig(Kind, abc.ABC):
         """
 
 
-def mixture(kinds: Sequence[DocumentsConfig], corpus: Corpus, seed: int) -> Documents:
+def mixture(
+    kinds: Sequence[DocumentsConfig], corpus: Corpus, seed: int | Sequence[int]
+) -> Documents:
     """Documents of several kinds, as many of each as its weight says.
 
     Those of one kind are all there at least once. Kinds that would be too few for their weight are

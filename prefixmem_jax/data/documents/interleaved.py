@@ -34,7 +34,7 @@ class Interleaved(DocumentsConfig):
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         data, texts = corpus.data, corpus.texts
         longest = data.vocabulary.levels + int(texts.lengths.max(initial=0))
-        ranges = windows(data.split.train, corpus.config, longest)
+        ranges = windows(corpus.train, corpus.config, longest)
         items = data.split.items[ranges.indices()]
         pool = Pool(corpus)
         sid_first = np.repeat(rng.random(len(ranges)) < self.sid_first, ranges.lengths)

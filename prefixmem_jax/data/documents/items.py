@@ -26,7 +26,7 @@ class Items(DocumentsConfig):
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         del rng
         data = corpus.data
-        ranges = windows(data.split.train, corpus.config, data.vocabulary.levels)
+        ranges = windows(corpus.train, corpus.config, data.vocabulary.levels)
         documents = _of_items(data.split.items, ranges, data.item_tokens, data.vocabulary)
         documents.loss_mask[:] = 1
         documents.loss_mask[documents.offsets[1:] - 1] = 0

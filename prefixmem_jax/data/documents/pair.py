@@ -39,7 +39,8 @@ class Pair(DocumentsConfig):
         literals = sorted({text for pieces in templates for text in pieces} - {"{title}", "{sid}"})
         end = [] if texts.end is None else [texts.end]
         pool = Pool(corpus, end, *map(texts.encode, literals))
-        items = np.flatnonzero(texts.lengths)
+        titled = np.flatnonzero(texts.lengths)
+        items = titled[corpus.share(len(titled))]
         starts, stops, per_document, predicted = [], [], [], []
         for pieces in templates:
             columns = [pool.bos(len(items))]

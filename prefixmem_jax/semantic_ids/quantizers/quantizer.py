@@ -45,6 +45,14 @@ class Quantizer(Kind, abc.ABC):
     def name(self) -> str:
         return kind_name(type(self))
 
+    def codebooks(self, fitted: Fitted) -> list[np.ndarray]:
+        """Centroids by level, float32 [codes, any]."""
+        return [fitted[level_name(level)] for level in range(self.levels)]
+
+    def width(self, fitted: Fitted) -> int:
+        """Numbers of the vectors that it was fitted to."""
+        return fitted[level_name(0)].shape[1]
+
     @abc.abstractmethod
     def fit(self, vectors: Vectors, mesh: Mesh, saved: Fitted, save: Save) -> Fitted:
         """Codes fitted to vectors.
@@ -54,7 +62,7 @@ class Quantizer(Kind, abc.ABC):
           save: called now and then with all that is needed to go on.
 
         Returns:
-          arrays by name, of which `level_1`, ... are centroids by level, float32 [codes, width].
+          arrays by name, of which `level_1`, ... are centroids by level, float32 [codes, any].
         """
 
     @abc.abstractmethod

@@ -14,6 +14,11 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.clustering import assign, plus_plus, revive
 from prefixmem_jax.semantic_ids.quantizers.quantizer import Fitted, Quantizer, Save, level_name
+from prefixmem_jax.semantic_ids.residuals import (
+    last_level_distances,
+    residual_codes,
+    residual_sum,
+)
 from prefixmem_jax.semantic_ids.vectors import Vectors
 
 # Vectors for each code among which k-means++ looks for the first centroids.
@@ -60,22 +65,13 @@ class ResidualKMeans(Quantizer):
         return done
 
     def encode(self, fitted: Fitted, vectors: np.ndarray, mesh: Mesh) -> np.ndarray:
-        codes = np.empty((len(vectors), self.levels), np.int32)
-        for level in range(self.levels):
-            centroids = fitted[level_name(level)]
-            codes[:, level] = assign(vectors, centroids, mesh).codes
-            vectors = vectors - centroids[codes[:, level]]
-        return codes
+        return residual_codes(self.codebooks(fitted), vectors, mesh)
 
     def decode(self, fitted: Fitted, codes: np.ndarray) -> np.ndarray:
-        return sum(fitted[level_name(level)][at] for level, at in enumerate(codes.T))
+        return residual_sum(self.codebooks(fitted), codes)
 
     def last_distances(self, fitted: Fitted, vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        if self.levels > 1:
-            vectors = vectors - self.decode(fitted, codes[:, :-1])
-        centroids = fitted[level_name(self.levels - 1)]
-        squares = (vectors**2).sum(axis=1)[:, None] + (centroids**2).sum(axis=1)
-        return np.maximum(squares - 2 * vectors @ centroids.T, 0)
+        return last_level_distances(self.codebooks(fitted), vectors, codes)
 
     def _sample(self, vectors: Vectors) -> Vectors:
         """What codes are fitted to."""

@@ -1,0 +1,158 @@
+"""Packed rows on disk: ArrayRecord files, a record a row, and an index of them.
+
+Training draws rows from anywhere in them, and holds none but those of the next batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from prefixmem_jax.data.batch import Rows, count_rows
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import read_json_object, sha256_of, write_json
+
+INDEX = "packed.json"
+# A row is found without reading others.
+_OPTIONS = "group_size:1,zstd:1"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One file: its name, rows and digest, and the fields of a row as (shape, dtype)."""
+
+    name: str
+    rows: int
+    sha256: str
+    fields: list[tuple[list[int], str]]
+
+
+def write_shards(
+    folder: Path,
+    make: Callable[[int], Rows],
+    shards: int,
+    workers: int,
+    made_from: dict[str, Any],
+    wrote: Callable[[], None],
+) -> int:
+    """Fills an empty folder, by so many processes, each of which writes file after file.
+
+    JAX may not have started: they are forked, so that they share what `make` reads.
+
+    Args:
+      make: the rows of a file by its number, as a pytree of host arrays.
+      made_from: what the rows depend on, in plain data.
+      wrote: called after each file.
+
+    Returns:
+      How many rows there are.
+    """
+    done = []
+    _JOBS[:] = [(folder, make, number) for number in range(shards)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        for file in pool.map(_write_job, range(shards)):
+            done.append(file)
+            wrote()
+    _JOBS.clear()
+    index = {
+        "made_from": made_from,
+        "fields": [{"shape": shape, "dtype": dtype} for shape, dtype in done[0].fields],
+        "files": [{"name": file.name, "rows": file.rows, "sha256": file.sha256} for file in done],
+    }
+    write_json(folder / INDEX, index)
+    return sum(file.rows for file in done)
+
+
+# What forked processes do: functions cannot be sent to them.
+_JOBS: list[tuple[Path, Callable[[int], Rows], int]] = []
+
+
+def _write_job(number: int) -> _Written:
+    return _write(*_JOBS[number])
+
+
+def _write(folder: Path, make: Callable[[int], Rows], number: int) -> _Written:
+    leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(make(number))]
+    path = folder / f"rows-{number:05d}.array_record"
+    writer = ArrayRecordWriter(str(path), _OPTIONS)
+    for row in range(count_rows(leaves)):
+        writer.write(b"".join(leaf[row].tobytes() for leaf in leaves))
+    writer.close()
+    fields = [(list(leaf.shape[1:]), leaf.dtype.name) for leaf in leaves]
+    return _Written(path.name, count_rows(leaves), sha256_of(path).hex(), fields)
+
+
+class PackedShards(grain.sources.RandomAccessDataSource):
+    """Rows by their number, from the files that `write_shards` wrote."""
+
+    def __init__(self, folder: str | Path, like: Rows, made_from: dict[str, Any]):
+        """Opens an index and its files.
+
+        Args:
+          like: rows as the reader wants them, abstract or not.
+          made_from: what the reader would make the rows from.
+
+        Raises:
+          UserError: there are no such files, or they were packed from something else.
+        """
+        folder = Path(folder)
+        if not (folder / INDEX).is_file():
+            raise UserError(f"{folder}: no {INDEX}; expected what `prefixmem data pack` wrote")
+        index = read_json_object(folder / INDEX)
+        for key, value in made_from.items():
+            packed = index["made_from"].get(key)
+            if packed != value:
+                raise UserError(
+                    f"{folder}: packed with another {key} ({_short(packed)} there, "
+                    f"{_short(value)} here); pack again"
+                )
+        self._structure = jax.tree.structure(like)
+        self._fields = [
+            (tuple(field["shape"]), np.dtype(field["dtype"])) for field in index["fields"]
+        ]
+        expected = [(leaf.shape[1:], np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(like)]
+        if self._fields != expected:
+            raise UserError(f"{folder}: rows of another kind than this objective's; pack again")
+        paths = [folder / file["name"] for file in index["files"]]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"{path}: missing; pack again")
+        self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+        rows = sum(file["rows"] for file in index["files"])
+        if len(self._records) != rows:
+            raise UserError(f"{folder}: {len(self._records)} rows, {rows} by {INDEX}; pack again")
+        self._name = str(folder)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Rows:
+        record = self._records[index]
+        leaves, start = [], 0
+        for shape, dtype in self._fields:
+            count = int(np.prod(shape))
+            leaves.append(np.frombuffer(record, dtype, count, start).reshape(shape))
+            start += count * dtype.itemsize
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def __repr__(self) -> str:
+        return f"packed_shards({self._name})"
+
+
+def index_sha256(folder: str | Path) -> str:
+    """Digest of an index, which has those of its files."""
+    return sha256_of(Path(folder) / INDEX).hex()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:57]}..."

@@ -1,0 +1,84 @@
+"""What a config's training draws its batches from: rows packed in memory, or in files before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grain
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.data.batch import Rows
+from prefixmem_jax.data.documents.document import Corpus
+from prefixmem_jax.data.pipeline import RowsInMemory
+from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.data.shards import INDEX, PackedShards, write_shards
+from prefixmem_jax.data.texts import tokenizer_sha256
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import replacing_files
+from prefixmem_jax.progress import progress_bar
+
+# Of the group `data`, what rows depend on; the dataset itself is known by its digest.
+KEYS = ("sid_column", "split", "holdout", "text_tokens", "text_length")
+KEYS += ("max_items", "sequence_length")
+
+
+def training_source(config: Config, data: PreparedData) -> grain.sources.RandomAccessDataSource:
+    """All rows that a config trains on.
+
+    Raises:
+      UserError: `data.packed` holds none, or rows of other data or keys.
+    """
+    if config.data.packed is None:
+        return RowsInMemory(config.objective.training_rows(Corpus(data, config.data), config.seed))
+    like = config.objective.abstract_batch(config.data)
+    return PackedShards(config.data.packed, like, _made_from(config, data))
+
+
+def pack(config: Config, out: Path, shards: int, workers: int) -> int:
+    """Packs a config's training rows into so many files, several at a time.
+
+    JAX may not have started: the processes that do it are forked.
+
+    Args:
+      out: an earlier packing there is replaced.
+
+    Returns:
+      How many rows there are.
+
+    Raises:
+      UserError: more files than training sequences, or what the documents refuse.
+    """
+    data = prepare_data(config.data)
+    if shards > len(data.split.train):
+        raise UserError(
+            f"--shards {shards}: there are {len(data.split.train)} training sequences; expected no "
+            "more files than those"
+        )
+    source = _made_from(config, data)
+    with (
+        replacing_files(out, "packed", last=INDEX) as staged,
+        progress_bar(shards, "packing", "file") as bar,
+    ):
+
+        def rows_of(part: int) -> Rows:
+            return config.objective.training_rows(
+                Corpus(data, config.data, part, shards), config.seed
+            )
+
+        return write_shards(staged, rows_of, shards, workers, source, bar.update)
+
+
+def _made_from(config: Config, data: PreparedData) -> dict[str, Any]:
+    """What rows depend on, as JSON has it."""
+    tokenizer = config.data.tokenizer
+    content = {
+        "dataset": data.dataset.sha256,
+        "codebook_sizes": data.vocabulary.space.codebook_sizes,
+        "tokenizer": None if tokenizer is None else tokenizer_sha256(tokenizer),
+        "documents": config.objective.rows_depend_on,
+        "seed": config.seed,
+        **{f"data.{key}": getattr(config.data, key) for key in KEYS},
+    }
+    return json.loads(json.dumps(content))

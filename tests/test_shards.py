@@ -1,0 +1,156 @@
+"""Packed rows in files: the same documents, drawn like rows in memory, on any number of processes."""
+
+import collections
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import prefixmem
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import to_json
+from prefixmem_jax.config_groups import (
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    EvaluationConfig,
+    SyntheticConfig,
+)
+from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.data.documents.document import Corpus
+from prefixmem_jax.data.pipeline import training_batches
+from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.training.loop import train
+from prefixmem_jax.training_rows import training_source
+
+CONFIG = Config(
+    "packed",
+    steps=12,
+    data=DataConfig(
+        max_items=6,
+        sequence_length=40,
+        batch_size=8,
+        synthetic=SyntheticConfig(
+            items=150, users=400, codebook_sizes=(6, 8, 9), children=(6, 5, 5)
+        ),
+    ),
+    model=DecoderConfig(layers=1, d_model=32, d_ff=64, query_heads=2, kv_heads=2, head_dim=16),
+    checkpoint=CheckpointConfig(every_steps=5),
+    evaluation=EvaluationConfig(every_steps=100, validation_examples=8),
+    log_every_steps=1,
+)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Config:
+    """The config with its rows in five files, which two processes wrote."""
+    folder = tmp_path_factory.mktemp("packed")
+    (folder / "config.json").write_text(to_json(CONFIG))
+    said = prefixmem(
+        "data", "pack", folder / "config.json", "--out", folder / "rows",
+        "--shards", 5, "--workers", 2,
+    ).stdout  # fmt: skip
+    assert f"in 5 files: data.packed={folder / 'rows'}" in said
+    return dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, packed=str(folder / "rows"))
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    return prepare_data(CONFIG.data)
+
+
+def documents_in(rows: Batch) -> collections.Counter:
+    found = collections.Counter()
+    for tokens, segments, mask, items in zip(
+        rows.tokens, rows.segment_ids, rows.loss_mask, rows.next_item, strict=True
+    ):
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            found[(*tokens[here], *mask[here], *items[here])] += 1
+    return found
+
+
+def test_files_have_every_document_once(packed, data):
+    source = training_source(packed, data)
+    rows = jax.tree.map(lambda *leaves: np.stack(leaves), *(source[i] for i in range(len(source))))
+    assert isinstance(rows, Batch)
+    whole = CONFIG.objective.training_rows(Corpus(data, CONFIG.data), CONFIG.seed)
+    assert documents_in(rows) == documents_in(whole)
+    assert len(source) <= len(whole.tokens) + 5
+
+
+def test_any_number_of_processes_draws_each_row_once_an_epoch(packed, data, monkeypatch):
+    source = training_source(packed, data)
+    epoch, batch = len(source), 8
+
+    def drawn(processes, count, state=None):
+        """Rows of the global batches, whoever draws them, and where all of them are afterwards."""
+        parts, states = [], set()
+        for process in range(processes):
+            monkeypatch.setattr(jax, "process_count", lambda: processes)
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            iterator = training_batches(source, batch, seed=4)
+            if state is not None:
+                iterator.set_state(state)
+            parts.append([next(iterator) for _ in range(count)])
+            states.add(json.dumps(iterator.get_state()))
+        (after,) = states
+        together = [np.concatenate([part[i].tokens for part in parts]) for i in range(count)]
+        return [sorted(map(bytes, rows)) for rows in together], json.loads(after)
+
+    steps = -(-epoch // batch)
+    whole, _ = drawn(1, steps + 5)
+    assert drawn(2, steps + 5)[0] == drawn(4, steps + 5)[0] == whole
+    everything = [row for rows in whole for row in rows][:epoch]
+    first = collections.Counter(bytes(source[i].tokens) for i in range(epoch))
+    if epoch % batch == 0:
+        assert collections.Counter(everything) == first
+    # One process, then two, then four: the next batch is exactly the next one.
+    start, state = drawn(1, 4)
+    middle, state = drawn(2, 3, state)
+    end, _ = drawn(4, steps - 2, state)
+    assert start + middle + end == whole
+
+
+def test_a_run_on_files_resumes_bit_identical(packed, tmp_path):
+    state = jax.device_get(train(packed, tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "12")
+    resumed = jax.device_get(train(packed, tmp_path / "cut"))
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
+    whole, cut = (
+        [record.get("loss") for record in read_metrics(tmp_path / name)] for name in ("run", "cut")
+    )
+    assert cut == whole and len(whole) >= 12
+
+
+def test_what_is_not_what_was_packed_is_refused(packed, data, tmp_path):
+    def refused(words, config):
+        with pytest.raises(UserError, match=words):
+            training_source(config, data)
+
+    def other(**changes):
+        return dataclasses.replace(packed, data=dataclasses.replace(packed.data, **changes))
+
+    refused(
+        r"packed with another data.max_items \(6 there, 5 here\); pack again", other(max_items=5)
+    )
+    refused("packed with another seed", dataclasses.replace(packed, seed=1))
+    refused("no packed.json; expected what `prefixmem data pack` wrote", other(packed="/nowhere"))
+    copied = Path(shutil.copytree(packed.data.packed, tmp_path / "rows"))
+    (copied / "rows-00003.array_record").unlink()
+    refused("rows-00003.array_record: missing; pack again", other(packed=str(copied)))
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    said = prefixmem(
+        "data", "pack", tmp_path / "config.json", "--out", tmp_path / "x", "--shards", 100_000,
+        expect=2,
+    ).stderr  # fmt: skip
+    assert "there are 400 training sequences" in said and not (tmp_path / "x").exists()
