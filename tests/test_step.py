@@ -272,8 +272,11 @@ def test_tied_bfloat16_remat_steps_agree_across_meshes():
 DRAWN = dataclasses.replace(ITEMS, item_head=ItemHeadConfig("memory", negatives=20))
 
 
-@pytest.mark.parametrize("config", [CONFIG, ITEMS, DRAWN], ids=["codes", "items", "drawn"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "sizes, config",
+    [((1, 1, 1), ITEMS), ((2, 1, 2), CONFIG), ((2, 1, 2), DRAWN)],
+    ids=["items", "codes", "drawn"],
+)
 def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes, config):
     config = on_mesh(config, *sizes)
     cut = with_optimizer(config, accumulation_steps=4)
