@@ -47,6 +47,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "sids": ["scikit-learn"],
+        "benchmarks": ["faiss-cpu"],
         "test": [
             "chex>=0.1.90",
             "pytest",

@@ -110,3 +110,15 @@ def test_benchmarks_import_no_data_pipeline_or_checkpoints():
         [sys.executable, "-c", code], capture_output=True, text=True, env=command_environment()
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_bench_sids_measures_every_quantizer(tmp_path):
+    done = prefixmem(
+        "bench", "sids", "--vectors", 3000, "--width", 16, "--levels", 2, "--codes", 16,
+        "--iterations", 3, "--steps", 30, "--json", tmp_path / "q.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert set(found["systems"]) >= {"residual_kmeans", "rq_vae"}
+    for one in found["systems"].values():
+        assert one["fit_seconds"] > 0 and one["encode_seconds"] > 0 and 0 < one["error"] < 0.8
+    assert "rq_vae" in done.stdout

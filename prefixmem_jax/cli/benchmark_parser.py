@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from prefixmem_jax.cli import verbs
-from prefixmem_jax.cli.arguments import described, new_file, positive
+from prefixmem_jax.cli.arguments import described, new_file, number_from, positive
 
 
 def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
@@ -113,6 +113,33 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
             metavar="N",
             help=f"{what} (default: %(default)s)",
         )
+    sids = benchmark(
+        "sids",
+        verbs.bench_sids,
+        "Vectors to codes: k-means, RQ-VAE, and faiss where it is installed (faiss-cpu).",
+        "  prefixmem bench sids --vectors 1000000 --codes 2048",
+    )
+    for flag, default, what in (
+        ("--vectors", 200_000, "random ones"),
+        ("--width", 256, "numbers of a vector"),
+        ("--levels", 3, "of the SIDs"),
+        ("--codes", 1024, "by level; a power of two"),
+        ("--iterations", 10, "of k-means"),
+    ):
+        sids.add_argument(
+            flag,
+            type=positive,
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    sids.add_argument(
+        "--steps",
+        type=number_from(0),
+        default=1000,
+        metavar="N",
+        help="of RQ-VAE; 0: without (default: %(default)s)",
+    )
     load = benchmark(
         "load",
         verbs.bench_load,

@@ -300,6 +300,19 @@ def bench_decode(options: argparse.Namespace):
     )
 
 
+def bench_sids(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import sids
+
+    return sids, sids.bench_sids(
+        options.vectors,
+        options.width,
+        options.levels,
+        options.codes,
+        options.iterations,
+        options.steps,
+    )
+
+
 def bench_load(options: argparse.Namespace):
     from prefixmem_jax.benchmarks import load
     from prefixmem_jax.files import parse_size

@@ -1,0 +1,147 @@
+"""Vectors to codes: our quantizers, and faiss beside them where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from prefixmem_jax.benchmarks.timing import machine
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.progress import say
+from prefixmem_jax.semantic_ids.quantizers.quantizer import Quantizer
+from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
+from prefixmem_jax.semantic_ids.quantizers.rq_vae import RqVae
+from prefixmem_jax.semantic_ids.vectors import Vectors
+
+# Vectors that are made at a time, and numbers that each is a function of.
+_PIECE, _FACTORS = 1 << 16, 24
+# Fits, encodes and decodes vectors.
+Fit, Encode = Callable[[], Any], Callable[[Any], np.ndarray]
+Codec = tuple[Fit, Encode, Callable[[Any, np.ndarray], np.ndarray]]
+
+
+def bench_sids(
+    count: int, width: int, levels: int, codes: int, iterations: int, steps: int
+) -> dict[str, Any]:
+    """Fits and encodes `count` random vectors; every system has all of the machine's cores.
+
+    Args:
+      iterations: of k-means, ours and faiss's, which both see at most 256 vectors a code.
+      steps: of RQ-VAE; 0 leaves it out.
+
+    Returns:
+      machine; by system fit_seconds, encode_seconds (all vectors), and error: what does not come
+      back, as a share of the vectors' variance.
+    """
+    array = _vectors(count, width)
+    mesh, sizes = make_mesh(devices=jax.devices()[:1]), (codes,) * levels
+    systems = {"residual_kmeans": _ours(ResidualKMeans(sizes, iterations=iterations), array, mesh)}
+    if importlib.util.find_spec("faiss") is not None:
+        systems["faiss"] = _faiss(array, levels, codes, iterations)
+    if steps:
+        systems["rq_vae"] = _ours(RqVae(sizes, steps=steps), array, mesh)
+    variance = array.var(axis=0, dtype=np.float64).sum()
+    measured: dict[str, Any] = {
+        "machine": machine(),
+        "vectors": [count, width],
+        "codes": list(sizes),
+        "systems": {},
+    }
+    for name, (fit, encode, decode) in systems.items():
+        say(f"{name} ...")
+        start = time.perf_counter()
+        fitted = fit()
+        between = time.perf_counter()
+        found = encode(fitted)
+        end = time.perf_counter()
+        lost = 0.0
+        for first in range(0, count, _PIECE):
+            back = decode(fitted, found[first : first + _PIECE])
+            lost += float(((array[first : first + _PIECE] - back) ** 2).sum(dtype=np.float64))
+        measured["systems"][name] = {
+            "fit_seconds": between - start,
+            "encode_seconds": end - between,
+            "error": lost / count / variance,
+        }
+    return measured
+
+
+def _vectors(count: int, width: int) -> np.ndarray:
+    """Vectors on a curved surface, with noise: float32 [count, width]."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((_FACTORS, width)).astype(np.float32)
+    array = np.empty((count, width), np.float32)
+    for first in range(0, count, _PIECE):
+        size = min(_PIECE, count - first)
+        factors = rng.standard_normal((size, _FACTORS), np.float32)
+        noise = rng.standard_normal((size, width), np.float32)
+        array[first : first + size] = np.tanh(factors @ mix / 3) + 0.1 * noise
+    return array
+
+
+def _ours(config: Quantizer, array: np.ndarray, mesh: jax.sharding.Mesh) -> Codec:
+    vectors = Vectors(array, None, "random vectors")
+
+    def encode(fitted: Any) -> np.ndarray:
+        return np.concatenate([config.encode(fitted, piece, mesh) for _, piece in vectors.pieces()])
+
+    return (
+        lambda: config.fit(vectors, mesh, {}, lambda state: None),
+        encode,
+        config.decode,
+    )
+
+
+def _faiss(array: np.ndarray, levels: int, codes: int, iterations: int) -> Codec:
+    import faiss
+
+    bits = (codes - 1).bit_length()
+
+    def fit() -> Any:
+        quantizer = faiss.ResidualQuantizer(array.shape[1], levels, bits)
+        quantizer.train_type = faiss.ResidualQuantizer.Train_default
+        quantizer.max_beam_size = 1
+        quantizer.cp.niter = iterations
+        quantizer.cp.max_points_per_centroid = 256
+        quantizer.train(array)
+        return quantizer
+
+    return fit, lambda fitted: fitted.compute_codes(array), lambda fitted, c: fitted.decode(c)
+
+
+def describe(measured: dict[str, Any]) -> str:
+    """The measurements as text."""
+    count, width = measured["vectors"]
+    lines = [f"{count:,} vectors of {width} numbers to {measured['codes']} codes", ""]
+    lines.append(f"  {'':16s}{'fit':>10s}{'encode':>10s}{'error':>10s}")
+    for name, one in measured["systems"].items():
+        lines.append(
+            f"  {name:16s}{one['fit_seconds']:9.1f}s{one['encode_seconds']:9.1f}s"
+            f"{one['error']:10.2%}"
+        )
+    systems = measured["systems"]
+    if "faiss" in systems:
+        ours, theirs = (
+            systems[name]["fit_seconds"] + systems[name]["encode_seconds"]
+            for name in ("residual_kmeans", "faiss")
+        )
+        lines.append(f"\n  residual_kmeans took {ours / theirs:.2f} x the time of faiss")
+    return "\n".join(lines)
+
+
+def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """What the plot shows."""
+    systems = measured["systems"]
+    return [
+        (title, {name: one[key] for name, one in systems.items()})
+        for title, key in (
+            ("fit, seconds", "fit_seconds"),
+            ("encode, seconds", "encode_seconds"),
+            ("error, share of variance", "error"),
+        )
+    ]
