@@ -173,14 +173,23 @@ def _remove_empty(folder: Path, inside: Path) -> None:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; UserError names the file where that is no object."""
+    return _read_json(path, dict, "object")
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """What a JSON file holds; UserError names the file where that is no list."""
+    return _read_json(path, list, "list")
+
+
+def _read_json(path: Path, kind: type, named: str) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: expected a JSON {named}, got {type(content).__name__}")
     return content
 
 

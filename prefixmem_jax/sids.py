@@ -34,6 +34,7 @@ from prefixmem_jax.semantic_ids.quantizers.quantizer import Fitted, Quantizer, l
 from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
 from prefixmem_jax.semantic_ids.report import write_report
 from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.text_models import embed_titles
 from prefixmem_jax.semantic_ids.texts import TextVectors
 from prefixmem_jax.semantic_ids.vectors import Vectors, read_vectors
 
@@ -51,13 +52,16 @@ class SidsConfig:
       quantizer: what turns vectors into codes.
       collisions: what becomes of items that get the same SID: they keep it, get one more level that
         counts them, or all but one move to the nearest code that is free on the last level.
-      text_width: of the vectors of titles, where there are no others.
+      text_model: folder of a text encoder (sentence-transformers or transformers) that makes
+        vectors of titles; none means hashed words, which need no model.
+      text_width: of the vectors of hashed words.
     """
 
     __pydantic_config__ = STRICT
 
     quantizer: Quantizer = field(default_factory=ResidualKMeans)
     collisions: Literal["keep", "level", "move"] = "move"
+    text_model: str | None = None
     text_width: PositiveInt = 128
 
 
@@ -137,20 +141,26 @@ def _vectors(
     titles, keys = named
     prefix, width = "text_", None
     arrays = {name.removeprefix(prefix): x for name, x in fitted.items() if name.startswith(prefix)}
+    by_words = embeddings is None and config.text_model is None
     if fitted:
         width = config.quantizer.width(fitted)
-        if bool(arrays) == (embeddings is not None):
+        if bool(arrays) != by_words:
             made_of = "titles; leave --embeddings out" if arrays else "vectors; name --embeddings"
             raise UserError(f"--apply: these SIDs were made of {made_of}")
-    if embeddings is None:
+    if by_words:
         texts = TextVectors(arrays)
         if not fitted:
             texts = TextVectors.fit(titles, config.text_width, config.quantizer.seed)
         vectors = Vectors(texts(titles), None, f"{path}: titles")
         return vectors, {f"{prefix}{name}": array for name, array in texts.arrays.items()}
-    vectors = read_vectors(embeddings, len(titles), keys, unpacked)
+    if embeddings is None:
+        vectors = embed_titles(config.text_model, titles, unpacked)
+    else:
+        vectors = read_vectors(embeddings, len(titles), keys, unpacked)
     if width not in (None, vectors.width):
-        raise UserError(f"{embeddings}: vectors of {vectors.width} numbers, the codebooks' {width}")
+        raise UserError(
+            f"{vectors.name}: vectors of {vectors.width} numbers, the codebooks' {width}"
+        )
     return vectors, {}
 
 
