@@ -33,6 +33,30 @@ def add_convert(subparsers: Any) -> None:
     )
 
 
+def add_generate(subparsers: Any) -> None:
+    summary = "Write a synthetic dataset of any size, and the best accuracy that is possible on it."
+    generating = subparsers.add_parser(
+        "generate",
+        help=summary,
+        **described(
+            summary,
+            "  prefixmem data generate --out DIR users=100000 children=(64,8,8,8,8)\n"
+            "  prefixmem data generate --out DIR personal=0   # deep codes by prefix alone",
+        ),
+    )
+    generating.set_defaults(verb=verbs.generate)
+    generating.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="an earlier one is replaced"
+    )
+    generating.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="users, codebook_sizes, children, groups, styles, loyalty, personal, exponent, "
+        "mean_length, max_length, titles, seed",
+    )
+
+
 def add_tokenizer(subparsers: Any) -> None:
     summary = "Train a tokenizer on a dataset's titles, for a decoder that starts from scratch."
     training = subparsers.add_parser(

@@ -20,6 +20,7 @@ from prefixmem_jax.cli.benchmark_parser import add_benchmarks
 from prefixmem_jax.cli.data_parser import (
     add_convert,
     add_embeddings,
+    add_generate,
     add_inspect,
     add_pack,
     add_raw,
@@ -98,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parts = data.add_subparsers(metavar="WHAT")
     add_convert(parts)
+    add_generate(parts)
     add_tokenizer(parts)
     add_pack(parts, overrides_help)
     add_inspect(parts, overrides_help)

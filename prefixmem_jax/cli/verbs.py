@@ -76,6 +76,25 @@ def convert(options: argparse.Namespace) -> None:
     print(visible(str(options.out)))
 
 
+def generate(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_files import override
+    from prefixmem_jax.data.generation import generate as generate_data
+    from prefixmem_jax.data.generator import GeneratorConfig
+
+    config = GeneratorConfig()
+    for text in options.overrides:
+        config = override(config, text)
+    about = generate_data(config, options.out)
+    print(f"{about['items']:,} items, {config.users:,} users, {about['interactions']:,} items met")
+    print("best possible accuracy of the next item's codes, true prefix given:")
+    for level, (best, alone) in enumerate(
+        zip(about["optimum"], about["prefix_optimum"], strict=True), start=1
+    ):
+        counting = "" if alone is None else f"; of the prefix alone {alone:.3f}"
+        print(f"  level {level}: {best:.3f}{counting}")
+    print(visible(str(options.out)))
+
+
 def tokenizer(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_groups import DataConfig
     from prefixmem_jax.data.prepare import load_catalog

@@ -13,7 +13,7 @@ A dataset is a folder with two Parquet files (documented in docs/data.md):
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,33 @@ def write_items(folder: Path, catalog: Catalog) -> None:
     if catalog.keys is not None:
         items["key"] = pa.array(catalog.keys, pa.string())
     _write(folder / ITEMS, items)
+
+
+def write_pieces(folder: Path, kind: str, pieces: Iterable[dict[str, Any]]) -> None:
+    """Writes `items` or `histories` piece by piece, and holds one at a time.
+
+    Args:
+      pieces: columns by name; lists as a 2-d array, or as (lengths, values).
+    """
+    writer = None
+    with replacing(folder / {"items": ITEMS, "histories": HISTORIES}[kind]) as beside:
+        try:
+            for piece in pieces:
+                table = pa.table({name: _column(column) for name, column in piece.items()})
+                writer = writer or pq.ParquetWriter(beside, table.schema)
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def _column(column: Any) -> Any:
+    if isinstance(column, tuple):
+        lengths, values = column
+        return _lists(np.concatenate([[0], np.cumsum(lengths)]), values)
+    if isinstance(column, np.ndarray) and column.ndim == 2:
+        return _lists(np.arange(len(column) + 1) * column.shape[1], column.reshape(-1))
+    return column
 
 
 def _write(path: Path, columns: dict[str, Any]) -> None:
