@@ -35,6 +35,8 @@ from prefixmem_jax.semantic_ids.vectors import Vectors
 
 # Steps between two looks for codes that nothing is nearest to, and between two savings.
 ROUND = 100
+# Passes of k-means, which training goes on from.
+START = 10
 # Vectors that the principal components are computed from.
 SAMPLE = 100_000
 # A code with fewer vectors in a batch than this, on average, is one that nothing is nearest to.
@@ -123,7 +125,7 @@ class RqVae(Quantizer):
         _, components = np.linalg.eigh(sample.T.astype(np.float64) @ sample)
         components = components[:, ::-1][:, :latent].astype(np.float32)
         weights = self._weights(components)
-        kmeans = ResidualKMeans(codes=self.codes, seed=self.seed)
+        kmeans = ResidualKMeans(codes=self.codes, seed=self.seed, iterations=START)
         latents = Vectors(sample @ components, None, vectors.name)
         fitted = kmeans.fit(latents, mesh, {}, lambda state: None)
         codebooks = kmeans.codebooks(fitted)
