@@ -31,7 +31,7 @@ def build(folder: Path, size: int) -> None:
     spec = ModelSpec.create(config, data.vocabulary, make_mesh())
     params = jax.jit(spec.init_params)(jax.random.key(0))
     memory = jnp.full(spec.memory.shape, 0.02, spec.memory.dtype)
-    Run(folder).claim(config, DataDescription.of(data))
+    Run(folder).claim(config, DataDescription.of(data, config.data))
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(0, {**params, "memory": memory_part(spec, memory)}, {})
 
