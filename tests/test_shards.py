@@ -109,10 +109,11 @@ def test_any_number_of_processes_draws_each_row_once_an_epoch(packed, data, monk
     steps = -(-epoch // batch)
     whole, _ = drawn(1, steps + 5)
     assert drawn(2, steps + 5)[0] == drawn(4, steps + 5)[0] == whole
-    everything = [row for rows in whole for row in rows][:epoch]
-    first = collections.Counter(bytes(source[i].tokens) for i in range(epoch))
-    if epoch % batch == 0:
-        assert collections.Counter(everything) == first
+    # So many batches are `batch` whole epochs, whether or not an epoch is whole batches.
+    many, _ = drawn(1, epoch)
+    rows = collections.Counter(bytes(source[i].tokens) for i in range(epoch))
+    found = collections.Counter(row for batches in many for row in batches)
+    assert found == {row: batch * count for row, count in rows.items()}
     # One process, then two, then four: the next batch is exactly the next one.
     start, state = drawn(1, 4)
     middle, state = drawn(2, 3, state)
@@ -146,8 +147,17 @@ def test_what_is_not_what_was_packed_is_refused(packed, data, tmp_path):
     refused("packed with another seed", dataclasses.replace(packed, seed=1))
     refused("no packed.json; expected what `prefixmem data pack` wrote", other(packed="/nowhere"))
     copied = Path(shutil.copytree(packed.data.packed, tmp_path / "rows"))
-    (copied / "rows-00003.array_record").unlink()
+    damaged = copied / "rows-00003.array_record"
+    whole = damaged.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole[:500] + b"\0\1\2" + whole[503:]):
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match=r"rows: a file is damaged .*; pack again"):
+            source = training_source(other(packed=str(copied)), data)
+            [source[i] for i in range(len(source))]
+    damaged.unlink()
     refused("rows-00003.array_record: missing; pack again", other(packed=str(copied)))
+    (copied / "packed.json").write_text("{}")
+    refused("packed.json: not what `prefixmem data pack` wrote", other(packed=str(copied)))
     (tmp_path / "config.json").write_text(to_json(CONFIG))
     said = prefixmem(
         "data", "pack", tmp_path / "config.json", "--out", tmp_path / "x", "--shards", 100_000,

@@ -56,10 +56,7 @@ def alone(plain) -> list[np.ndarray]:
     model.eval()
     found = []
     for title in TITLES:
-        tokens = tokenizer(title or "", return_tensors="pt")
-        if not tokens.input_ids.shape[1]:
-            found.append(np.zeros((0, 24), np.float32))
-            continue
+        tokens = tokenizer(title or "-", return_tensors="pt")
         with torch.inference_mode():
             found.append(model(tokens.input_ids.long()).last_hidden_state[0].numpy())
     return found
@@ -71,9 +68,7 @@ def test_vectors_are_those_of_every_title_alone(plain, tmp_path, monkeypatch, wa
     key = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}[way]
     folder = sentence_folder(tmp_path / "s", plain, [f"pooling_mode_{key}"])
     vectors = embed_titles(folder, TITLES, tmp_path / "v.npy").take(np.arange(len(TITLES)))
-    for title, states, vector in zip(TITLES, alone(plain), vectors, strict=True):
-        if title is None:
-            continue
+    for states, vector in zip(alone(plain), vectors, strict=True):
         expected = {"mean": states.mean(0), "cls": states[0], "lasttoken": states[-1]}[way]
         np.testing.assert_allclose(
             vector, expected / np.linalg.norm(expected), rtol=1e-4, atol=1e-5

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from prefixmem_jax.benchmarks.timing import machine
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.progress import say
 from prefixmem_jax.semantic_ids.quantizers.quantizer import Quantizer
@@ -38,6 +39,8 @@ def bench_sids(
       machine; by system fit_seconds, encode_seconds (all vectors), and error: what does not come
       back, as a share of the vectors' variance.
     """
+    if codes & (codes - 1):
+        raise UserError(f"--codes {codes}: expected a power of two, as faiss wants")
     array = _vectors(count, width)
     mesh, sizes = make_mesh(devices=jax.devices()[:1]), (codes,) * levels
     systems = {"residual_kmeans": _ours(ResidualKMeans(sizes, iterations=iterations), array, mesh)}

@@ -108,6 +108,8 @@ class PackedShards(grain.sources.RandomAccessDataSource):
         if not (folder / INDEX).is_file():
             raise UserError(f"{folder}: no {INDEX}; expected what `prefixmem data pack` wrote")
         index = read_json_object(folder / INDEX)
+        if not {"made_from", "fields", "files"} <= index.keys():
+            raise UserError(f"{folder / INDEX}: not what `prefixmem data pack` wrote")
         for key, value in made_from.items():
             packed = index["made_from"].get(key)
             if packed != value:
@@ -126,17 +128,28 @@ class PackedShards(grain.sources.RandomAccessDataSource):
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: missing; pack again")
-        self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-        rows = sum(file["rows"] for file in index["files"])
-        if len(self._records) != rows:
-            raise UserError(f"{folder}: {len(self._records)} rows, {rows} by {INDEX}; pack again")
         self._name = str(folder)
+        expected_rows = sum(file["rows"] for file in index["files"])
+        try:
+            self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+            rows = len(self._records)
+        except RuntimeError as error:  # a file that was cut off
+            raise self._damaged(error) from None
+        if rows != expected_rows:
+            raise UserError(f"{folder}: {rows} rows, {expected_rows} by {INDEX}; pack again")
+
+    def _damaged(self, error: RuntimeError) -> UserError:
+        reason = str(error).partition("\n")[0]
+        return UserError(f"{self._name}: a file is damaged ({reason}); pack again")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Rows:
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            raise self._damaged(error) from None
         leaves, start = [], 0
         for shape, dtype in self._fields:
             count = int(np.prod(shape))

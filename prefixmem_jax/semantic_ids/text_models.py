@@ -59,7 +59,7 @@ def embed_titles(folder: str | Path, titles: Sequence[str | None], out: Path) ->
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    texts = [title or "" for title in titles]
+    texts = [title or "-" for title in titles]  # without any token there would be no vector
     by_length = np.argsort([len(text) for text in texts], kind="stable")
     array = None
     with progress_bar(len(texts), "titles", "title") as bar, torch.inference_mode():
