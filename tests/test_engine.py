@@ -101,7 +101,7 @@ def test_seen_items_are_left_out(engines):
     # A SID that a seen item shares with another stays.
     sids = np.array([[1, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])
     shared = Catalog(sids, [None] * 3, catalog.space)
-    assert seen_groups(shared, [[0], [0, 1], [2, 0, 0]]).tolist() == [[-1], [1], [0]]
+    assert seen_groups(shared, [[0], [0, 1], [2, 0, 0]], 1).tolist() == [[-1], [1], [0]]
 
 
 def test_a_checkpoint_and_an_exported_catalogue_are_enough(tmp_path):

@@ -105,9 +105,11 @@ def test_items_count_only_where_they_stand_whole_and_in_a_row():
     bos, (one, two) = VOCABULARY.bos_token, VOCABULARY.encode(random_sids(2, 4))
 
     def last(*tokens, segments=None):
-        tokens = np.array([tokens])
-        segments = np.ones_like(tokens) if segments is None else np.array([segments])
-        return memory.vectors(tokens, segments)[0, -1]
+        segments = [1] * len(tokens) if segments is None else segments
+        missing = 9 - len(tokens)  # of one length: each is compiled
+        return memory.vectors(*(np.pad([x], ((0, 0), (missing, 0))) for x in (tokens, segments)))[
+            0, -1
+        ]
 
     after_item = last(bos, *one, two[0])
     alone = last(bos, two[0])

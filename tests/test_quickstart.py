@@ -13,6 +13,7 @@ from prefixmem_jax.data.synthetic import make_synthetic
 
 SMALL = [
     "steps=15",
+    "model.layers=1",
     "evaluation.validation_examples=40",
     "data.batch_size=8",
     "evaluation.users=40",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import prompts, small_config, whole_logits
+from scipy.special import log_softmax
 
 from prefixmem_jax.config_files import override
 from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig
@@ -26,8 +27,13 @@ VOCABULARY = Vocabulary(SidSpace((3, 4, 5, 6)), text_tokens=10)
 
 
 @pytest.fixture(scope="module")
-def encoder():
+def module():
     return SMALL.build(VOCABULARY, 8, None, nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def encoder(module):
+    return jax.jit(module, static_argnames="last")
 
 
 def sequence(*items, segment=1):
@@ -60,11 +66,11 @@ def test_broken_items_and_text_say_nothing(encoder):
     )
 
 
-def test_the_tokens_within_reach_are_enough(encoder):
+def test_the_tokens_within_reach_are_enough(module, encoder):
     tokens, segments = sequence([1, 2, 3, 4], [2, 0, 1, 5])
     whole = encoder(tokens, segments, None)[0]
-    for at in range(encoder.reach, tokens.shape[1]):
-        cut = slice(at - encoder.reach, at + 1)
+    for at in range(module.reach, tokens.shape[1]):
+        cut = slice(at - module.reach, at + 1)
         alone = encoder(tokens[:, cut], segments[:, cut], None, last=1)[0]
         np.testing.assert_allclose(alone[0], whole[at], atol=1e-6)
 
@@ -87,17 +93,21 @@ def test_it_trains_and_its_search_scores_as_whole_sequences_do(tmp_path):
     model = spec.model(jax.tree.map(jnp.asarray, jax.device_get(run.load(spec, spec.params))))
     assert isinstance(model, SidLM)
     batch = prompts(model, data.catalog, histories, config.data.max_items)
-    for user, row in enumerate(np.asarray(batch.tokens)):
-        start = row[np.asarray(batch.segment_ids)[user] > 0]
-        tokens = data.vocabulary.encode(codes[user])
-        logits = whole_logits(model, None, [np.concatenate([start, sid]) for sid in tokens])
-        for beam, sid in enumerate(tokens):
-            total = 0.0
-            for level, token in enumerate(sid):
-                first, stop = data.vocabulary.token_range(level + 1)
-                here = jax.nn.log_softmax(logits[beam, len(start) - 1 + level, first:stop])
-                total += float(here[token - first])
-            assert scores[user, beam] == pytest.approx(total, abs=1e-4)
+    starts = [row[kept > 0] for row, kept in zip(batch.tokens, batch.segment_ids, strict=True)]
+    tokens = data.vocabulary.encode(codes)
+    sequences = [
+        np.concatenate([start, sid])
+        for start, sids in zip(starts, tokens, strict=True)
+        for sid in sids
+    ]
+    logits = whole_logits(model, None, sequences).reshape(*scores.shape, -1, data.vocabulary.size)
+    for user, beam in np.ndindex(scores.shape):
+        total, before = 0.0, len(starts[user]) - 1
+        for level, token in enumerate(tokens[user, beam]):
+            first, stop = data.vocabulary.token_range(level + 1)
+            here = log_softmax(logits[user, beam, before + level, first:stop])
+            total += here[token - first]
+        assert scores[user, beam] == pytest.approx(total, abs=1e-4)
     with pytest.raises(UserError, match="its SID encoder is sid_transformer"):
         export_run(run, tmp_path / "out")
 

@@ -29,6 +29,7 @@ SMALL = [
     "data.synthetic.users=300",
     "data.batch_size=8",
     "data.sequence_length=64",
+    "model.layers=1",
     "model.d_model=32",
     "evaluation.every_steps=20",
     "evaluation.validation_examples=40",

@@ -228,11 +228,12 @@ def _ranks(scores: np.ndarray, target: int, catalog: Catalog) -> tuple[int, int]
     better = scores > scores[target]
     better[:target] |= scores[:target] == scores[target]
     ahead = np.flatnonzero(better)
-    sid_ahead = set(catalog.group_of_item[ahead].tolist())
+    sid_ahead = np.zeros(len(catalog.group_sizes), bool)
+    sid_ahead[catalog.group_of_item[ahead]] = True
     group = int(catalog.group_of_item[target])
-    if group in sid_ahead:  # another item brings the same SID earlier
+    if sid_ahead[group]:  # another item brings the same SID earlier
         twins = catalog.items_of_group(group)
         twins = twins[better[twins]]
         first = twins[np.lexsort((twins, -scores[twins]))[0]]
         return _ranks(scores, int(first), catalog)[0], len(ahead) + 1
-    return len(sid_ahead) + 1, len(ahead) + 1
+    return int(sid_ahead.sum()) + 1, len(ahead) + 1

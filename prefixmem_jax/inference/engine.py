@@ -107,7 +107,9 @@ class Engine:
         for users, prompts in self._prompts(histories, progress):
             excluded = None
             if exclude_seen:
-                seen = seen_groups(self.catalog, [histories[user] for user in users])
+                seen = seen_groups(
+                    self.catalog, [histories[user] for user in users], self.max_items
+                )
                 missing = len(prompts.tokens) - len(seen)
                 excluded = np.pad(seen, ((0, missing), (0, 0)), constant_values=-1)
             result = self._per_user(_search, shared, (prompts, excluded), beams=beams)
@@ -279,16 +281,17 @@ def _write(
     return generate(model, rows_at, prompts, new_tokens, end_tokens)
 
 
-def seen_groups(catalog: Catalog, histories: Sequence[np.ndarray]) -> np.ndarray:
-    """Groups whose every item a history holds, int32 [users, most]; filled up with -1."""
+def seen_groups(catalog: Catalog, histories: Sequence[np.ndarray], room: int) -> np.ndarray:
+    """Groups whose every item a history holds, int32 [users, at least room]; filled up with -1."""
     by_user = []
     for history in histories:
         groups, seen = np.unique(
             catalog.group_of_item[np.unique(np.asarray(history, np.int64))], return_counts=True
         )
         by_user.append(groups[seen == catalog.group_sizes[groups]])
-    # A length of a few sizes only, since each is compiled.
-    most = 1 << max(0, max((len(groups) for groups in by_user), default=1) - 1).bit_length()
+    # A length of one size, or of few, since each is compiled.
+    most = max([room, *map(len, by_user)])
+    most = 1 << (most - 1).bit_length()
     padded = np.full((len(by_user), most), -1, np.int32)
     for row, groups in zip(padded, by_user, strict=True):
         row[: len(groups)] = groups
