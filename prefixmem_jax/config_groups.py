@@ -355,6 +355,9 @@ class EvaluationConfig:
       batch_size: users per beam-search batch.
       item_share: where there is an item head: in a search over the catalogue a SID scores
         (1 - item_share) * log p(codes) + item_share * log p(its items).
+      transition_share: of what stood next to the history's last items in training
+        (`data.transitions`) in the probability of a SID, in a search over the catalogue. Beyond the
+        paper. 0: they are not counted.
     """
 
     every_steps: PositiveInt = 100
@@ -366,6 +369,7 @@ class EvaluationConfig:
     beam: Annotated[PositiveInt, Field(le=100_000)] = 20
     batch_size: PositiveInt = 64
     item_share: Share = 0.7
+    transition_share: Share = 0.0
 
     @property
     def retrieves(self) -> bool:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import to_json
+from prefixmem_jax.data.transitions import needed
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import parse_size, read_json_object, replacing_files
 from prefixmem_jax.hf.export import Parameters, copy_all_but_weights, write_folder
@@ -24,7 +25,7 @@ from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.parameters import abstract_parameters
 from prefixmem_jax.runs.checkpoint import Checkpoints, memory_part
-from prefixmem_jax.runs.run import Run
+from prefixmem_jax.runs.run import TRANSITIONS, Run
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -82,6 +83,8 @@ def export_run(
             dtype,
             shard_bytes,
         )
+        if config.evaluation.transition_share > 0:
+            needed(run.transitions).save(staged / TRANSITIONS)
 
 
 def _parameters(run: Run) -> Parameters:

@@ -37,6 +37,7 @@ from prefixmem_jax.config_groups import (
 )
 from prefixmem_jax.convert import export_run, import_folder
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.evaluation.heuristics import tuned_transitions
 from prefixmem_jax.evaluation.sid_to_text import title_bleu
 from prefixmem_jax.files import parse_size
 from prefixmem_jax.hf.families import read_folder
@@ -45,7 +46,7 @@ from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.recommender import recommend
-from prefixmem_jax.runs.run import Run
+from prefixmem_jax.runs.run import TRANSITIONS, Run
 from prefixmem_jax.training.initialise import initial_state
 
 FAMILIES = ("qwen3", "llama, llama3 rope, tied", "gemma3", "quickstart")
@@ -382,21 +383,29 @@ def test_other_addresses(address, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sid_encoder", "vectors"),
-    [(None, "own"), (ITEM_MEMORY, "own"), (ITEM_MEMORY, "memory")],
+    ("sid_encoder", "vectors", "transition_share"),
+    [(None, "own", 0.5), (ITEM_MEMORY, "own", 0.0), (ITEM_MEMORY, "memory", 0.3)],
     ids=["alone", "beside memory", "by memory"],
 )
-def test_an_item_head_goes_along(sid_encoder, vectors, tmp_path):
+def test_an_item_head_and_transitions_go_along(sid_encoder, vectors, transition_share, tmp_path):
     config = small_config(
         DecoderConfig(layers=1),
         0,
         sid_encoder=sid_encoder,
         item_head=ItemHeadConfig(vectors=vectors),
-        evaluation=EvaluationConfig(item_share=0.4),
+        evaluation=EvaluationConfig(item_share=0.4, transition_share=transition_share),
     )
     run = make_run(tmp_path / "run", config)
+    if transition_share:
+        transitions = tuned_transitions(run.data())
+        # Counts that differ, or equal ones would let rounding decide on the order.
+        transitions.near.data *= np.random.default_rng(0).uniform(1, 2, transitions.near.nnz)
+        transitions.save(run.path / TRANSITIONS)
     export_run(run, tmp_path / "out")
     engine, model = one_device_engine(run), open_in_torch(tmp_path / "out")
+    if transition_share:
+        model.save_pretrained(tmp_path / "again")
+        model = open_in_torch(tmp_path / "again")
     for history in run.data().split.test.take(np.arange(3)).histories():
         history = history.tolist()[-8:]
         ours = recommend(engine, history, 10, beam=12)

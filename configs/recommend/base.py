@@ -37,6 +37,10 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every_steps=300),
         evaluation=EvaluationConfig(
-            every_steps=300, validation_examples=4000, select_by="item_ndcg@10", item_share=0.95
+            every_steps=300,
+            validation_examples=4000,
+            select_by="item_ndcg@10",
+            item_share=0.95,
+            transition_share=0.1,
         ),
     )

@@ -123,7 +123,7 @@ def _constraint(width: int, levels: int, logits: jax.Array, trie: list[TrieLevel
         code, child, valid = trie[level].children(nodes)
         gained = jnp.take_along_axis(logits[:, : scores.shape[1]], code, axis=-1)
         scores = jnp.where(valid, scores[..., None] + gained, -jnp.inf)
-        scores, _, _, nodes = keep_best(Candidates(scores, code, child), width)
+        scores, _, (_, _, nodes) = keep_best(scores, Candidates(scores, code, child), width)
     return scores, nodes
 
 

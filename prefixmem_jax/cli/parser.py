@@ -225,6 +225,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the item head in a SID's score, 0 to 1 (default: the config's)",
     )
     evaluation.add_argument(
+        "--transition-share",
+        type=float,
+        metavar="SHARE",
+        help="of what stood next to what in training in a SID's probability, 0 to 1 (default: the "
+        "config's)",
+    )
+    evaluation.add_argument(
         "--blend",
         type=float,
         nargs="+",

@@ -173,6 +173,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.beam,
         options.include_seen,
         options.item_share,
+        options.transition_share,
         options.heuristics,
         options.blend,
         options.out,

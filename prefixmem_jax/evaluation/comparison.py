@@ -56,6 +56,7 @@ def evaluate_runs(
     beam: int | None = None,
     include_seen: bool = False,
     item_share: float | None = None,
+    transition_share: float | None = None,
     heuristics: bool = False,
     blends: Sequence[float] = (),
     out: Path | None = None,
@@ -68,7 +69,8 @@ def evaluate_runs(
 
     Args:
       data: dataset folder in place of each run's own, with the same catalogue.
-      users, beam, item_share: in place of each run's `evaluation.users` and so on.
+      users, beam, item_share, transition_share: in place of each run's `evaluation.users` and so
+        on.
       include_seen: do not leave out what a history holds, whatever the runs' configs say.
       heuristics: evaluate the heuristics too, on the first run's users.
       blends: of two runs: shares of the second run's lists in blends with the first's.
@@ -92,9 +94,11 @@ def evaluate_runs(
     opened = {name: Run(path, step=step) for name, path in zip(_names(runs), runs, strict=True)}
     for run in opened.values():
         run.check_generates()
-    if item_share is not None and not 0 <= item_share <= 1:
-        raise UserError(f"--item-share: expected 0 to 1, got {item_share}")
-    changes: dict[str, Any] = {"users": users, "beam": beam, "item_share": item_share}
+    shares = {"item_share": item_share, "transition_share": transition_share}
+    for name, share in shares.items():
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected 0 to 1, got {share}")
+    changes: dict[str, Any] = {"users": users, "beam": beam, **shares}
     changes = {key: value for key, value in changes.items() if value is not None}
     if include_seen:
         changes["exclude_seen"] = False

@@ -147,6 +147,7 @@ def _search(
             label(f"{suffix} beam search"),
             exclude_seen=constrained and options.exclude_seen,
             item_share=options.item_share,
+            transition_share=options.transition_share,
         )
     del results["unconstrained_scores"]
     greedy, _ = engine.search(histories, 1, constrained=False)
@@ -175,6 +176,7 @@ def evaluate_run(
         "users": options.users,
         "exclude_seen": options.exclude_seen,
         "item_share": options.item_share,
+        "transition_share": options.transition_share,
         "dataset_sha256": data.dataset.sha256,
         "catalogue_sha256": data.catalog.sha256,
         "config": json.loads(to_json(dataclasses.replace(run.config, evaluation=options))),

@@ -9,7 +9,7 @@ These systems only ever name catalogue items, so constrained and unconstrained a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy import sparse
@@ -17,6 +17,7 @@ from scipy import sparse
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.data.splits import Examples
+from prefixmem_jax.data.transitions import Transitions, followed
 from prefixmem_jax.evaluation.metrics import (
     Evaluated,
     Scores,
@@ -70,32 +71,34 @@ def successor_heuristic(data: PreparedData) -> Scorer:
 TRANSITION_GRID = tuple(itertools.product((0.3, 0.5, 0.7, 0.9), (0.0, 0.5, 1.0)))
 
 
+def tuned_transitions(data: PreparedData) -> Transitions:
+    """Times that an item followed + back * times that it preceded another, and a decay.
+
+    Decay and back are those of `TRANSITION_GRID` with the best Recall@10 on validation.
+    """
+    forwards = followed(data.split, len(data.catalog))
+    backwards = forwards.T.tocsr()
+
+    def of(options: tuple) -> Transitions:
+        decay, back = options
+        return Transitions((forwards + back * backwards).tocsr(), decay)
+
+    scorers = ((_by_transitions(of(options), data), options) for options in TRANSITION_GRID)
+    return of(_best(scorers, data))
+
+
 def transition_heuristic(data: PreparedData) -> Scorer:
     """Scores items by how often they stood next to the history's items in training.
 
     An item scores the sum over the history of decay ** (items since) * (times it followed + back *
-    times it preceded); items without any come after, by popularity. Decay and back are those of
-    `TRANSITION_GRID` with the best Recall@10 on validation.
+    times it preceded), see `tuned_transitions`; items without any come after, by popularity.
     """
-    items, train, size = data.split.items, data.split.train, len(data.catalog)
-    at = train.indices()
-    ends = np.cumsum(train.lengths)[train.lengths > 0] - 1
-    at = np.delete(at, ends)  # where something follows
-    followed = sparse.csr_array((np.ones(len(at)), (items[at], items[at + 1])), shape=(size, size))
-    followed.sum_duplicates()
-    preceded = followed.T.tocsr()
+    return _by_transitions(tuned_transitions(data), data)
+
+
+def _by_transitions(transitions: Transitions, data: PreparedData) -> Scorer:
     popularity = 1e-9 * data.item_counts / (data.item_counts.sum() + 1.0)
-
-    def scorer(decay: float, back: float) -> Scorer:
-        near = (followed + back * preceded).tocsr()
-
-        def score(history: np.ndarray) -> np.ndarray:
-            weights = decay ** np.arange(len(history) - 1, -1, -1)
-            return near[np.asarray(history)].T @ weights + popularity
-
-        return score
-
-    return _tuned(scorer, TRANSITION_GRID, data)
+    return lambda history: transitions.scores(history) + popularity
 
 
 KNN_GRID = tuple(itertools.product((0.5, 0.7, 0.9), (0.0, 5.0, 20.0)))
@@ -133,21 +136,20 @@ def item_knn_heuristic(data: PreparedData) -> Scorer:
 
         return score
 
-    return _tuned(scorer, KNN_GRID, data)
+    return scorer(*_best(((scorer(*options), options) for options in KNN_GRID), data))
 
 
-def _tuned(scorer: Callable[..., Scorer], grid: Sequence[tuple], data: PreparedData) -> Scorer:
-    """The scorer whose options have the best Recall@10 on validation users."""
+def _best(scorers: Iterable[tuple[Scorer, tuple]], data: PreparedData) -> tuple:
+    """The options, the first of equals, of the scorer with the best validation Recall@10."""
     everyone = data.split.validation
     tuning = everyone.take(fixed_sample(len(everyone), TUNING_USERS))
 
-    def recall(options: tuple) -> float:
-        score = scorer(*options)
+    def recall(score: Scorer) -> float:
         ranked = map(score, tuning.histories())
         better = [np.sum(s > s[target]) for s, target in zip(ranked, tuning.targets, strict=True)]
         return float(np.mean(np.array(better) < 10))
 
-    return scorer(*max(grid, key=recall))
+    return max(scorers, key=lambda one: recall(one[0]))[1]
 
 
 def optimum(data: PreparedData) -> Scorer:

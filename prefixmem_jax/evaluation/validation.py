@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
+from prefixmem_jax.data.transitions import Transitions
 from prefixmem_jax.evaluation.metrics import beam_scores, groups_of
 from prefixmem_jax.evaluation.statistics import means
 from prefixmem_jax.inference.engine import Engine
@@ -18,12 +19,12 @@ CUTOFF = 10
 class ValidationRetrieval:
     """Recommends to a fixed sample of the validation users, again and again."""
 
-    def __init__(self, spec: ModelSpec, data: PreparedData):
+    def __init__(self, spec: ModelSpec, data: PreparedData, transitions: Transitions | None):
         options, everyone = spec.config.evaluation, data.split.validation
         examples = everyone.take(fixed_sample(len(everyone), options.validation_examples))
         self.histories, self.targets = examples.histories(), examples.targets
         self.options, self.catalog = options, data.catalog
-        self.engine = Engine(spec, None, None, data.catalog, options.batch_size)
+        self.engine = Engine(spec, None, None, data.catalog, options.batch_size, transitions)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, spec.replicated())
         self._replicate = jax.jit(lambda params: params, out_shardings=shardings)
 

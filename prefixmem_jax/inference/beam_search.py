@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from prefixmem_jax.inference.item_prior import item_prior
+from prefixmem_jax.inference.transition_prior import TransitionPrior
 from prefixmem_jax.semantic_ids.trie import TrieLevel
 
 
@@ -60,6 +61,7 @@ def beam_search(
     excluded: jax.Array | None = None,
     group_of_item: jax.Array | None = None,
     item_share: jax.Array | float = 0.0,
+    transitions: TransitionPrior | None = None,
 ) -> Beams:
     """Decodes the next item after each prompt.
 
@@ -71,6 +73,7 @@ def beam_search(
       group_of_item: leaf of every item, int32 [items], where the model scores whole items and these
         scores count too (constrained only).
       item_share: their share in a SID's score, 0 to 1.
+      transitions: probabilities that a SID's is mixed with (constrained only).
     """
     logits, state = model.start(prompts)
     prior = None
@@ -96,15 +99,18 @@ def beam_search(
         if excluded is not None and level == model.levels:
             seen = jnp.any(candidates.nodes[..., None] == excluded[:, None, None], axis=-1)
             candidates = candidates._replace(scores=jnp.where(seen, -jnp.inf, candidates.scores))
-        scores, parent, code, nodes = keep_best(candidates, beams)
+        by = candidates.scores
+        if transitions is not None:
+            by = transitions.mixed(level, by, candidates.nodes)
+        found, parent, (scores, code, nodes) = keep_best(by, candidates, beams)
         codes = jnp.take_along_axis(codes, parent[..., None], axis=1)
         codes = jnp.concatenate([codes, code[..., None]], axis=-1)
         if level < model.levels:
             logits, state = model.step(codes, parent, state)
-    missing = ((0, 0), (0, beams - scores.shape[1]))
-    scores = jnp.pad(scores, missing, constant_values=-jnp.inf)
+    missing = ((0, 0), (0, beams - found.shape[1]))
+    found = jnp.pad(found, missing, constant_values=-jnp.inf)
     codes = jnp.pad(codes, (*missing, (0, 0)))
-    return Beams(jnp.where(jnp.isfinite(scores)[..., None], codes, -1), scores)
+    return Beams(jnp.where(jnp.isfinite(found)[..., None], codes, -1), found)
 
 
 class Candidates(NamedTuple):
@@ -137,14 +143,16 @@ def extend(
 
 @jax.named_scope("top_k")
 def keep_best(
-    candidates: Candidates, beams: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Scores, parent beams, codes and nodes of the best candidates, [users, at most beams]."""
-    users, before, ways = candidates.scores.shape
-    kept = min(beams, before * ways)
-    scores, flat = jax.lax.top_k(candidates.scores.reshape(users, -1), kept)
+    by: jax.Array, candidates: Candidates, beams: int
+) -> tuple[jax.Array, jax.Array, Candidates]:
+    """The best by some numbers: these, parent beams, and which, [users, at most beams] each.
 
-    def pick(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x.reshape(users, -1), flat, axis=1)
-
-    return scores, flat // ways, pick(candidates.codes), pick(candidates.nodes)
+    Args:
+      by: [users, beams, ways].
+    """
+    users, before, ways = by.shape
+    best, flat = jax.lax.top_k(by.reshape(users, -1), min(beams, before * ways))
+    kept = jax.tree.map(
+        lambda x: jnp.take_along_axis(x.reshape(users, -1), flat, axis=1), candidates
+    )
+    return best, flat // ways, kept

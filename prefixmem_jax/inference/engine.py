@@ -21,9 +21,11 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.documents.items import document_length, prompt_documents
 from prefixmem_jax.data.packing import one_per_row
+from prefixmem_jax.data.transitions import Transitions, needed
 from prefixmem_jax.inference.beam_search import Beams, beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, read_items, rows_for
 from prefixmem_jax.inference.sampling import generate
+from prefixmem_jax.inference.transition_prior import TransitionTable, transition_prior
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.parallel.mesh import AXES
@@ -33,6 +35,7 @@ from prefixmem_jax.semantic_ids.catalog import Catalog
 
 MANY_USERS = 2000
 ITEMS_AT_ONCE = 1 << 16
+NEIGHBOURS = 64  # of an item that are looked at, the most frequent
 BY_USER = P(AXES)
 
 
@@ -50,12 +53,14 @@ class Engine:
         memory: jax.Array | None,
         catalog: Catalog,
         batch_size: int,
+        transitions: Transitions | None = None,
     ):
         """Takes parameters that are whole on every device of the mesh (`ModelSpec.replicated`).
 
         Args:
           memory: rows as `ModelSpec.memory`.
           batch_size: users searched at a time, rounded up to a multiple of the devices.
+          transitions: of the training, for searches with a `transition_share`.
         """
         self.spec = spec
         self.use(params, memory)
@@ -64,9 +69,12 @@ class Engine:
         self.item_tokens = spec.vocabulary.encode(catalog.sids)
         self._batch_size = batch_size
         self._trie = self._put(catalog.trie.levels, P())
-        self._groups = None
-        if spec.config.item_head is not None:
+        self._groups = self._transitions = None
+        if spec.config.item_head is not None or transitions is not None:
             self._groups = self._put(catalog.group_of_item.astype(np.int32), P())
+        if transitions is not None:
+            table = (*transitions.most_frequent(NEIGHBOURS), np.float32(transitions.decay))
+            self._transitions = self._put(TransitionTable(*table), P())
         self._compiled: dict[Any, Callable] = {}
 
     def use(self, params: dict[str, Any] | None, memory: jax.Array | None) -> None:
@@ -83,6 +91,7 @@ class Engine:
         progress: str = "",
         exclude_seen: bool = False,
         item_share: float | None = None,
+        transition_share: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best next SIDs after each history.
 
@@ -91,6 +100,7 @@ class Engine:
           constrained: only SIDs of the catalogue.
           exclude_seen: leave out SIDs of which the history holds every item (constrained only).
           item_share: of the item head, if there is one (constrained only); None: the config's.
+          transition_share: of the training's transitions (constrained only); None: the config's.
 
         Returns:
           codes int32 [users, beams, levels] and scores float32 [users, beams], best first; see
@@ -98,12 +108,15 @@ class Engine:
         """
         codes = np.full((len(histories), beams, self.catalog.space.levels), -1, np.int32)
         scores = np.full((len(histories), beams), -np.inf, np.float32)
-        shared = (None,) * 4
         if constrained:
-            if item_share is None:
-                item_share = self.spec.config.evaluation.item_share
-            share = None if self._groups is None else self._put(np.float32(item_share), P())
-            shared = (self._trie, self._groups, share, self._items_read())
+            options = self.spec.config.evaluation
+            item_share = options.item_share if item_share is None else item_share
+            if transition_share is None:
+                transition_share = options.transition_share
+            shared = self._catalogue_and_shares(item_share, transition_share)
+        else:
+            shared = (None,) * 6
+        with_transitions = shared[-1] is not None
         for users, prompts in self._prompts(histories, progress):
             excluded = None
             if exclude_seen:
@@ -112,7 +125,13 @@ class Engine:
                 )
                 missing = len(prompts.tokens) - len(seen)
                 excluded = np.pad(seen, ((0, missing), (0, 0)), constant_values=-1)
-            result = self._per_user(_search, shared, (prompts, excluded), beams=beams)
+            recent = None
+            if with_transitions:
+                recent = last_items([histories[user] for user in users], self.max_items)
+                recent = np.pad(
+                    recent, ((0, len(prompts.tokens) - len(recent)), (0, 0)), constant_values=-1
+                )
+            result = self._per_user(_search, shared, (prompts, excluded, recent), beams=beams)
             codes[users], scores[users] = (x[: len(users)] for x in result)
         return codes, scores
 
@@ -144,6 +163,16 @@ class Engine:
             )
             written[users] = result[: len(users)]
         return written
+
+    def _catalogue_and_shares(self, item_share: float, transition_share: float) -> tuple:
+        """What every user's search shares: `_search`'s arguments trie to transition_share."""
+        items = table = transitions = None
+        if self.spec.config.item_head is not None:
+            items = self._put(np.float32(item_share), P())
+        if transition_share > 0:
+            table = needed(self._transitions)
+            transitions = self._put(np.float32(transition_share), P())
+        return self._trie, self._groups, items, self._items_read(), table, transitions
 
     def _items_read(self) -> jax.Array | None:
         """The item head's vectors [items, D] where it reads the memory, on every device."""
@@ -253,13 +282,26 @@ def _search(
     groups: jax.Array | None,
     share: jax.Array | None,
     items: jax.Array | None,
+    table: TransitionTable | None,
+    transition_share: jax.Array | None,
     prompts: Batch,
-    excluded: Any,
+    excluded: jax.Array | None,
+    recent: jax.Array | None,
     *,
     beams: int,
 ) -> Beams:
+    transitions = None
+    if table is not None:
+        transitions = transition_prior(table, recent, excluded, groups, trie, transition_share)
     return beam_search(
-        CachedSidLM(model, rows_at, items), prompts, beams, trie, excluded, groups, share
+        CachedSidLM(model, rows_at, items),
+        prompts,
+        beams,
+        trie,
+        excluded,
+        None if share is None else groups,
+        share,
+        transitions,
     )
 
 
@@ -279,6 +321,15 @@ def _write(
     model: SidLM, rows_at: RowsAt | None, prompts: Batch, *, new_tokens: int, end_tokens: tuple
 ) -> jax.Array:
     return generate(model, rows_at, prompts, new_tokens, end_tokens)
+
+
+def last_items(histories: Sequence[np.ndarray], most: int) -> np.ndarray:
+    """Their last items, the newest at the end: int32 [users, most]; -1 before the first."""
+    found = np.full((len(histories), most), -1, np.int32)
+    for row, history in zip(found, histories, strict=True):
+        if len(history):
+            row[-len(history) :] = history[-most:]
+    return found
 
 
 def seen_groups(catalog: Catalog, histories: Sequence[np.ndarray], room: int) -> np.ndarray:

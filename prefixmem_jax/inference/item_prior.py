@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,13 +46,25 @@ def item_prior(
       group_of_item: the trie's leaf of every item, int32 [items].
     """
     log_p = jax.nn.log_softmax(item_logits[:, : len(group_of_item)], axis=-1)
-    masses = [_log_sums(log_p, group_of_item, trie[-1].code.shape[0])]
+    leaves = _log_sums(log_p, group_of_item, trie[-1].code.shape[0])
+    return ItemPrior(by_level(leaves, trie, _log_sums), share)
+
+
+def by_level(
+    leaves: jax.Array, trie: Sequence[TrieLevel], sums: Callable[..., jax.Array]
+) -> list[jax.Array]:
+    """Numbers of the trie's leaves [users, leaves], and by level those of the nodes above them.
+
+    Args:
+      sums: of numbers [users, n], segments [n] and how many: sums [users, segments].
+    """
+    found = [leaves]
     for level in reversed(trie[1:]):
         nodes = level.first_child.shape[0] - 1
         children = jnp.arange(level.code.shape[0])
         parent = jnp.searchsorted(level.first_child, children, side="right") - 1
-        masses.append(_log_sums(masses[-1], parent, nodes))
-    return ItemPrior(masses[::-1], share)
+        found.append(sums(found[-1], parent, nodes))
+    return found[::-1]
 
 
 def _log_sums(log_p: jax.Array, segment: jax.Array, segments: int) -> jax.Array:

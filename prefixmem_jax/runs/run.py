@@ -20,6 +20,7 @@ from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.prepare import PreparedData, load_catalog, prepare_data
 from prefixmem_jax.data.shards import index_sha256
 from prefixmem_jax.data.texts import tokenizer_sha256
+from prefixmem_jax.data.transitions import Transitions
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_json, write_text
 from prefixmem_jax.inference.engine import Engine
@@ -39,7 +40,7 @@ from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-CONFIG, DATA = "config.json", "data.json"
+CONFIG, DATA, TRANSITIONS = "config.json", "data.json", "transitions.npz"
 # Groups that may change from one call of `train` to the next: they do not decide what is learnt.
 FREE = ("log_every_steps", "checkpoint", "evaluation", "mesh")
 
@@ -170,6 +171,12 @@ class Run:
         self.checked(data.catalog)
         return data
 
+    @cached_property
+    def transitions(self) -> Transitions | None:
+        """What stood next to what in training, where the run has counted it."""
+        path = self.path / TRANSITIONS
+        return Transitions.load(path) if path.is_file() else None
+
     def check_generates(self) -> None:
         """Raises UserError where its model does not generate SIDs."""
         if not self.config.objective.generates:
@@ -219,7 +226,9 @@ class Run:
             spec, {**spec.replicated(), **dict.fromkeys(spec.parts[len(spec.params) :])}
         )
         memory = parts.pop("memory", {"rows": None})["rows"]
-        return Engine(spec, parts, memory, catalog, self.config.evaluation.batch_size)
+        return Engine(
+            spec, parts, memory, catalog, self.config.evaluation.batch_size, self.transitions
+        )
 
     @cached_property
     def step(self) -> int:

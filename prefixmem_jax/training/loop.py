@@ -19,6 +19,7 @@ from tqdm import tqdm
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.evaluation.heuristics import tuned_transitions
 from prefixmem_jax.evaluation.validation import ValidationRetrieval
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
@@ -26,7 +27,7 @@ from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.runs.metrics import MetricsWriter
-from prefixmem_jax.runs.run import DataDescription, Run
+from prefixmem_jax.runs.run import TRANSITIONS, DataDescription, Run
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.hooks import (
     Checkpointing,
@@ -78,6 +79,11 @@ def train(
         if run.has_checkpoint:  # now that nobody else is at it
             state = None
         run.claim(config, DataDescription.of(data, config.data))
+        transitions = None
+        if config.evaluation.transition_share > 0:
+            transitions = run.transitions or tuned_transitions(data)
+            if first and run.transitions is None:
+                transitions.save(folder / TRANSITIONS)
         validation = objective.validation_rows(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
         )
@@ -96,7 +102,9 @@ def train(
             return state
         writer = MetricsWriter(folder, progress.step) if first else None
         bar = progress_bar(config.steps, config.name, "step", progress.step, shown=first)
-        retrieval = ValidationRetrieval(spec, data) if config.evaluation.retrieves else None
+        retrieval = None
+        if config.evaluation.retrieves:
+            retrieval = ValidationRetrieval(spec, data, transitions)
         validating = Validation(spec, writer, validation, retrieval)
         hooks: list[Hook] = [
             Logging(spec, writer, bar),

@@ -11,8 +11,9 @@ class PrefixMemConfig(PretrainedConfig):
       semantic_ids: `codebook_sizes` (codes by level), `text_tokens` (the token of level l, code c
         is `text_tokens + 2 + codes of earlier levels + c`; the two are padding and BOS), and what
         `recommend` goes by: how many `items` there are, of how many at the end of a history
-        (`max_items`) the model makes use, the width of the beam search (`beam`), and the share of
-        whole items in its scores (`item_share`).
+        (`max_items`) the model makes use, the width of the beam search (`beam`), and the shares in
+        its scores of whole items (`item_share`) and of what stood next to what in training
+        (`transition_share`).
       prefix_memory: `target_levels`, `orders`, `items`, `heads`, `rows`, `d_mem`, `address` and the
         hash's `multipliers` [levels * (1 + items)][heads]; the rest says how it was trained. None:
         there is no memory.

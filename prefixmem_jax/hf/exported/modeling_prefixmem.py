@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration_prefixmem import PrefixMemConfig
-from .sid_catalog import ITEMS, Catalog
+from .sid_catalog import ITEMS, TRANSITIONS, Catalog
 
 
 def earlier(x, distance):
@@ -242,7 +242,8 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
         """As ever, with the catalogue."""
         super().save_pretrained(save_directory, **kwargs)
         folder = self.config._name_or_path
-        items = cached_file(folder, ITEMS, _raise_exceptions_for_missing_entries=False)
-        target = Path(save_directory) / ITEMS
-        if items is not None and not target.exists():
-            shutil.copyfile(items, target)
+        for name in (ITEMS, TRANSITIONS):
+            file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+            target = Path(save_directory) / name
+            if file is not None and not target.exists():
+                shutil.copyfile(file, target)

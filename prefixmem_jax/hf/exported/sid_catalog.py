@@ -7,11 +7,13 @@ catalogue; several items may share a SID.
 import json
 from collections import namedtuple
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import cached_file
 
-ITEMS = "items.jsonl"
+ITEMS, TRANSITIONS = "items.jsonl", "transitions.npz"
+NEIGHBOURS = 64  # of an item that are looked at, the most frequent
 # `generate` fills beams that found nothing (more beams than SIDs) with scores of -1e9 or less.
 EXHAUSTED = -1e8
 
@@ -45,14 +47,17 @@ class Catalog:
       own_ids: what the items' owner calls them; empty if by number.
       max_items: how much of the end of a history the model was trained with.
       beam: width of its beam search.
+      transitions: what stood next to what in training, or None: arrays `first`, `neighbours` and
+        `counts` (those of item i are first[i]:first[i + 1]), and `decay`.
     """
 
-    def __init__(self, space, sids, titles, own_ids, max_items, beam):
+    def __init__(self, space, sids, titles, own_ids, max_items, beam, transitions=None):
         self.space = space
         self.own_ids = own_ids
         self.item_of_own_id = {own: item for item, own in enumerate(own_ids)}
         self.max_items = max_items
         self.beam = beam
+        self.transitions = transitions
         self.sids = [tuple(sid) for sid in sids]
         self.titles = titles
         self.items = {}
@@ -90,7 +95,13 @@ class Catalog:
                 own_ids += [] if own_id is None else [own_id]
         if len(sids) != described["items"]:
             raise ValueError(f"{path}: {len(sids)} items, expected {described['items']}")
-        return cls(space, sids, titles, own_ids, described["max_items"], described["beam"])
+        transitions = None
+        if described.get("transition_share"):
+            with np.load(cached_file(folder, TRANSITIONS), allow_pickle=False) as saved:
+                transitions = {name: saved[name] for name in saved.files}
+        return cls(
+            space, sids, titles, own_ids, described["max_items"], described["beam"], transitions
+        )
 
     def allowed(self, codes):
         """Which codes may follow: bool [prefixes, codes of the next level].
@@ -131,14 +142,38 @@ class Catalog:
         Args:
           log_probs: of items, float64 [items].
         """
+        return [mass.log() for mass in self._masses(log_probs.cpu().exp())]
+
+    def transition_masses(self, history, seen):
+        """By level, how probable the counts of training make the nodes; None where they are silent.
+
+        Args:
+          history: items, the newest last; seen: those that are not to be recommended, as leaves.
+        """
+        if self.transitions is None:
+            return None
+        first, neighbours, counts = (self.transitions[k] for k in ("first", "neighbours", "counts"))
+        said = np.zeros(len(self.sids))
+        for since, item in enumerate(reversed(history)):
+            own = slice(first[item], first[item + 1])
+            most = np.lexsort((neighbours[own], -counts[own]))[:NEIGHBOURS]
+            weight = float(self.transitions["decay"]) ** since
+            said[neighbours[own][most]] += weight * counts[own][most]
+        for item, sid in enumerate(self.sids):
+            if self.leaves[sid] in seen:
+                said[item] = 0.0
+        return self._masses(torch.from_numpy(said / said.sum())) if said.any() else None
+
+    def _masses(self, by_item):
+        """By level, the sums of numbers of items [items] below each node."""
         leaf = torch.tensor([self.leaves[sid] for sid in self.sids])
         mass = torch.zeros(len(self.keys[-1]), dtype=torch.float64)
-        masses = [mass.index_add(0, leaf, log_probs.cpu().exp())]
+        masses = [mass.index_add(0, leaf, by_item)]
         for keys, size in zip(self.keys[:0:-1], self.space.codebook_sizes[:0:-1], strict=True):
             parent = keys // size
             mass = torch.zeros(int(parent[-1]) + 1, dtype=torch.float64)
             masses.append(mass.index_add(0, parent, masses[-1]))
-        return [mass.log() for mass in masses[::-1]]
+        return masses[::-1]
 
     def recommend(self, model, history, top=10, beams=None, include_seen=False):
         """The best next items after a history of items or their own ids, oldest first.
@@ -152,7 +187,8 @@ class Catalog:
         Returns:
           A list of (item, title, sid, score), best first; items that share a SID follow each other.
           The score is the sum over levels of the code's log-probability; where the model has an
-          item head, mixed with the log-probability of the SID's items.
+          item head, mixed with the log-probability of the SID's items; where it comes with
+          transitions, the log of its probability mixed with theirs.
         """
         space = self.space
         given, count = list(history), len(self.sids)
@@ -175,13 +211,15 @@ class Catalog:
                 items = torch.tensor([space.encode(sid) for sid in self.sids], device=model.device)
                 prior = self.log_masses(model.item_log_probs(prompt, items))
                 share = model.config.semantic_ids["item_share"]
+            counted = self.transition_masses(history[-self.max_items :], set(gone))
+            counted_share = model.config.semantic_ids.get("transition_share", 0.0)
             output = model.generate(
                 prompt,
                 attention_mask=torch.ones(1, len(tokens), dtype=torch.int64, device=model.device),
                 max_new_tokens=space.levels,
                 do_sample=False,
                 logits_processor=LogitsProcessorList(
-                    [SidLogitsProcessor(space, self, prior, share, gone)]
+                    [SidLogitsProcessor(space, self, prior, share, gone, counted, counted_share)]
                 ),
                 return_dict_in_generate=True,
                 output_scores=True,
@@ -232,15 +270,48 @@ class SidLogitsProcessor(LogitsProcessor):
 
     With `prior`, `Catalog.log_masses` of one prompt, they are mixed with what items say: share of
     it, 1 - share of the codes. `excluded` are leaves of the catalogue that must not be written.
+    With `counted`, `Catalog.transition_masses` of that prompt, SIDs' probabilities are mixed with
+    them: counted_share of these.
     """
 
-    def __init__(self, space, catalog=None, prior=None, share=0.0, excluded=()):
+    def __init__(
+        self,
+        space,
+        catalog=None,
+        prior=None,
+        share=0.0,
+        excluded=(),
+        counted=None,
+        counted_share=0.0,
+    ):
         self.space = space
         self.catalog = catalog
         self.prior = prior
         self.share = share
         self.excluded = torch.tensor(list(excluded), dtype=torch.int64)
+        self.counted = counted
+        self.counted_share = counted_share
+        self.totals = {}
         self.prompt = None
+
+    def _counted_gains(self, level, codes, gained, row, code, child, node):
+        """What each child gains, in the log of the mixed probability of its prefix."""
+        share, prefixes = self.counted_share, [tuple(prefix) for prefix in codes.tolist()]
+        # The model's own log-probability of each prefix, from the step before.
+        own = [self.totals[p[:-1]][p[-1]] if p[:-1] in self.totals else -np.inf for p in prefixes]
+        own = torch.tensor(own if level else [0.0] * len(prefixes), dtype=torch.float64)
+
+        def mixed(own, mass):
+            return torch.logaddexp(np.log1p(-share) + own, (share * mass).log())
+
+        after = own[row] + gained.double().cpu()
+        totals = torch.full(
+            (len(prefixes), self.space.codebook_sizes[level]), -float("inf")
+        ).double()
+        totals[row, code] = after
+        self.totals = dict(zip(prefixes, totals.tolist(), strict=True))
+        gains = mixed(after, self.counted[level][child])
+        return gains - mixed(own[row], self.counted[level - 1][node]) if level else gains
 
     def __call__(self, input_ids, scores):
         if self.prompt is None:
@@ -253,14 +324,16 @@ class SidLogitsProcessor(LogitsProcessor):
             codes = before - torch.tensor(self.space.starts[:level], dtype=torch.int64)
             row, code, child, node = self.catalog.children(codes)
             allowed = torch.full_like(scored, -float("inf"))
-            row, code = row.to(scored.device), code.to(scored.device)
-            allowed[row, code] = scored[row, code]
+            gains = scored[row.to(scored.device), code.to(scored.device)]
             if self.prior is not None:
                 gained = self.prior[level][child]
                 if level > 0:
                     gained = gained - self.prior[level - 1][node]
-                gained = gained.to(scored.device, scored.dtype)
-                allowed[row, code] = (1 - self.share) * scored[row, code] + self.share * gained
+                gains = (1 - self.share) * gains + self.share * gained.to(gains)
+            if self.counted is not None:
+                gains = self._counted_gains(level, codes, gains, row, code, child, node).to(gains)
+            row, code = row.to(scored.device), code.to(scored.device)
+            allowed[row, code] = gains
             if level == self.space.levels - 1:
                 out = torch.isin(child, self.excluded).to(scored.device)
                 allowed[row[out], code[out]] = -float("inf")

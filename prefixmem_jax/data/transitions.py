@@ -1,0 +1,96 @@
+"""What followed what in training: counts of neighbouring items.
+
+They remember exactly what a model that learns by gradients remembers in part: recommendations may
+mix in what they say (`evaluation.transition_share`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from scipy import sparse
+
+from prefixmem_jax.data.splits import Split
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import replacing
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Scores of items next to the last ones of a history.
+
+    Attributes:
+      near: float [items, items], sparse: what an item of the history says of every other.
+      decay: how much less each item says than the one after it.
+    """
+
+    near: sparse.csr_array
+    decay: float
+
+    def scores(self, history: np.ndarray) -> np.ndarray:
+        """sum over the history of decay ** (items since) * near: float64 [items]."""
+        weights = self.decay ** np.arange(len(history) - 1, -1, -1)
+        return self.near[np.asarray(history)].T @ weights
+
+    def most_frequent(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first few neighbours of each item, int32 [items, n], -1 for none; float32 counts."""
+        near, items = self.near.tocsr(), self.near.shape[0]
+        item = np.repeat(np.arange(items), np.diff(near.indptr))
+        order = np.lexsort((near.indices, -near.data, item))
+        place = np.arange(len(order)) - near.indptr[item]
+        kept = place < most
+        width = max(1, int(place[kept].max(initial=0)) + 1)
+        neighbours = np.full((items, width), -1, np.int32)
+        counts = np.zeros((items, width), np.float32)
+        neighbours[item[kept], place[kept]] = near.indices[order][kept]
+        counts[item[kept], place[kept]] = near.data[order][kept]
+        return neighbours, counts
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz file."""
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.savez(
+                file,
+                first=self.near.indptr.astype(np.int64),
+                neighbours=self.near.indices.astype(np.int32),
+                counts=self.near.data.astype(np.float32),
+                decay=np.float64(self.decay),
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Transitions:
+        """Reads what `save` wrote; UserError names a file that is none."""
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                first, neighbours = saved["first"], saved["neighbours"]
+                size = len(first) - 1
+                near = sparse.csr_array((saved["counts"], neighbours, first), shape=(size, size))
+                near.check_format()
+                return cls(near, float(saved["decay"]))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise UserError(f"{path}: not the transitions of a run ({error})") from None
+
+
+def needed(transitions: Transitions | None) -> Transitions:
+    """What a `transition_share` above 0 needs; UserError says where it comes from."""
+    if transitions is None:
+        raise UserError(
+            "evaluation.transition_share is above 0, and the run has no transitions.npz; "
+            "`prefixmem train` with that share and the run's --out writes it"
+        )
+    return transitions
+
+
+def followed(split: Split, items: int) -> sparse.csr_array:
+    """How often each item came right after each in training: float64 [items, items]."""
+    train = split.train
+    at = train.indices()
+    ends = np.cumsum(train.lengths)[train.lengths > 0] - 1
+    at = np.delete(at, ends)  # where something follows
+    before, after = split.items[at], split.items[at + 1]
+    counts = sparse.csr_array((np.ones(len(at)), (before, after)), shape=(items, items))
+    counts.sum_duplicates()
+    return counts
