@@ -173,6 +173,37 @@ def make_parser() -> argparse.ArgumentParser:
         help="dotted config overrides; values between commas are tried one by one",
     )
 
+    paper = verb(
+        "paper",
+        verbs.paper,
+        "Train and evaluate the systems of a table of the paper, at the same learning rates and "
+        "several seeds, and print ours beside the paper's numbers; runs that are done already are "
+        "not trained again.",
+        "  prefixmem paper main                           # minutes a run on two CPU cores\n"
+        "  prefixmem paper all --scale gpu --out DIR\n"
+        "  prefixmem paper main --out DIR data.path=DATA  # on your items and histories",
+    )
+    paper.add_argument(
+        "table",
+        choices=("main", "initialisation", "decoders", "encoders", "addresses", "all"),
+        metavar="TABLE",
+        help="main, initialisation, decoders, encoders, addresses, or all",
+    )
+    paper.add_argument(
+        "--scale", choices=("tiny", "gpu"), default="tiny", help="tiny (default) or gpu"
+    )
+    paper.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/paper"),
+        help="for data, runs and results, a folder for each scale (default: runs/paper)",
+    )
+    paper.add_argument(
+        "--seeds", metavar="N", type=int, default=3, help="of every system (default: 3)"
+    )
+    paper.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+
     evaluation = verb(
         "evaluate",
         verbs.evaluate,

@@ -158,6 +158,17 @@ def sweep(options: argparse.Namespace) -> None:
     print(visible(str(out / "sweep.json")))
 
 
+def paper(options: argparse.Namespace) -> None:
+    start()
+    from prefixmem_jax.paper.experiment import Experiment
+    from prefixmem_jax.paper.report import describe
+    from prefixmem_jax.paper.tables import TABLES
+
+    experiment = Experiment(options.scale, options.out, options.seeds, options.overrides, say=print)
+    for table in TABLES if options.table == "all" else [options.table]:
+        print(f"\n{describe(experiment.table(table))}")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     start(options.distributed)
     import jax

@@ -1,0 +1,1 @@
+"""The paper's comparisons: which systems stand in its tables, trained and judged alike."""

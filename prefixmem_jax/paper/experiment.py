@@ -1,0 +1,179 @@
+"""Trains and evaluates what a table needs: every system at the same rates, then at more seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import load_config
+from prefixmem_jax.data.generation import ABOUT, generate
+from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
+from prefixmem_jax.evaluation.metrics import Scores
+from prefixmem_jax.evaluation.statistics import compare, intervals, means
+from prefixmem_jax.files import read_json_object, write_json
+from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
+from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.semantic_ids.quality import measure, prefix_ids
+from prefixmem_jax.training.loop import train
+
+# A baseline above this share of the best possible accuracy leaves nothing to show.
+SOLVED = 0.8
+
+
+class Experiment:
+    """The runs of one scale, in one folder; what is done already is not done again."""
+
+    def __init__(
+        self,
+        scale: str,
+        out: Path,
+        seeds: int,
+        overrides: Sequence[str] = (),
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        """Generates the data where `out` does not hold it.
+
+        Args:
+          overrides: of the baseline's config, and so of every system's.
+          say: called with each line of progress.
+        """
+        if seeds < 1:
+            raise UserError(f"--seeds: expected 1 or more, got {seeds}")
+        self.scale, self.folder, self.seeds, self.say = SCALES[scale], out / scale, seeds, say
+        base = load_config(self.scale.config, overrides)
+        data = self.folder / "data"
+        if base.data.path is None:
+            if not (data / ABOUT).exists():
+                say(f"generating {data}")
+                generate(self.scale.data, data)
+            base = replace(base, data=replace(base.data, path=str(data)))
+        self.base: Config = base
+        self.data: PreparedData = prepare_data(base.data)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """Trains and evaluates a table's rows and compares them with its first.
+
+        Returns:
+          `data` (`regime`), and by row: title, the paper's numbers, chosen learning rate, what
+          each rate gave on validation, costs, and by metric the mean over seeds, each seed's, and
+          the difference from the first row with a paired 95% interval over users.
+        """
+        rows: dict[str, Any] = {}
+        scores: dict[str, Scores] = {}
+        for row in TABLES[name]:
+            self.say(f"{name}: {ROWS[row].title}")
+            rows[row], scores[row] = self._row(row)
+        first = TABLES[name][0]
+        for row in TABLES[name][1:]:
+            rows[row]["against_first"] = compare(scores[first], scores[row])
+        regime = self.regime()
+        deepest = f"tf_accuracy/level_{len(regime['levels'])}"
+        if regime["optimum"] is not None:
+            reached = rows[first]["metrics"][deepest] / regime["optimum"][-1]
+            regime["baseline_of_optimum"] = reached
+            regime["in_regime"] = reached < SOLVED
+        result = {"table": name, "data": regime, "rows": rows, "machine": _machine()}
+        write_json(self.folder / f"{name}.json", result)
+        return result
+
+    def regime(self) -> dict[str, Any]:
+        """Whether there is something for a memory to know: of every level, distinct prefixes before
+        it, how often they are met in training (median over the test's targets), and what counting
+        codes after prefixes reaches; and the best possible accuracy, where it is known.
+        """
+        catalog, split = self.data.catalog, self.data.split
+        trained = split.items[split.train.indices()]
+        ids = prefix_ids(catalog.sids)
+        counted = measure(catalog.sids, catalog.space.codebook_sizes, trained, split.test.targets)
+        levels = []
+        for level, one in enumerate(counted["levels"]):
+            found = {"counting_accuracy": one["counting_accuracy"], "prefixes": 1}
+            if level:
+                met = np.bincount(ids[level - 1][trained], minlength=one["prefixes_before"])
+                found["prefixes"] = one["prefixes_before"]
+                found["met"] = float(np.median(met[ids[level - 1][split.test.targets]]))
+            levels.append(found)
+        about = Path(self.base.data.path) / ABOUT
+        optimum = read_json_object(about)["optimum"] if about.exists() else None
+        return {"items": len(catalog), "levels": levels, "optimum": optimum}
+
+    def _row(self, row: str) -> tuple[dict[str, Any], Scores]:
+        rate, tried = self._choose(row)
+        runs = [self._train(row, rate, seed) for seed in range(self.seeds)]
+        by_seed = [self._evaluate(run) for run in runs]
+        names = set.intersection(*(set(scores) for scores in by_seed))
+        mean = {n: np.mean([scores[n] for scores in by_seed], axis=0) for n in sorted(names)}
+        costs = self._costs(row, rate)
+        return {
+            "title": ROWS[row].title,
+            "paper": dict(ROWS[row].paper),
+            "learning_rate": rate,
+            "validation_loss": tried,
+            "metrics": means(mean),
+            "intervals": intervals(mean),
+            "by_seed": [means({n: scores[n] for n in mean}) for scores in by_seed],
+            **costs,
+        }, mean
+
+    def _choose(self, row: str) -> tuple[float, dict[str, float]]:
+        """The learning rate with the lowest last validation loss, of the first seed's runs."""
+        tried = {
+            rate: _last(self._train(row, rate, 0), "validation/loss") for rate in self.scale.rates
+        }
+        best = min(tried, key=tried.get)
+        return best, {f"{rate:g}": loss for rate, loss in tried.items()}
+
+    def _run(self, row: str, rate: float, seed: int) -> Path:
+        return self.folder / "runs" / row / f"learning_rate={rate:g},seed={seed}"
+
+    def _train(self, row: str, rate: float, seed: int) -> Path:
+        """A run's folder, once it is trained, after the runs whose memory it takes."""
+        folder = self._run(row, rate, seed)
+        before = {}
+        for other in ROWS[row].after:
+            before[other] = self._train(other, self._choose(other)[0], seed)
+        config = config_of(row, self.base, self.scale, rate, seed, before)
+        if not _is_done(folder, config.steps):
+            self.say(f"  {row}, learning rate {rate:g}, seed {seed}")
+            train(config, folder, self.data)
+        return folder
+
+    def _evaluate(self, folder: Path) -> Scores:
+        run = Run(folder)
+        if not (folder / "metrics.json").exists():
+            evaluate_run(run, self.data)
+        return load_scores(folder)
+
+    def _costs(self, row: str, rate: float) -> dict[str, float]:
+        """Tokens, FLOPs and seconds of the first seed's run and of those it takes from."""
+        runs = [self._run(row, rate, 0)]
+        runs += [self._run(other, self._choose(other)[0], 0) for other in ROWS[row].after]
+        return {key: sum(_last(run, key) for run in runs) for key in ("tokens", "flops", "seconds")}
+
+
+def _last(run: Path, key: str) -> float:
+    return [record[key] for record in read_metrics(run) if key in record][-1]
+
+
+def _is_done(folder: Path, steps: int) -> bool:
+    return (folder / "checkpoints" / str(steps)).is_dir() and Run(folder).step == steps
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device": device.device_kind, "jax": jax.__version__}
+
+
+def load_table(path: Path) -> dict[str, Any]:
+    """What `Experiment.table` wrote."""
+    return json.loads(path.read_text())

@@ -1,0 +1,223 @@
+"""The rows of the paper's tables: what each system is, and what the paper reports of it.
+
+A row is a change of its scale's baseline, so that decoder, data, steps and optimizer are those of
+the baseline where the row does not say otherwise. The paper's numbers are in percent; those of its
+decoder Qwen3-1.7B unless the row's title says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from prefixmem_jax.config import Config
+from prefixmem_jax.config_groups import InitConfig, OptimizerConfig
+from prefixmem_jax.data.generator import GeneratorConfig
+from prefixmem_jax.objectives.classification import Classification
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
+from prefixmem_jax.sid_encoders.sid_transformer import SidTransformerConfig
+
+# Of the run that a row's memory comes from, by row: where that is trained.
+Folders = Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size at which the tables can be run.
+
+    Attributes:
+      config: of the baseline, in `configs/`.
+      data: what is generated for it.
+      memory: of the row PrefixMem.
+      rates: learning rates that every system is tried at, chosen between on validation.
+    """
+
+    config: str
+    data: GeneratorConfig
+    memory: PrefixMemoryConfig
+    rates: tuple[float, ...]
+
+
+SCALES = {
+    "tiny": Scale(
+        "paper/tiny",
+        GeneratorConfig(codebook_sizes=(256,) * 5, personal=0.0),
+        PrefixMemoryConfig(rows=2**16, d_mem=64),
+        (3e-3, 1e-2, 3e-2),
+    ),
+    "gpu": Scale(
+        "paper/gpu",
+        GeneratorConfig(users=4_000_000, children=(256, 16, 16, 16, 16), personal=0.0),
+        PrefixMemoryConfig(rows=2_000_000, d_mem=256),
+        (3e-4, 1e-3, 3e-3),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system.
+
+    Attributes:
+      make: its config from the baseline's, the scale's memory, and the folders of the runs in
+        `after`.
+      after: rows that are trained before it, which it takes its memory from.
+      paper: what the paper reports, in percent, by our names of metrics.
+    """
+
+    title: str
+    make: Callable[[Config, PrefixMemoryConfig, Folders], Config]
+    after: tuple[str, ...] = ()
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+
+def _metrics(level_4: float | None, level_5: float, **more: float) -> dict[str, float]:
+    found = {"tf_accuracy/level_4": level_4, "tf_accuracy/level_5": level_5}
+    names = {f"r{k}": f"sid_recall@{k}/unconstrained" for k in (10, 20, 50, 100)}
+    names["hits"] = "sid_hit_rate"
+    found |= {names[name]: value for name, value in more.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _with(change: Callable[[PrefixMemoryConfig], PrefixMemoryConfig] = lambda memory: memory):
+    """The baseline with a memory, changed."""
+
+    def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+        del folders
+        return replace(base, sid_encoder=change(memory))
+
+    return make
+
+
+def _resized(factor: float):
+    return lambda memory: replace(memory, rows=int(memory.rows * factor))
+
+
+def _pretrained(by: str, factor: float = 1.0):
+    """The baseline with a memory of an earlier run, and a fresh projection."""
+
+    def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+        init = InitConfig(run=str(folders[by]), take=("memory",), fresh=("llm", "sid_encoder"))
+        return replace(base, sid_encoder=_resized(factor)(memory), init=init)
+
+    return make
+
+
+def _classifier(factor: float = 1.0):
+    def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+        del folders
+        return replace(base, objective=Classification(), sid_encoder=_resized(factor)(memory))
+
+    return make
+
+
+def _decoder(factor: float, with_memory: bool):
+    """Another width of the decoder."""
+
+    def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+        del folders
+        shape = base.model
+        wider = replace(
+            shape,
+            d_model=int(shape.d_model * factor),
+            d_ff=int(shape.d_ff * factor),
+            query_heads=max(1, int(shape.query_heads * factor)),
+            kv_heads=max(1, int(shape.kv_heads * factor)),
+        )
+        return replace(base, model=wider, sid_encoder=memory if with_memory else None)
+
+    return make
+
+
+def _more_steps(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+    del memory, folders
+    return replace(base, steps=base.steps * 5 // 4)
+
+
+def _sid_transformer(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+    del folders
+    width = base.model.d_model
+    encoder = SidTransformerConfig(
+        target_levels=memory.target_levels, width=width, d_ff=4 * width, heads=2
+    )
+    return replace(base, sid_encoder=encoder)
+
+
+ROWS = {
+    "baseline": Row(
+        "flat tokens",
+        lambda base, memory, folders: base,
+        paper=_metrics(33.3, 37.6, r20=6.0, r50=8.0, r100=9.5, hits=50.7),
+    ),
+    "baseline_longer": Row("flat tokens, 25% more steps", _more_steps),
+    "prefixmem_quarter": Row(
+        "PrefixMem, 500K rows (1/4)", _with(_resized(0.25)), paper=_metrics(40.1, 49.7)
+    ),
+    "prefixmem": Row("PrefixMem, 2M rows", _with(), paper=_metrics(42.6, 54.8, r100=11.3)),
+    "prefixmem_large": Row(
+        "PrefixMem, 5M rows (2.5 x)",
+        _with(_resized(2.5)),
+        paper=_metrics(43.4, 57.2, r20=6.7, r50=9.4, r100=11.6, hits=58.9),
+    ),
+    "classification": Row("stage 1: classification, 2M rows", _classifier()),
+    "classification_large": Row("stage 1: classification, 5M rows", _classifier(2.5)),
+    "prefixmem_classification": Row(
+        "PrefixMem from classification, 2M rows",
+        _pretrained("classification"),
+        ("classification",),
+        _metrics(None, 58.5, r100=11.2),
+    ),
+    "prefixmem_classification_large": Row(
+        "PrefixMem from classification, 5M rows",
+        _pretrained("classification_large", 2.5),
+        ("classification_large",),
+        _metrics(None, 64.0, r100=11.8, hits=65.1),
+    ),
+    "small": Row("half as wide, flat tokens (Qwen3-0.6B)", _decoder(0.5, False),
+                 paper=_metrics(None, 32.1, r100=8.4)),
+    "prefixmem_small": Row("half as wide, PrefixMem (Qwen3-0.6B)", _decoder(0.5, True),
+                           paper=_metrics(None, 54.1, r100=10.5)),
+    "prefixmem_small_llm": Row(
+        "PrefixMem from a decoder half as wide",
+        _pretrained("prefixmem_small"),
+        ("prefixmem_small",),
+        _metrics(None, 56.8, r100=11.8),
+    ),
+    "large": Row("twice as wide, flat tokens (Qwen3-4B)", _decoder(2, False),
+                 paper=_metrics(None, 45.0, r100=10.9)),
+    "prefixmem_on_large": Row("twice as wide, PrefixMem (Qwen3-4B)", _decoder(2, True),
+                              paper=_metrics(None, 55.8, r100=12.0)),
+    "sid_transformer": Row("SID-Transformer", _sid_transformer, paper=_metrics(None, 39.6)),
+    "suffix": Row(
+        "suffix n-grams",
+        _with(lambda memory: replace(memory, address="suffix")),
+        paper=_metrics(None, 54.6),
+    ),
+    "full_prefix": Row(
+        "the whole prefix alone",
+        _with(lambda memory: replace(memory, address="full_prefix")),
+        paper=_metrics(None, 54.0),
+    ),
+}  # fmt: skip
+
+# The first row is what the others are compared with.
+TABLES = {
+    "main": ("baseline", "baseline_longer", "prefixmem_quarter", "prefixmem", "prefixmem_large"),
+    "initialisation": (
+        "baseline", "prefixmem", "prefixmem_classification", "prefixmem_classification_large",
+        "prefixmem_small_llm",
+    ),
+    "decoders": (
+        "baseline", "prefixmem", "small", "prefixmem_small", "large", "prefixmem_on_large",
+    ),
+    "encoders": ("baseline", "prefixmem", "sid_transformer"),
+    "addresses": ("baseline", "prefixmem", "suffix", "full_prefix"),
+}  # fmt: skip
+
+
+def config_of(row: str, base: Config, scale: Scale, rate: float, seed: int, folders: Folders):
+    """A row's config at a learning rate and a seed."""
+    made = ROWS[row].make(base, scale.memory, folders)
+    optimizer: OptimizerConfig = replace(made.optimizer, learning_rate=rate)
+    return replace(made, name=row, seed=seed, optimizer=optimizer)

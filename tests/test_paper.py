@@ -1,0 +1,123 @@
+"""The paper's tables as commands: every row builds, the choice of rates, resuming, the printout."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import prefixmem
+
+from prefixmem_jax.config_files import load_config, to_json
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.paper.experiment import Experiment
+from prefixmem_jax.paper.report import describe
+from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
+from prefixmem_jax.semantic_ids.space import SidSpace
+
+TINY = [
+    "steps=4", "model.layers=1", "model.d_model=16", "model.d_ff=16", "data.batch_size=8",
+    "data.sequence_length=64", "evaluation.every_steps=2", "evaluation.validation_examples=20",
+    "evaluation.users=10", "evaluation.beam=10", "checkpoint.every_steps=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_is_a_config_that_goes_with_its_data(scale):
+    base = load_config(SCALES[scale].config)
+    space = SidSpace(SCALES[scale].data.codebook_sizes)
+    assert base.data.codebook_sizes == space.codebook_sizes and base.sid_encoder is None
+    folders = {row: Path("/somewhere") / row for row in ROWS}
+    made = {}
+    for row in ROWS:
+        config = config_of(row, base, SCALES[scale], 1e-3, 1, folders)
+        if config.sid_encoder is not None:
+            config.sid_encoder.check(space)
+        assert (config.name, config.seed, config.optimizer.learning_rate) == (row, 1, 1e-3)
+        assert (config.init.run is not None) == bool(ROWS[row].after)
+        made[row] = to_json(dataclasses.replace(config, name=""))
+    assert len(set(made.values())) == len(made)  # no two rows are the same
+    assert {row for rows in TABLES.values() for row in rows} | {
+        before for row in ROWS.values() for before in row.after
+    } == set(ROWS)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper")
+    prefixmem(
+        "data", "generate", "--out", folder / "data", "users=600", "personal=0",
+        "codebook_sizes=(8,8,8,8,8)", "children=(4,2,2,4,4)", "mean_length=6",
+    )  # fmt: skip
+    overrides = [
+        *TINY, f"data.path={folder / 'data'}", "data.codebook_sizes=(8,8,8,8,8)",
+    ]  # fmt: skip
+    return folder, overrides
+
+
+def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
+    folder, overrides = small
+    memory = dataclasses.replace(SCALES["tiny"].memory, rows=64, d_mem=16)
+
+    def at(*rates):
+        monkeypatch.setitem(
+            SCALES, "tiny", dataclasses.replace(SCALES["tiny"], rates=rates, memory=memory)
+        )
+
+    at(1e-2)
+    monkeypatch.setitem(TABLES, "main", ("baseline", "prefixmem_classification"))
+    said = []
+    found = Experiment("tiny", folder / "out", 2, overrides, said.append).table("main")
+    trained = [line for line in said if "learning rate" in line]
+    assert len(trained) == len(set(trained)) == 6  # three systems, two seeds
+    rows = found["rows"]
+    assert list(rows) == ["baseline", "prefixmem_classification"]
+    for row in rows.values():
+        assert row["learning_rate"] == 1e-2 and len(row["by_seed"]) == 2
+        for name in ("tf_accuracy/level_5", "sid_recall@10/unconstrained"):
+            mean = np.mean([seed[name] for seed in row["by_seed"]])
+            assert row["metrics"][name] == pytest.approx(mean)
+    difference = rows["prefixmem_classification"]["against_first"]["tf_accuracy/level_5"]
+    values = [row["metrics"]["tf_accuracy/level_5"] for row in rows.values()]
+    assert difference["difference"] == pytest.approx(values[1] - values[0])
+    # Stage 1 is part of the price.
+    tokens = [row["tokens"] for row in rows.values()]
+    assert tokens[1] == pytest.approx(2 * tokens[0])
+    assert found["data"]["in_regime"] == (found["data"]["baseline_of_optimum"] < 0.8)
+    said.clear()
+    assert Experiment("tiny", folder / "out", 2, overrides, said.append).table("main") == found
+    assert not [line for line in said if "learning rate" in line]  # nothing was trained again
+
+    lines = describe(found).splitlines()
+    (ours,) = (n for n, line in enumerate(lines) if line.startswith("flat tokens "))
+    assert lines[ours + 1].split()[:3] == ["in", "the", "paper"] and "37.6" in lines[ours + 1]
+    assert f"{100 * values[0]:.1f}" in lines[ours]
+    assert any("of the best possible at the deepest level" in line for line in lines)
+
+    at(1e-6, 1e-2)
+    monkeypatch.setitem(TABLES, "main", ("baseline",))
+    said.clear()
+    row = Experiment("tiny", folder / "out", 1, overrides, said.append).table("main")["rows"]
+    assert len([line for line in said if "learning rate" in line]) == 1
+    tried = row["baseline"]["validation_loss"]
+    assert tried["1e-06"] > tried["0.01"] and row["baseline"]["learning_rate"] == 1e-2
+
+
+def test_counting_by_hand(small):
+    folder, overrides = small
+    experiment = Experiment("tiny", folder / "count", 1, overrides)
+    levels, split = experiment.regime()["levels"], experiment.data.split
+    sids = experiment.data.catalog.sids
+    trained = [tuple(sids[item]) for item in split.items[split.train.indices()]]
+    held_out = [tuple(sids[item]) for item in split.test.targets]
+    for level in range(2, 6):
+        before = [sid[: level - 1] for sid in trained]
+        assert levels[level - 1]["prefixes"] == len({tuple(sid[: level - 1]) for sid in sids})
+        met = [before.count(sid[: level - 1]) for sid in held_out]
+        assert levels[level - 1]["met"] == np.median(met)
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(UserError, match="--seeds: expected 1 or more"):
+        Experiment("tiny", Path("nowhere"), 0)
+    done = prefixmem("paper", "maine", expect=2)
+    assert "invalid choice: 'maine'" in done.stderr.splitlines()[-1]
