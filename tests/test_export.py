@@ -259,7 +259,9 @@ def test_bleu_of_titles(export_of, monkeypatch):
     assert title_bleu(engine, folder) == pytest.approx(100)
 
 
-def test_recommend_from_a_saved_again_folder(exported, tmp_path):
+@pytest.mark.parametrize("family", ["gemma3", "quickstart"])
+def test_recommend_from_a_saved_again_folder(family, export_of, tmp_path):
+    exported = export_of(family)
     model = exported.model
     model.save_pretrained(tmp_path / "again")
     again = open_in_torch(tmp_path / "again")

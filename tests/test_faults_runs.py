@@ -104,8 +104,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_found_and_the_older_one_taken(kind, run, trained, caplog):
-    """Training goes on from the older one, says so, ends as it would have, and deletes nothing."""
+def test_a_damaged_checkpoint_is_found_and_the_older_one_taken(kind, run, caplog):
+    DAMAGE[kind](run / "checkpoints" / "10")
+    with Run(run).checkpoints() as checkpoints:
+        assert checkpoints.choose() == 5
+    assert f"{run}/checkpoints/10 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["a flipped bit in the memory", "an empty step folder"])
+def test_training_goes_on_from_the_older_checkpoint(kind, run, trained, caplog):
+    """It says so, ends as it would have, and deletes nothing."""
     DAMAGE[kind](run / "checkpoints" / "10")
     train(CONFIG, run, DATA)
     assert f"{run}/checkpoints/10 is damaged" in caplog.text

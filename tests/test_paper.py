@@ -10,7 +10,7 @@ from conftest import prefixmem
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.paper.experiment import Experiment
-from prefixmem_jax.paper.report import describe
+from prefixmem_jax.paper.report import describe, plot
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
 from prefixmem_jax.semantic_ids.space import SidSpace
 
@@ -83,6 +83,15 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     tokens = [row["tokens"] for row in rows.values()]
     assert tokens[1] == pytest.approx(2 * tokens[0])
     assert found["data"]["in_regime"] == (found["data"]["baseline_of_optimum"] < 0.8)
+    assert sum(piece["users"] for piece in found["by_met"]) == len(
+        Experiment("tiny", folder / "out", 2, overrides).data.split.test
+    )
+    for row, value in zip(rows, values, strict=True):
+        pieces = [piece["users"] * piece["accuracy"][row] for piece in found["by_met"]]
+        users = sum(piece["users"] for piece in found["by_met"])
+        assert sum(pieces) / users == pytest.approx(value)
+    plot(folder / "main.png", found)
+    assert (folder / "main.png").read_bytes().startswith(b"\x89PNG")
     said.clear()
     assert Experiment("tiny", folder / "out", 2, overrides, said.append).table("main") == found
     assert not [line for line in said if "learning rate" in line]  # nothing was trained again

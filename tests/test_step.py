@@ -468,6 +468,10 @@ def test_flops_count_loops_and_match_the_formula():
     weights = jax.ShapeDtypeStruct((3, 7, 7), jnp.float32)
     assert matmul_flops(scanned, x, weights) == 3 * 2 * 5 * 7 * 7
     assert matmul_flops(jax.jit(scanned), x, weights) == 3 * 2 * 5 * 7 * 7
+    chosen = lambda x, w: jax.lax.platform_dependent(  # noqa: E731
+        x, w, cpu=lambda x, w: x @ w[0], default=lambda x, w: x @ w[0] @ w[1]
+    )
+    assert matmul_flops(chosen, x, weights) == 2 * 2 * 5 * 7 * 7
     counts = []
     for sizes in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):  # the same work, however it is divided
         spec = spec_of(on_mesh(CONFIG, *sizes))

@@ -161,12 +161,15 @@ def sweep(options: argparse.Namespace) -> None:
 def paper(options: argparse.Namespace) -> None:
     start()
     from prefixmem_jax.paper.experiment import Experiment
-    from prefixmem_jax.paper.report import describe
+    from prefixmem_jax.paper.report import describe, plot
     from prefixmem_jax.paper.tables import TABLES
 
     experiment = Experiment(options.scale, options.out, options.seeds, options.overrides, say=print)
     for table in TABLES if options.table == "all" else [options.table]:
-        print(f"\n{describe(experiment.table(table))}")
+        result, path = experiment.table(table), experiment.folder / f"{table}.png"
+        plot(path, result)
+        print(f"\n{describe(result)}")
+        print(visible(str(path.with_suffix(".json"))), visible(str(path)))
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -28,6 +28,8 @@ from prefixmem_jax.training.loop import train
 
 # A baseline above this share of the best possible accuracy leaves nothing to show.
 SOLVED = 0.8
+# How often a prefix was met in training: from each of these to the next.
+MET = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 class Experiment:
@@ -82,7 +84,10 @@ class Experiment:
             reached = rows[first]["metrics"][deepest] / regime["optimum"][-1]
             regime["baseline_of_optimum"] = reached
             regime["in_regime"] = reached < SOLVED
-        result = {"table": name, "data": regime, "rows": rows, "machine": _machine()}
+        by_met = self._by_met({row: one[deepest] for row, one in scores.items()})
+        result = {
+            "table": name, "data": regime, "rows": rows, "by_met": by_met, "machine": _machine(),
+        }  # fmt: skip
         write_json(self.folder / f"{name}.json", result)
         return result
 
@@ -93,19 +98,33 @@ class Experiment:
         """
         catalog, split = self.data.catalog, self.data.split
         trained = split.items[split.train.indices()]
-        ids = prefix_ids(catalog.sids)
         counted = measure(catalog.sids, catalog.space.codebook_sizes, trained, split.test.targets)
         levels = []
-        for level, one in enumerate(counted["levels"]):
-            found = {"counting_accuracy": one["counting_accuracy"], "prefixes": 1}
-            if level:
-                met = np.bincount(ids[level - 1][trained], minlength=one["prefixes_before"])
+        for level, one in enumerate(counted["levels"], start=1):
+            found = {"counting_accuracy": one["counting_accuracy"]}
+            if level > 1:
                 found["prefixes"] = one["prefixes_before"]
-                found["met"] = float(np.median(met[ids[level - 1][split.test.targets]]))
+                found["met"] = float(np.median(self._met(level)))
             levels.append(found)
         about = Path(self.base.data.path) / ABOUT
         optimum = read_json_object(about)["optimum"] if about.exists() else None
         return {"items": len(catalog), "levels": levels, "optimum": optimum}
+
+    def _met(self, level: int) -> np.ndarray:
+        """How often training met each test target's prefix before a level: int64 [users]."""
+        split, ids = self.data.split, prefix_ids(self.data.catalog.sids)[level - 2]
+        met = np.bincount(ids[split.items[split.train.indices()]], minlength=ids.max() + 1)
+        return met[ids[split.test.targets]]
+
+    def _by_met(self, deepest: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Accuracy at the deepest level by how often training met the prefix before it."""
+        met, found = self._met(self.data.catalog.space.levels), []
+        for low, high in zip(MET, (*MET[1:], np.inf), strict=True):
+            here = (met >= low) & (met < high)
+            if here.any():
+                accuracy = {row: float(values[here].mean()) for row, values in deepest.items()}
+                found.append({"from": low, "users": int(here.sum()), "accuracy": accuracy})
+        return found
 
     def _row(self, row: str) -> tuple[dict[str, Any], Scores]:
         rate, tried = self._choose(row)

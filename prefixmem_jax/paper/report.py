@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 CUTOFFS = (10, 20, 50, 100)
 
@@ -34,7 +40,33 @@ def describe(result: dict[str, Any]) -> str:
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
         for line in lines
     ]
-    return "\n".join([*text, "", *_differences(result, metrics), "", *_regime(result["data"])])
+    return "\n".join(
+        [
+            *text,
+            "",
+            *_differences(result, metrics),
+            "",
+            *_by_met(result),
+            "",
+            *_regime(result["data"]),
+        ]
+    )
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    """Accuracy at the deepest level against how often training met the prefix."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    pieces = result["by_met"]
+    names = [f"{piece['from']:,}+" for piece in pieces]
+    for row, one in result["rows"].items():
+        values = [100 * piece["accuracy"][row] for piece in pieces]
+        axis.plot(names, values, marker="o", label=one["title"])
+    axis.set_xlabel("times that training met the prefix")
+    axis.set_ylabel(f"accuracy at level {len(result['data']['levels'])}, %")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _percent(value: float | None) -> str:
@@ -56,6 +88,14 @@ def _differences(result: dict[str, Any], metrics: list[str]) -> list[str]:
                 f"  {row['title']}, {name}: {100 * one['difference']:+.1f}{relative}, "
                 f"{100 * one['low']:+.1f} to {100 * one['high']:+.1f}; {seeds}"
             )
+    return lines
+
+
+def _by_met(result: dict[str, Any]) -> list[str]:
+    lines = ["deepest level, by how often training met the prefix:"]
+    for piece in result["by_met"]:
+        values = "  ".join(f"{100 * value:.1f}" for value in piece["accuracy"].values())
+        lines.append(f"  {piece['from']:>5,}+ ({piece['users']:,} users): {values}")
     return lines
 
 

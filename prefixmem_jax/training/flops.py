@@ -13,6 +13,8 @@ from jax.extend import core
 def matmul_flops(function: Callable, *arguments: Any) -> int:
     """FLOPs of all `dot_general`s in a call, on all devices, loops included (2 per multiply-add).
 
+    Of a `cond` the branch with the most counts.
+
     Args:
       arguments: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
@@ -26,7 +28,9 @@ def _count(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
-        inner = sum(_count(sub) for sub in _subjaxprs(equation.params))
+        counts = [_count(sub) for sub in _subjaxprs(equation.params)]
+        # Of a choice, such as one by platform, one branch is run: the dearest, so as not to flatter.
+        inner = max(counts) if equation.primitive.name == "cond" else sum(counts)
         repeated = equation.params.get("length", 1)  # a scan's
         if equation.primitive.name == "shard_map":  # what one device computes
             repeated = equation.params["mesh"].size
