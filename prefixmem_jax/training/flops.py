@@ -29,7 +29,7 @@ def _count(jaxpr: Any) -> int:
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
         counts = [_count(sub) for sub in _subjaxprs(equation.params)]
-        # Of a choice, such as one by platform, one branch is run: the dearest, so as not to flatter.
+        # Of a choice, such as one by platform, one branch is run; count the dearest.
         inner = max(counts) if equation.primitive.name == "cond" else sum(counts)
         repeated = equation.params.get("length", 1)  # a scan's
         if equation.primitive.name == "shard_map":  # what one device computes
