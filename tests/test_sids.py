@@ -62,18 +62,21 @@ def test_titles_become_sids_that_can_be_trained_on(data, tmp_path):
 
 
 def test_vectors_are_matched_by_item(data, tmp_path):
-    """Whatever the order of the files; the same SIDs from Parquet and .npz."""
+    """Whatever the order of the files; the same SIDs from Parquet, .npz and .npy."""
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((240, 8)).astype(np.float32)
     order = rng.permutation(240)
     np.savez(tmp_path / "v.npz", item_id=np.arange(240), embedding=embedding)
     table = {"embedding": list(embedding[order]), "item_id": order}
     pq.write_table(pa.table(table), tmp_path / "v.parquet", row_group_size=50)
+    np.save(tmp_path / "v.npy", embedding[order])
+    np.save(tmp_path / "v.item_id.npy", order)
     found = []
-    for name in ("v.npz", "v.parquet"):
+    for name in ("v.npz", "v.parquet", "v.npy"):
         make_sids(data, tmp_path / name[2:], tmp_path / name, [*WAYS, "collisions=move"])
         found.append(read_dataset(tmp_path / name[2:]).catalog)
     np.testing.assert_array_equal(found[0].sids, found[1].sids)
+    np.testing.assert_array_equal(found[0].sids, found[2].sids)
     first = found[0].sids[:, 0]
     of_prefix = np.bincount(first)  # each has room for 16
     assert len(found[0].group_sids) == np.minimum(of_prefix, 16).sum()
@@ -146,6 +149,10 @@ def save(name, **arrays):
     return lambda folder: np.savez(folder / name, **arrays)
 
 
+def save_array(name, array):
+    return lambda folder: np.save(folder / f"{name}.npy", array)
+
+
 def parquet(**columns):
     return lambda folder: pq.write_table(pa.table(columns), folder / "v.parquet")
 
@@ -167,6 +174,9 @@ GOOD = [[1.0, float(item)] for item in IDS]
         ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.ones((239, 2))), "240 item ids, but 239"),
         ("v.npz", save("v.npz", item_id=np.r_[0, IDS], embedding=np.ones((241, 2))), "item 0 has more than one"),
         ("v.npz", save("v.npz", item_id=np.arange(240), embedding=np.full((240, 2), np.nan)), "vector of item 0 is not finite"),
+        ("v.npy", save_array("v", np.ones((240, 2))), "their item ids in v.item_id.npy beside it"),
+        ("v.npy", save_array("v.item_id", np.arange(240)), "v.npy: expected vectors"),
+        ("v.npy", lambda folder: [(folder / n).write_text("") for n in ("v.npy", "v.item_id.npy")], "v.npy: expected vectors"),
         ("v.parquet", lambda folder: None, "v.parquet: not a readable Parquet file"),
         ("v.parquet", parquet(item_id=IDS), "no column 'embedding'"),
         ("v.parquet", parquet(embedding=GOOD), "no column 'item_id'"),

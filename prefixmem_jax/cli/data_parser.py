@@ -136,5 +136,6 @@ def add_embeddings(parser: argparse.ArgumentParser) -> None:
         "--embeddings",
         type=Path,
         metavar="FILE",
-        help=".parquet or .npz with item_id and embedding (default: vectors of the titles)",
+        help=".parquet or .npz with item_id and embedding, or NAME.npy beside NAME.item_id.npy "
+        "(default: vectors of the titles)",
     )

@@ -61,15 +61,18 @@ def read_vectors(path: Path, items: int, keys: Sequence[str] | None, unpacked: P
 
     Args:
       keys: what the items' owner calls them, if `item_id` in the file says that.
-      path: a Parquet file with columns `item_id` and `embedding` (list of float), or an .npz with
-        arrays of these names.
+      path: a Parquet file with columns `item_id` and `embedding` (list of float); an .npz with
+        arrays of these names; or an .npy of vectors, of which no more is read than is wanted, with
+        the ids beside it: NAME.npy and NAME.item_id.npy.
       unpacked: where a Parquet file's vectors are written to, as they are read piece by piece.
 
     Raises:
       UserError: one line that names the file, the row and the cause.
     """
     if path.suffix == ".npz":
-        ids, array = _read_npz(path)
+        ids, array = _checked(path, *_read_npz(path))
+    elif path.suffix == ".npy":
+        ids, array = _checked(path, *_map_npy(path))
     else:
         ids, array = _unpack_parquet(path, unpacked)
     if len(ids) != len(array):
@@ -97,11 +100,24 @@ def read_vectors(path: Path, items: int, keys: Sequence[str] | None, unpacked: P
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path) as arrays:
-            ids, array = arrays["item_id"], arrays[EMBEDDING]
+            return arrays["item_id"], arrays[EMBEDDING]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path}: expected an .npz with arrays item_id and {EMBEDDING} ({error})"
         ) from None
+
+
+def _map_npy(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    ids = path.with_suffix(".item_id.npy")
+    try:
+        return np.load(ids), np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: expected vectors, and their item ids in {ids.name} beside it ({error})"
+        ) from None
+
+
+def _checked(path: Path, ids: np.ndarray, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if ids.ndim != 1 or ids.dtype.kind not in "iuU":
         raise UserError(f"{path}: item_id must be ids [items], is {ids.dtype} {ids.shape}")
     if array.ndim != 2 or not array.shape[1] or not np.issubdtype(array.dtype, np.floating):
