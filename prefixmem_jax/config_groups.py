@@ -86,7 +86,7 @@ class DataConfig:
       codebook_sizes: codes per level; none means largest code + 1 of each level.
       items: of the catalogue, for `plan` where there is no data yet; none means those of the data.
       split: see `data.splits.split_dataset`.
-      holdout: share held out for validation, and again for test (splits time and users).
+      holdout: share held out for validation, and again for test (all splits but leave_two_out).
       text_tokens: size of the text vocabulary that stands before the SID tokens.
       packed: folder that `prefixmem data pack` wrote; none means that training packs in memory.
       tokenizer: folder of the tokenizer of texts (tokenizer.json), for documents that have titles.
@@ -103,7 +103,9 @@ class DataConfig:
     sid_column: str = "sid"
     codebook_sizes: Sizes | None = None
     items: PositiveInt | None = None
-    split: Literal["leave_two_out", "time", "users"] = "leave_two_out"
+    split: Literal["leave_two_out", "time", "users", "users_random", "users_and_time"] = (
+        "leave_two_out"
+    )
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     text_tokens: Annotated[NonNegativeInt, Field(le=2**22)] = 0
     packed: str | None = None

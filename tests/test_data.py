@@ -273,6 +273,45 @@ def test_user_split_is_disjoint_and_depends_on_ids_alone():
     assert set((399 - again.test.users).tolist()) == test
 
 
+def test_users_with_a_target_at_random_are_those_of_users():
+    rng = np.random.default_rng(0)
+    sequences = [np.arange(rng.integers(1, 30)) for _ in range(2000)]
+    dataset = tiny_dataset(sequences)
+    last, split = (split_dataset(dataset, kind, 0.2) for kind in ("users", "users_random"))
+    for name in ("train", "validation", "test"):
+        assert len(getattr(last, name)) == len(getattr(split, name)) > 100
+    where = []
+    for user, history, target in spelled(split.validation) + spelled(split.test):
+        assert history == list(range(target)) and 1 <= target < len(sequences[user])
+        if len(sequences[user]) > 2:
+            where.append((target - 1) / (len(sequences[user]) - 2))
+    assert 0.45 < np.mean(where) < 0.55 and min(where) == 0 and max(where) == 1
+
+
+def test_the_papers_split_is_disjoint_in_users_and_in_time():
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 20, 10) for _ in range(1000)]
+    times = [np.sort(rng.integers(0, 10_000, 10)) for _ in range(1000)]
+    dataset = tiny_dataset(sequences, times)
+    split = split_dataset(dataset, "users_and_time", 0.2)
+    users = split_dataset(dataset, "users", 0.2)
+    cut = np.quantile(np.concatenate(times), 0.8)
+    held_out = set(users.validation.users.tolist()) | set(users.test.users.tolist())
+    expected = sum(int((t < cut).sum()) for u, t in enumerate(times) if u not in held_out)
+    assert split.train.lengths.sum() == expected > 1000
+    assert set(split.validation.users.tolist()) <= set(users.validation.users.tolist())
+    assert set(split.test.users.tolist()) <= set(users.test.users.tolist())
+    later = []
+    for user, history, target in spelled(split.validation) + spelled(split.test):
+        at = len(history)
+        assert sequences[user][:at].tolist() == history and sequences[user][at] == target
+        assert times[user][at] >= cut and at >= 1
+        later.append(times[user][at - 1] >= cut)
+    assert 0.2 < np.mean(later) < 0.8  # not always the first of them
+    with pytest.raises(UserError, match="users_and_time needs a 'timestamps' column"):
+        split_dataset(tiny_dataset(sequences), "users_and_time", 0.1)
+
+
 def packed(data, length, max_items, seed=0):
     options = DataConfig(max_items=max_items, sequence_length=length)
     documents = mixture([Items()], Corpus(data, options), seed)

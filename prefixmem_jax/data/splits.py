@@ -120,12 +120,20 @@ def split_dataset(dataset: Dataset, kind: str, holdout: float) -> Split:
           training only). `time`: training ends at the (1 - 2 * holdout) quantile of all
           timestamps, validation at the (1 - holdout) quantile; a user's example is the first
           item of the period, given everything before it. `users`: disjoint users, by a digest
-          of the user id; a held-out user's target is the last item.
-      holdout: share of interactions (`time`) or users (`users`) in each held-out part.
+          of the user id; a held-out user's target is the last item. `users_random`: the same, the
+        target at a random position. `users_and_time`, the paper's: disjoint users, and training
+        ends at the (1 - holdout) quantile of all timestamps; a held-out user's target is a random
+        one of the items from then on.
+      holdout: share of interactions (`time`), of users (`users`, `users_random`), or of both, in
+        each held-out part.
     """
-    split = {"leave_two_out": _leave_two_out, "time": _by_time, "users": _by_users}[kind](
-        dataset.histories, holdout
-    )
+    split = {
+        "leave_two_out": _leave_two_out,
+        "time": _by_time,
+        "users": _by_users,
+        "users_random": _by_users_at_random,
+        "users_and_time": _by_users_and_time,
+    }[kind](dataset.histories, holdout)
     for name in ("train", "validation", "test"):
         if not len(getattr(split, name)):
             need = "three items" if kind == "leave_two_out" else "enough items and users"
@@ -148,18 +156,23 @@ def _leave_two_out(histories: Histories, holdout: float) -> Split:
     )
 
 
-def _by_time(histories: Histories, holdout: float) -> Split:
-    if histories.timestamps is None:
-        raise UserError("data.split=time needs a 'timestamps' column in histories.parquet")
+def _first_from(histories: Histories, cut: float) -> np.ndarray:
+    """Where each user's first interaction at or after a time is; where the user's end, if none."""
+    earlier = np.concatenate([[0], np.cumsum(histories.timestamps < cut)])
     starts, stops = histories.offsets[:-1], histories.offsets[1:]
+    return starts + earlier[stops] - earlier[starts]
 
-    def first_from(cut: float) -> np.ndarray:
-        """Where each user's first interaction at or after a time is; `stops` if there is none."""
-        earlier = np.concatenate([[0], np.cumsum(histories.timestamps < cut)])
-        return starts + earlier[stops] - earlier[starts]
 
-    first_cut, second_cut = np.quantile(histories.timestamps, [1 - 2 * holdout, 1 - holdout])
-    begin, middle = first_from(first_cut), first_from(second_cut)
+def _quantiles(histories: Histories, kind: str, shares: list[float]) -> np.ndarray:
+    if histories.timestamps is None:
+        raise UserError(f"data.split={kind} needs a 'timestamps' column in histories.parquet")
+    return np.quantile(histories.timestamps, shares)
+
+
+def _by_time(histories: Histories, holdout: float) -> Split:
+    starts, stops = histories.offsets[:-1], histories.offsets[1:]
+    first_cut, second_cut = _quantiles(histories, "time", [1 - 2 * holdout, 1 - holdout])
+    begin, middle = _first_from(histories, first_cut), _first_from(histories, second_cut)
     known = begin > starts
     return Split(
         histories.items,
@@ -170,19 +183,52 @@ def _by_time(histories: Histories, holdout: float) -> Split:
 
 
 def _by_users(histories: Histories, holdout: float) -> Split:
+    stops = histories.offsets[1:]
+    place, _ = _digests(histories)
+    return _disjoint(histories, holdout, place, stops, stops - 1)
+
+
+def _by_users_at_random(histories: Histories, holdout: float) -> Split:
     starts, stops = histories.offsets[:-1], histories.offsets[1:]
-    digests = (hashlib.sha256(user.encode()).digest() for user in histories.user_ids)
-    place = np.fromiter(
-        (int.from_bytes(digest[:8], "big") / 2**64 for digest in digests), float, len(histories)
-    )
-    train = place >= 2 * holdout
-    held_out = ~train & (stops - starts > 1)
+    place, random = _digests(histories)
+    targets_at = starts + 1 + (random * (stops - starts - 1)).astype(np.int64)
+    return _disjoint(histories, holdout, place, stops, targets_at)
+
+
+def _by_users_and_time(histories: Histories, holdout: float) -> Split:
+    starts, stops = histories.offsets[:-1], histories.offsets[1:]
+    (cut,) = _quantiles(histories, "users_and_time", [1 - holdout])
+    begin = _first_from(histories, cut)
+    place, random = _digests(histories)
+    first = np.maximum(begin, starts + 1)
+    targets_at = first + (random * np.maximum(stops - first, 0)).astype(np.int64)
+    return _disjoint(histories, holdout, place, begin, targets_at)
+
+
+def _disjoint(
+    histories: Histories,
+    holdout: float,
+    place: np.ndarray,
+    train_until: np.ndarray,
+    targets_at: np.ndarray,
+) -> Split:
+    """Users by place: below `holdout` validation, below twice that test, the others training."""
+    starts, stops = histories.offsets[:-1], histories.offsets[1:]
+    train = (place >= 2 * holdout) & (train_until > starts)
+    held_out = (place < 2 * holdout) & (targets_at > starts) & (targets_at < stops)
     return Split(
         histories.items,
-        Ranges(starts[train], stops[train]),
-        _examples(histories, held_out & (place < holdout), stops - 1),
-        _examples(histories, held_out & (place >= holdout), stops - 1),
+        Ranges(starts[train], train_until[train]),
+        _examples(histories, held_out & (place < holdout), targets_at),
+        _examples(histories, held_out & (place >= holdout), targets_at),
     )
+
+
+def _digests(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+    """Two numbers in 0..1 for each user, by the user's id alone."""
+    digests = b"".join(hashlib.sha256(user.encode()).digest()[:16] for user in histories.user_ids)
+    numbers = np.frombuffer(digests, ">u8").reshape(-1, 2) / 2.0**64
+    return numbers[:, 0], np.minimum(numbers[:, 1], np.nextafter(1.0, 0.0))
 
 
 def _examples(histories: Histories, chosen: np.ndarray, targets_at: np.ndarray) -> Examples:
