@@ -4,9 +4,10 @@
 #   launch/local.sh CONFIG --processes N [arguments of `prefixmem train`]
 #   launch/local.sh evaluate RUN ... --processes N [arguments of `prefixmem evaluate`]
 # The first process's output is shown; the others write to LOGS/process-I.log (LOGS: a new
-# temporary folder, printed). If one fails, all are stopped. Needs `prefixmem` on the PATH.
+# temporary folder, printed). If one fails, all are stopped. Told to end (SIGTERM), or if one of them
+# is, a training saves its state and all end with status 143. Needs `prefixmem` on the PATH.
 set -euo pipefail
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit "$1"; }
 verb=train
 case "${1:-}" in -h|--help) usage 0 ;; train|evaluate) verb=$1; shift ;; esac
 [ $# -ge 1 ] || usage 2
@@ -28,7 +29,8 @@ export PREFIXMEM_COORDINATOR=127.0.0.1:$port PREFIXMEM_PROCESSES=$processes
 pids=()
 stop_all() { for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done; }
 trap stop_all EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT
+trap stop_all TERM
 for ((i = processes - 1; i >= 0; i--)); do
   run=(prefixmem "$verb" "$what" "${arguments[@]}" --distributed)
   if [ "$i" -gt 0 ]; then
@@ -39,10 +41,16 @@ for ((i = processes - 1; i >= 0; i--)); do
   pids+=($!)
 done
 [ "$processes" -eq 1 ] || echo "local.sh: $processes processes; logs of the others in $logs" >&2
-for ((done = 0; done < processes; done++)); do
-  if wait -n; then :; else
-    status=$?
-    echo "local.sh: a process failed with status $status; stopping the others (logs: $logs)" >&2
-    exit "$status"
-  fi
+told=0
+while :; do
+  status=0
+  wait -n || status=$?
+  case $status in
+    0) ;;
+    127) exit "$told" ;; # none is left
+    143) told=143 ;;
+    *)
+      echo "local.sh: a process failed with status $status; stopping the others (logs: $logs)" >&2
+      exit "$status" ;;
+  esac
 done

@@ -12,6 +12,18 @@ class UserError(Exception):
     """
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked to end, and it was waited until that did no harm.
+
+    Attributes:
+      number: of the signal; may_save: whether what was done so far can be saved first.
+    """
+
+    def __init__(self, number: int, may_save: bool):
+        super().__init__()
+        self.number, self.may_save = number, may_save
+
+
 def nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
     """How an error about an unknown name ends: with the valid one most like it, or all of them."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)

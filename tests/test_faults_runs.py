@@ -23,7 +23,7 @@ from prefixmem_jax.config_groups import (
     SyntheticConfig,
 )
 from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.errors import UserError
+from prefixmem_jax.errors import Stopped, UserError
 from prefixmem_jax.recommender import recommend
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
@@ -236,35 +236,38 @@ def test_one_bad_step_is_an_error_and_leaves_no_checkpoint(tmp_path):
     assert not Run(tmp_path / "run").has_checkpoint
 
 
-class Interrupts(Hook):
-    """Ctrl-C in the middle of whatever other hooks do."""
+class Signals(Hook):
+    """A signal in the middle of whatever other hooks do, after step 7."""
 
-    def __init__(self, times: int):
+    def __init__(self, number: int):
         super().__init__(1)
-        self.times = times
+        self.number = number
 
     def due(self, progress) -> bool:
         return progress.step == 7
 
     def run(self, progress) -> None:
-        for _ in range(self.times):
-            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), self.number)
 
 
-def test_an_interrupt_stops_after_the_step_and_can_be_gone_on_from(trained, tmp_path, monkeypatch):
-    run_steps, handler = loop.run_steps, signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step_and_can_be_gone_on_from(
+    number, trained, tmp_path, monkeypatch
+):
+    run_steps, handler = loop.run_steps, signal.getsignal(number)
 
-    def with_interrupt(spec, state, iterator, hooks, progress, bar):
-        return run_steps(spec, state, iterator, [*hooks, Interrupts(1)], progress, bar)
+    def with_signal(spec, state, iterator, hooks, progress, bar):
+        return run_steps(spec, state, iterator, [*hooks, Signals(number)], progress, bar)
 
-    monkeypatch.setattr(loop, "run_steps", with_interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(loop, "run_steps", with_signal)
+    with pytest.raises(Stopped) as stopped:
         train(CONFIG, tmp_path / "run", DATA)
-    assert state_of_step(tmp_path / "run") == 5
+    assert stopped.value.number == number
+    assert state_of_step(tmp_path / "run") == 8  # it came while step 7's hooks ran
     monkeypatch.undo()
     train(CONFIG, tmp_path / "run", DATA)
     chex.assert_trees_all_equal(state_of(tmp_path / "run")[1], trained[1])
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
 
 
 def test_a_save_that_fails_is_the_runs_failure(tmp_path, monkeypatch):

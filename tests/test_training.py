@@ -201,13 +201,24 @@ def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(stage_one, tmp_path):
-    arguments = [*SMALL, f"init.run={stage_one}", "steps=20", "checkpoint.every_steps=10"]
+    """Though they are told to end half-way; they agree on a step, save, and go on from there."""
+    arguments = [*SMALL, f"init.run={stage_one}", "steps=60", "checkpoint.every_steps=60"]
     prefixmem("train", QUICKSTART / "prefixmem.py", *arguments, "--out", tmp_path / "one")
-    subprocess.run(
-        [ROOT / "launch" / "local.sh", QUICKSTART / "prefixmem.py", "--processes", "2",
-         *arguments, "--out", tmp_path / "two"],
-        check=True, env=command_environment(), timeout=300,
-    )  # fmt: skip
+    command = [
+        ROOT / "launch" / "local.sh", QUICKSTART / "prefixmem.py", "--processes", "2",
+        *arguments, "--out", tmp_path / "two",
+    ]  # fmt: skip
+    launched = subprocess.Popen(command, env=command_environment())
+    deadline = time.monotonic() + 200
+    while not (records := read_metrics(tmp_path / "two")) and time.monotonic() < deadline:
+        assert launched.poll() is None, "the run ended before it was told to"
+        time.sleep(0.01)
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)  # one of them
+    assert launched.wait(100) == 143
+    (saved,) = (int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir())
+    assert records[-1]["step"] <= saved < 60
+    subprocess.run(command, check=True, env=command_environment(), timeout=300)
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [r["step"] for r in one] == [r["step"] for r in two]
     for a, b in zip(one, two, strict=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 from prefixmem_jax.cli import terminal, verbs
 from prefixmem_jax.cli.parser import parse
-from prefixmem_jax.errors import UserError
+from prefixmem_jax.errors import Stopped, UserError
 
 # Verbs that keep what they have done, and go on from there.
 RESUMED = (verbs.quickstart, verbs.train, verbs.evaluate)
@@ -17,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 2 for a user's mistake, 1 where the machine failed (a file, memory), 130
-      where the user interrupted it, 141 where nobody reads on.
+      where the user interrupted it, 143 where it was told to end (SIGTERM), 141 where nobody reads
+      on.
     """
     terminal.prepare()
     verb = None
@@ -30,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code
     except UserError as error:
         return terminal.fail(str(error), 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         resumed = "; the same command goes on from what was saved" if verb in RESUMED else ""
-        return terminal.fail(f"interrupted{resumed}", 130)
+        status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+        return terminal.fail(f"interrupted{resumed}", status)
     except BrokenPipeError:
         return terminal.abandon()
     except OSError as error:

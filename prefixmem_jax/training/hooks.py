@@ -94,7 +94,12 @@ class Hook:
     """Runs after the steps that it is due at; the last step is always one of them.
 
     When any hook runs, every step so far was finite.
+
+    Attributes:
+      before_stopping: whether it runs too where the loop is asked to end early.
     """
+
+    before_stopping = False
 
     def __init__(self, every_steps: int):
         self.every_steps = every_steps
@@ -201,6 +206,8 @@ class Checkpointing(Hook):
 
     A finite update may still be too large: what it made of the parameters shows in the next loss.
     """
+
+    before_stopping = True
 
     def __init__(
         self,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,7 @@ from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.parts import abstract_parts, from_parts
 from prefixmem_jax.training.state import TrainState, abstract_state
 from prefixmem_jax.training.step import abstract_batch, check_mesh, compile_train_step, train_step
+from prefixmem_jax.training.stopping import stops_between_steps
 from prefixmem_jax.training_rows import training_source
 
 log = logging.getLogger(__name__)
@@ -149,7 +147,7 @@ def run_steps(
     """Steps until the last; between them, the hooks that are due.
 
     Raises:
-      KeyboardInterrupt: after the step in which it came; what is being saved is saved.
+      Stopped: after the step in which it was asked to; the state is saved first, if it can be.
     """
     sharding, batch_shapes = batch_sharding(spec.mesh), abstract_batch(spec)
     tokens = jax.tree.leaves(batch_shapes)[0].size
@@ -159,7 +157,7 @@ def run_steps(
     compiled = compile_train_step(spec)
     unchecked: list[tuple[int, jax.Array]] = []
     progress.skip_time()
-    with interrupts_between_steps() as interrupted:
+    with stops_between_steps() as asked_to_stop:
         while not progress.done:
             state, metrics = compiled(state, global_batch(next(iterator), sharding))
             progress.step += 1
@@ -168,37 +166,14 @@ def run_steps(
             progress.state, progress.metrics = state, metrics
             unchecked.append((progress.step, metrics["finite"]))
             bar.update()
+            stop = asked_to_stop(progress.step)
             for hook in hooks:  # what one finds may make the next one due
-                if hook.due(progress):
+                if hook.due(progress) or (stop and stop.may_save and hook.before_stopping):
                     check_finite(unchecked, spec.config)
                     hook.run(progress)
-            if interrupted:
-                raise KeyboardInterrupt
+            if stop and not progress.done:
+                raise stop
     return state
-
-
-@contextmanager
-def interrupts_between_steps() -> Iterator[list[int]]:
-    """Ctrl-C fills the list instead of stopping whatever runs; a second one stops at once.
-
-    An exception inside a library's callback may be swallowed there, or leave half of a save.
-    """
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        if received:
-            os._exit(130)
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def check_finite(steps: list[tuple[int, jax.Array]], config: Config) -> None:
