@@ -26,6 +26,7 @@ from prefixmem_jax.cli.data_parser import (
     add_raw,
     add_tokenizer,
 )
+from prefixmem_jax.cli.experiment_parser import add_paper, add_sweep
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -162,16 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem sweep recommend/small data.path=DIR seed=0,1,2 model.dropout=0.2,0.4\n"
         "  prefixmem sweep recommend/small 'sid_encoder.target_levels=(1,3,4),(3,4)'",
     )
-    sweeping.add_argument("config", metavar="CONFIG", help=config_help)
-    sweeping.add_argument(
-        "--out", metavar="DIR", type=Path, help="where the runs go (default: sweeps/NAME)"
-    )
-    sweeping.add_argument(
-        "overrides",
-        nargs="+",
-        metavar="KEY=VALUES",
-        help="dotted config overrides; values between commas are tried one by one",
-    )
+    add_sweep(sweeping, config_help)
 
     paper = verb(
         "paper",
@@ -183,26 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem paper all --scale gpu --out DIR\n"
         "  prefixmem paper main --out DIR data.path=DATA  # on your items and histories",
     )
-    paper.add_argument(
-        "table",
-        choices=("main", "initialisation", "decoders", "encoders", "addresses", "all"),
-        metavar="TABLE",
-        help="main, initialisation, decoders, encoders, addresses, or all",
-    )
-    paper.add_argument(
-        "--scale", choices=("tiny", "gpu"), default="tiny", help="tiny (default) or gpu"
-    )
-    paper.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("runs/paper"),
-        help="for data, runs and results, a folder for each scale (default: runs/paper)",
-    )
-    paper.add_argument(
-        "--seeds", metavar="N", type=int, default=3, help="of every system (default: 3)"
-    )
-    paper.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+    add_paper(paper, overrides_help)
 
     evaluation = verb(
         "evaluate",

@@ -203,7 +203,7 @@ ROWS = {
 
 # The first row is what the others are compared with.
 TABLES = {
-    "main": ("baseline", "baseline_longer", "prefixmem_quarter", "prefixmem", "prefixmem_large"),
+    "main": ("baseline", "prefixmem", "prefixmem_quarter", "prefixmem_large", "baseline_longer"),
     "initialisation": (
         "baseline", "prefixmem", "prefixmem_classification", "prefixmem_classification_large",
         "prefixmem_small_llm",

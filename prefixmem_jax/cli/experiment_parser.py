@@ -1,0 +1,42 @@
+"""What `prefixmem sweep` and `prefixmem paper` take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_sweep(sweeping: argparse.ArgumentParser, config_help: str) -> None:
+    sweeping.add_argument("config", metavar="CONFIG", help=config_help)
+    sweeping.add_argument(
+        "--out", metavar="DIR", type=Path, help="where the runs go (default: sweeps/NAME)"
+    )
+    sweeping.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="KEY=VALUES",
+        help="dotted config overrides; values between commas are tried one by one",
+    )
+
+
+def add_paper(paper: argparse.ArgumentParser, overrides_help: str) -> None:
+    paper.add_argument(
+        "table",
+        choices=("main", "initialisation", "decoders", "encoders", "addresses", "all"),
+        metavar="TABLE",
+        help="main, initialisation, decoders, encoders, addresses, or all",
+    )
+    paper.add_argument(
+        "--scale", choices=("tiny", "gpu"), default="tiny", help="tiny (default) or gpu"
+    )
+    paper.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/paper"),
+        help="for data, runs and results, a folder for each scale (default: runs/paper)",
+    )
+    paper.add_argument(
+        "--seeds", metavar="N", type=int, default=3, help="of every system (default: 3)"
+    )
+    paper.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
