@@ -30,14 +30,26 @@ def run(
     """Calls a function of a module in a new process; its exit status is what it returns."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("out", "err")]
-        process = _CONTEXT.Process(target=_call, args=(target, arguments, environment, *streams))
-        process.start()
+        process = start(target, arguments, environment, *streams)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
         written = [path.read_text(errors="surrogateescape") for path in streams]
         return subprocess.CompletedProcess(arguments, process.exitcode, *written)
+
+
+def start(
+    target: Callable[..., int | None],
+    arguments: Sequence[object],
+    environment: dict[str, str],
+    out: Path,
+    err: Path,
+) -> multiprocessing.Process:
+    """The same, not waited for; its output goes to two files."""
+    process = _CONTEXT.Process(target=_call, args=(target, arguments, environment, out, err))
+    process.start()
+    return process
 
 
 def _call(

@@ -7,11 +7,11 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import chex
+import forked
 import jax
 import numpy as np
 import pytest
@@ -124,27 +124,21 @@ def test_a_killed_run_ends_bit_identical(tmp_path):
     ]  # fmt: skip
     prefixmem(*arguments, "--out", tmp_path / "whole")
     killed = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "prefixmem_jax.cli",
-        *map(str, arguments),
-        "--out",
-        str(killed),
-    ]
     kill_at = random.Random(os.getpid()).randint(15, 60)
-    process = subprocess.Popen(
-        command, env=command_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = forked.start(
+        forked.command, [*map(str, arguments), "--out", str(killed)], command_environment(),
+        tmp_path / "out", tmp_path / "err",
+    )  # fmt: skip
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         records = read_metrics(killed)
         if records and records[-1]["step"] >= kill_at:
             break
-        assert process.poll() is None, "the run ended before it was killed"
+        assert process.is_alive(), "the run ended before it was killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     last = read_metrics(killed)[-1]["step"]
     assert kill_at <= last < 80, (kill_at, last)
 
