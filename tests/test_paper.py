@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import prefixmem
 
+from prefixmem_jax.cli.parser import parse
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.paper.experiment import Experiment
@@ -123,6 +124,13 @@ def test_counting_by_hand(small):
         assert levels[level - 1]["prefixes"] == len({tuple(sid[: level - 1]) for sid in sids})
         met = [before.count(sid[: level - 1]) for sid in held_out]
         assert levels[level - 1]["met"] == np.median(met)
+
+
+def test_the_command_line_knows_every_table_and_scale():
+    for table in (*TABLES, "all"):
+        assert parse(["paper", table]).table == table
+    for scale in SCALES:
+        assert parse(["paper", "main", "--scale", scale]).scale == scale
 
 
 def test_mistakes_are_one_line():

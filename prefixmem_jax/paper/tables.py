@@ -203,7 +203,8 @@ ROWS = {
 
 # The first row is what the others are compared with.
 TABLES = {
-    "main": ("baseline", "prefixmem", "prefixmem_quarter", "prefixmem_large", "baseline_longer"),
+    "main": ("baseline", "baseline_longer", "prefixmem", "prefixmem_classification"),
+    "rows": ("baseline", "prefixmem_quarter", "prefixmem", "prefixmem_large"),
     "initialisation": (
         "baseline", "prefixmem", "prefixmem_classification", "prefixmem_classification_large",
         "prefixmem_small_llm",
