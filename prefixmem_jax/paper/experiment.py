@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,8 @@ from prefixmem_jax.training.loop import train
 
 # A baseline above this share of the best possible accuracy leaves nothing to show.
 SOLVED = 0.8
+# What a table's file keeps of all that a run's metrics.json has.
+KEPT = ("tf_accuracy/", "sid_recall@", "sid_hit_rate", "unique_level_1")
 # How often a prefix was met in training: from each of these to the next.
 MET = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
@@ -130,7 +134,7 @@ class Experiment:
         rate, tried = self._choose(row)
         runs = [self._train(row, rate, seed) for seed in range(self.seeds)]
         by_seed = [self._evaluate(run) for run in runs]
-        names = set.intersection(*(set(scores) for scores in by_seed))
+        names = {name for name in by_seed[0] if name.startswith(KEPT)}
         mean = {n: np.mean([scores[n] for scores in by_seed], axis=0) for n in sorted(names)}
         costs = self._costs(row, rate)
         return {
@@ -190,7 +194,13 @@ def _is_done(folder: Path, steps: int) -> bool:
 
 def _machine() -> dict[str, Any]:
     device = jax.devices()[0]
-    return {"platform": device.platform, "device": device.device_kind, "jax": jax.__version__}
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def load_table(path: Path) -> dict[str, Any]:
