@@ -1,8 +1,8 @@
 """The rows of the paper's tables: what each system is, and what the paper reports of it.
 
 A row is a change of its scale's baseline, so that decoder, data, steps and optimizer are those of
-the baseline where the row does not say otherwise. The paper's numbers are in percent; those of its
-decoder Qwen3-1.7B unless the row's title says so.
+the baseline where the row does not say otherwise. The paper's numbers are in percent; of Qwen3-1.7B
+and of 2M rows a table where the row's title names no others.
 """
 
 from __future__ import annotations
@@ -152,24 +152,24 @@ ROWS = {
     ),
     "baseline_longer": Row("flat tokens, 25% more steps", _more_steps),
     "prefixmem_quarter": Row(
-        "PrefixMem, 500K rows (1/4)", _with(_resized(0.25)), paper=_metrics(40.1, 49.7)
+        "PrefixMem, a quarter of the rows (500K)", _with(_resized(0.25)), paper=_metrics(40.1, 49.7)
     ),
-    "prefixmem": Row("PrefixMem, 2M rows", _with(), paper=_metrics(42.6, 54.8, r100=11.3)),
+    "prefixmem": Row("PrefixMem", _with(), paper=_metrics(42.6, 54.8, r100=11.3)),
     "prefixmem_large": Row(
-        "PrefixMem, 5M rows (2.5 x)",
+        "PrefixMem, 2.5 times the rows (5M)",
         _with(_resized(2.5)),
         paper=_metrics(43.4, 57.2, r20=6.7, r50=9.4, r100=11.6, hits=58.9),
     ),
-    "classification": Row("stage 1: classification, 2M rows", _classifier()),
-    "classification_large": Row("stage 1: classification, 5M rows", _classifier(2.5)),
+    "classification": Row("stage 1: classification", _classifier()),
+    "classification_large": Row("stage 1: classification, 2.5 times the rows", _classifier(2.5)),
     "prefixmem_classification": Row(
-        "PrefixMem from classification, 2M rows",
+        "PrefixMem from classification",
         _pretrained("classification"),
         ("classification",),
         _metrics(None, 58.5, r100=11.2),
     ),
     "prefixmem_classification_large": Row(
-        "PrefixMem from classification, 5M rows",
+        "PrefixMem from classification, 2.5 times the rows (5M)",
         _pretrained("classification_large", 2.5),
         ("classification_large",),
         _metrics(None, 64.0, r100=11.8, hits=65.1),
