@@ -15,7 +15,9 @@ setup(
         "prefixmem_jax.configs",
         *(
             f"prefixmem_jax.configs.{folder}"
-            for folder in find_namespace_packages("configs", exclude=["*__pycache__"])
+            for folder in find_namespace_packages(
+                "configs", exclude=["*__pycache__", "paper.results"]
+            )
         ),
     ],
     # Written into exported folders, never imported here: they need torch.

@@ -136,6 +136,8 @@ def _load(source: SafetensorsFolder, weight: Weight, target: jax.ShapeDtypeStruc
             array = source.read(weight.name.format(layer=layer))
             array = weight.to_ours(array, target.shape[1:])
             stacked = put(stacked, _placed(array, target.dtype, layer_sharding), layer)
+            # Or the next layers would be read while these are still held.
+            jax.block_until_ready(stacked)
     return stacked
 
 
