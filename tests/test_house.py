@@ -29,8 +29,7 @@ ROOMS = [
     "errors", "text", "progress", "files", "page", "kinds", "config_groups", "parallel", "semantic_ids",
     "data", "memory", "layers", "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
     "hf", "runs", "evaluation", "training_rows", "training", "planning", "recommender", "inspection", "convert", "sids", "quickstart", "start", "sweep",
-    "paper",
-    "benchmarks", "cli",
+    "benchmarks", "paper", "cli",
 ]  # fmt: skip
 # Written into exported folders, where the package is not.
 EXPORTED = PACKAGE / "hf" / "exported"

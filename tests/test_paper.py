@@ -30,7 +30,7 @@ def test_every_row_is_a_config_that_goes_with_its_data(scale):
     folders = {row: Path("/somewhere") / row for row in ROWS}
     made = {}
     for row in ROWS:
-        config = config_of(row, base, SCALES[scale], 1e-3, 1, folders)
+        config = config_of(row, base, SCALES[scale].memory, 1e-3, 1, folders)
         if config.sid_encoder is not None:
             config.sid_encoder.check(space)
         assert (config.name, config.seed, config.optimizer.learning_rate) == (row, 1, 1e-3)
@@ -92,6 +92,9 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     said.clear()
     assert Experiment("tiny", folder / "out", 1, overrides, said.append).table("main") == found
     assert not [line for line in said if "learning rate" in line]  # nothing was trained again
+
+    with pytest.raises(UserError, match=r"holds a run with another config \(model.d_ff is 16"):
+        Experiment("tiny", folder / "out", 1, [*overrides, "model.d_ff=24"]).table("main")
 
     lines = describe(found).splitlines()
     (ours,) = (n for n, line in enumerate(lines) if line.startswith("flat tokens "))

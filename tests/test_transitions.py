@@ -13,7 +13,7 @@ from test_beam_search import brute_force
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.data.transitions import Transitions, followed
+from prefixmem_jax.data.transitions import Transitions, successor_counts
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import transition_heuristic, tuned_transitions
 from prefixmem_jax.inference.beam_search import beam_search
@@ -40,7 +40,7 @@ def test_they_are_counted_within_training_sequences_only(data):
     for start, stop in zip(train.starts, train.stops, strict=True):
         for at in range(start, stop - 1):
             counts[data.split.items[at], data.split.items[at + 1]] += 1
-    np.testing.assert_array_equal(followed(data.split, 150).toarray(), counts)
+    np.testing.assert_array_equal(successor_counts(data.split, 150).toarray(), counts)
     tuned = tuned_transitions(data)
     near = tuned.near.toarray()
     assert any(np.array_equal(near, counts + back * counts.T) for back in (0, 0.5, 1))

@@ -173,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
         "not trained again.",
         "  prefixmem paper main                           # minutes a run on two CPU cores\n"
         "  prefixmem paper all --scale gpu --out DIR\n"
-        "  prefixmem paper main --out DIR data.path=DATA  # on your items and histories",
+        "  prefixmem paper main --out DIR data.path=DATA data.codebook_sizes=none   # your data",
     )
     add_paper(paper, overrides_help)
 

@@ -99,12 +99,16 @@ class Split:
         history: bool [examples].
         """
         size = int(self.items.max()) + 1
-        here = self.train.indices()
-        here = here[here + 1 < np.repeat(self.train.stops, self.train.lengths)]
+        here = self.followed_at()
         known = np.unique(self.items[here] * size + self.items[here + 1])
         last = self.items[np.maximum(examples.targets_at - 1, 0)]
         has_history = examples.targets_at > examples.starts
         return has_history & np.isin(last * size + examples.targets, known)
+
+    def followed_at(self) -> np.ndarray:
+        """Indices of the training's items that another one follows, int64 [any]."""
+        here = self.train.indices()
+        return here[here + 1 < np.repeat(self.train.stops, self.train.lengths)]
 
     def item_counts(self, size: int) -> np.ndarray:
         """Occurrences in the training sequences of every item of a catalogue, int64 [size]."""

@@ -84,12 +84,9 @@ def needed(transitions: Transitions | None) -> Transitions:
     return transitions
 
 
-def followed(split: Split, items: int) -> sparse.csr_array:
+def successor_counts(split: Split, items: int) -> sparse.csr_array:
     """How often each item came right after each in training: float64 [items, items]."""
-    train = split.train
-    at = train.indices()
-    ends = np.cumsum(train.lengths)[train.lengths > 0] - 1
-    at = np.delete(at, ends)  # where something follows
+    at = split.followed_at()
     before, after = split.items[at], split.items[at + 1]
     counts = sparse.csr_array((np.ones(len(at)), (before, after)), shape=(items, items))
     counts.sum_duplicates()

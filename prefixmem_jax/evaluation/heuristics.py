@@ -17,7 +17,7 @@ from scipy import sparse
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.data.splits import Examples
-from prefixmem_jax.data.transitions import Transitions, followed
+from prefixmem_jax.data.transitions import Transitions, successor_counts
 from prefixmem_jax.evaluation.metrics import (
     Evaluated,
     Scores,
@@ -46,10 +46,7 @@ def successor_heuristic(data: PreparedData) -> Scorer:
     Equal counts keep the order in which training showed them; items that never followed come
     after, by popularity.
     """
-    items, train, size = data.split.items, data.split.train, len(data.catalog)
-    at = train.indices()
-    ends = np.cumsum(train.lengths)[train.lengths > 0] - 1
-    at = np.delete(at, ends)  # where something follows
+    items, size, at = data.split.items, len(data.catalog), data.split.followed_at()
     pairs, first, counts = np.unique(
         items[at] * size + items[at + 1], return_index=True, return_counts=True
     )
@@ -76,7 +73,7 @@ def tuned_transitions(data: PreparedData) -> Transitions:
 
     Decay and back are those of `TRANSITION_GRID` with the best Recall@10 on validation.
     """
-    forwards = followed(data.split, len(data.catalog))
+    forwards = successor_counts(data.split, len(data.catalog))
     backwards = forwards.T.tocsr()
 
     def of(options: tuple) -> Transitions:

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from prefixmem_jax.benchmarks.timing import machine
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_files import load_config
+from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.data.generation import ABOUT, generate
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
@@ -65,6 +65,12 @@ class Experiment:
             base = replace(base, data=replace(base.data, path=str(data)))
         self.base: Config = base
         self.data: PreparedData = prepare_data(base.data)
+        levels = self.data.catalog.space.levels
+        if levels < 3:
+            raise UserError(f"the data's SIDs have {levels} levels; a memory wants 3 or more")
+        self.memory = replace(
+            self.scale.memory, target_levels=(levels - 1, levels), orders=levels - 1
+        )
 
     def table(self, name: str) -> dict[str, Any]:
         """Trains and evaluates a table's rows and compares them with its first.
@@ -89,9 +95,8 @@ class Experiment:
             regime["baseline_of_optimum"] = reached
             regime["in_regime"] = reached < SOLVED
         by_met = self._by_met({row: one[deepest] for row, one in scores.items()})
-        result = {
-            "table": name, "data": regime, "rows": rows, "by_met": by_met, "machine": _machine(),
-        }  # fmt: skip
+        result = {"table": name, "data": regime, "rows": rows, "by_met": by_met}
+        result["machine"] = _where_and_when()
         write_json(self.folder / f"{name}.json", result)
         return result
 
@@ -165,15 +170,26 @@ class Experiment:
         before = {}
         for other in ROWS[row].after:
             before[other] = self._train(other, self._choose(other)[0], seed)
-        config = config_of(row, self.base, self.scale, rate, seed, before)
-        if not _is_done(folder, config.steps):
+        config = config_of(row, self.base, self.memory, rate, seed, before)
+        if not self._is_done(folder, config):  # or it is another run, which training says
             self.say(f"  {row}, learning rate {rate:g}, seed {seed}")
             train(config, folder, self.data)
         return folder
 
-    def _evaluate(self, folder: Path) -> Scores:
+    def _is_done(self, folder: Path, config: Config) -> bool:
         run = Run(folder)
-        if not (folder / "metrics.json").exists():
+        return (
+            run.has_checkpoint
+            and run.step == config.steps
+            and run.config == config
+            and run.data_description.sha256 == self.data.dataset.sha256
+        )
+
+    def _evaluate(self, folder: Path) -> Scores:
+        run, path = Run(folder), folder / "metrics.json"
+        found = read_json_object(path) if path.exists() else {}
+        wanted = {"split": "test", "step": run.step, "config": json.loads(to_json(run.config))}
+        if {key: found.get(key) for key in wanted} != wanted:
             evaluate_run(run, self.data)
         return load_scores(folder)
 
@@ -188,21 +204,5 @@ def _last(run: Path, key: str) -> float:
     return [record[key] for record in read_metrics(run) if key in record][-1]
 
 
-def _is_done(folder: Path, steps: int) -> bool:
-    return (folder / "checkpoints" / str(steps)).is_dir() and Run(folder).step == steps
-
-
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def load_table(path: Path) -> dict[str, Any]:
-    """What `Experiment.table` wrote."""
-    return json.loads(path.read_text())
+def _where_and_when() -> dict[str, Any]:
+    return {**machine(), "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}

@@ -31,8 +31,8 @@ def describe(result: dict[str, Any]) -> str:
                 *(f"{cost:.3g}" for cost in costs),
             ]
         )
-        if row["paper"]:
-            numbers = (row["paper"].get(name) for name in metrics)
+        numbers = [row["paper"].get(name) for name in metrics]
+        if any(number is not None for number in numbers):
             cells = ["" if number is None else f"{number:g}" for number in numbers]
             lines.append(["  in the paper", *cells, "", "", "", ""])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -29,7 +29,7 @@ class Scale:
     Attributes:
       config: of the baseline, in `configs/`.
       data: what is generated for it.
-      memory: of the row PrefixMem.
+      memory: of the row PrefixMem; its levels are the last two of the data.
       rates: learning rates that every system is tried at, chosen between on validation.
     """
 
@@ -217,8 +217,10 @@ TABLES = {
 }  # fmt: skip
 
 
-def config_of(row: str, base: Config, scale: Scale, rate: float, seed: int, folders: Folders):
+def config_of(
+    row: str, base: Config, memory: PrefixMemoryConfig, rate: float, seed: int, folders: Folders
+) -> Config:
     """A row's config at a learning rate and a seed."""
-    made = ROWS[row].make(base, scale.memory, folders)
+    made = ROWS[row].make(base, memory, folders)
     optimizer: OptimizerConfig = replace(made.optimizer, learning_rate=rate)
     return replace(made, name=row, seed=seed, optimizer=optimizer)

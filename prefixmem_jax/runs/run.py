@@ -174,8 +174,13 @@ class Run:
     @cached_property
     def transitions(self) -> Transitions | None:
         """What stood next to what in training, where the run has counted it."""
-        path = self.path / TRANSITIONS
-        return Transitions.load(path) if path.is_file() else None
+        path, items = self.path / TRANSITIONS, self.data_description.items
+        if not path.is_file():
+            return None
+        found = Transitions.load(path)
+        if found.near.shape[0] != items:
+            raise UserError(f"{path}: of {found.near.shape[0]} items, the run has {items}")
+        return found
 
     def check_generates(self) -> None:
         """Raises UserError where its model does not generate SIDs."""
