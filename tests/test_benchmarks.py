@@ -19,6 +19,7 @@ from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 def test_bench_memory_writes_numbers_and_a_plot(tmp_path):
     done = prefixmem(
         "bench", "memory", "--rows", 512, 1024, "--compared-rows", 1024, "--repeats", 1,
+        "--batch-size", 8,
         "--json", tmp_path / "m.json", "--plot", tmp_path / "m.png",
     )  # fmt: skip
     found = json.loads((tmp_path / "m.json").read_text())
@@ -37,10 +38,12 @@ def test_bench_memory_writes_numbers_and_a_plot(tmp_path):
 def test_bench_step_writes_the_overhead(tmp_path):
     prefixmem(
         "bench", "step", "--rows", 512, "--repeats", 1, "--items", 3000, "--negatives", 64,
+        "--batch-size", 4,
         "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png",
     )  # fmt: skip
     found = json.loads((tmp_path / "s.json").read_text())
     seconds = found["step_seconds"]
+    assert found["tokens"] == 4 * 128
     assert found["sid_encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
     assert found["item_head_overhead"] == pytest.approx(seconds["item_head"] / seconds["with"] - 1)
 

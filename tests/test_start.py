@@ -9,7 +9,7 @@ from conftest import prefixmem, python_without_us
 
 COLORS, THINGS = ["red", "green", "blue", "black"], ["lamp", "chair", "table", "cup", "rug"]
 SMALL = [
-    "steps=6", "model.layers=1", "evaluation.validation_examples=20", "data.batch_size=8", "evaluation.users=30",
+    "steps=6", "model.layers=1", "evaluation.validation_examples=30", "data.batch_size=8", "evaluation.users=30",
     "evaluation.every_steps=3",
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from prefixmem_jax.benchmarks.timing import machine
@@ -58,8 +59,10 @@ def _write_checkpoint(folder: Path, size: int) -> list[int]:
     decoder = DecoderConfig(layers, WIDTH, 3 * WIDTH, 16, 8, 128, tied_embeddings=True)
     config = huggingface_config(decoder, VOCABULARY, 1024)
     write_json(folder / "config.json", config.to_dict())
-    model = Decoder(decoder, VOCABULARY, rngs=nnx.Rngs(0))
-    dense = {"llm": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+    model = nnx.eval_shape(lambda: Decoder(decoder, VOCABULARY, rngs=nnx.Rngs(0)))
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    rng = np.random.default_rng(0)
+    dense = {"llm": jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)}
     write_weights(folder, Parameters(Architecture(decoder), dense), None, size // SHARDS)
     return [path.stat().st_size for path in folder.glob("*.safetensors")]
 

@@ -28,19 +28,22 @@ from prefixmem_jax.parallel.sharding import row_spec
 from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
-BATCH, LENGTH, CODES = 40, 128, 256  # 5,120 tokens, as in the quickstart
+LENGTH, CODES = 128, 256  # as in the quickstart
 
 
-def bench_memory(rows: list[int], compared_rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
+def bench_memory(
+    rows: list[int], compared_rows: int, d_mem: int, repeats: int, batch_size: int
+) -> dict[str, Any]:
     """Measures the table on this machine.
 
     Args:
       rows: rows per table (16 tables) of the steps to compare.
       compared_rows: the same, for the comparison with dense AdamW.
+      batch_size: sequences of 128 tokens in a step.
 
     Returns:
       machine: what it ran on.
-      step_seconds: whole train step (quickstart's decoder, 5,120 tokens) by rows per table.
+      step_seconds: whole train step (quickstart's decoder) by rows per table.
       row_wise_seconds, dense_seconds: the table's part of a step alone at `compared_rows`: read
         rows, gradient, Adam on the rows in the batch; or a gradient of the whole table and AdamW
         on all of it. row_wise_step_seconds, dense_step_seconds: whole steps with either.
@@ -50,35 +53,35 @@ def bench_memory(rows: list[int], compared_rows: int, d_mem: int, repeats: int) 
         rows in random order) and `fetch` (ours, duplicates removed and rows spread over the
         batch); `fetch_rows_per_second` counts addresses.
     """
+
+    def model(rows: int) -> ModelSpec:
+        memory = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
+        return one_device_model("quickstart", memory, batch_size, LENGTH, CODES)
+
     measured: dict[str, Any] = {"machine": machine(), "d_mem": d_mem, "tables": 16}
-    measured["step_seconds"] = _step_by_rows(rows, d_mem, repeats)
+    measured["tokens"] = batch_size * LENGTH
+    measured["step_seconds"] = _step_by_rows({size: model(size) for size in rows}, repeats)
     measured["compared_rows"] = compared_rows
     fewer = max(repeats // 3, 3)
     for what, seconds in (
-        ("", _row_wise_and_dense_table(compared_rows, d_mem, fewer)),
-        ("step_", _row_wise_and_dense_step(compared_rows, d_mem, fewer)),
+        ("", _row_wise_and_dense_table(model(compared_rows), fewer)),
+        ("step_", _row_wise_and_dense_step(model(compared_rows), fewer)),
     ):
         measured |= {f"{kind}_{what}seconds": value for kind, value in seconds.items()}
-    measured["fetch"] = _compare_fetches(compared_rows, d_mem, repeats)
-    measured["bandwidth"] = _bandwidth(compared_rows, d_mem, repeats)
+    measured["fetch"] = _compare_fetches(model(compared_rows), repeats)
+    measured["bandwidth"] = _bandwidth(model(compared_rows), repeats)
     return measured
 
 
-def _model(rows: int, d_mem: int) -> ModelSpec:
-    memory = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
-    return one_device_model("quickstart", memory, BATCH, LENGTH, CODES)
-
-
-def _step_by_rows(rows: list[int], d_mem: int, repeats: int) -> dict[int, float]:
-    models = {size: _model(size, d_mem) for size in rows}
-    batches = random_batches(models[rows[0]], 8)
-    with jax.set_mesh(models[rows[0]].mesh):
+def _step_by_rows(models: dict[int, ModelSpec], repeats: int) -> dict[int, float]:
+    first = next(iter(models.values()))
+    batches = random_batches(first, 8)
+    with jax.set_mesh(first.mesh):
         calls = {size: training(spec, batches) for size, spec in models.items()}
         return median_seconds(calls, repeats, "step by rows per table")
 
 
-def _row_wise_and_dense_table(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
-    spec = _model(rows, d_mem)
+def _row_wise_and_dense_table(spec: ModelSpec, repeats: int) -> dict[str, float]:
     batches = random_batches(spec, 8)
     calls = {
         "row_wise": table_training(spec, batches, dense=False),
@@ -87,8 +90,7 @@ def _row_wise_and_dense_table(rows: int, d_mem: int, repeats: int) -> dict[str, 
     return median_seconds(calls, repeats, "table, row-wise and dense")
 
 
-def _row_wise_and_dense_step(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
-    spec = _model(rows, d_mem)
+def _row_wise_and_dense_step(spec: ModelSpec, repeats: int) -> dict[str, float]:
     batches = random_batches(spec, 8)
     calls = {
         "row_wise": training(spec, batches),
@@ -97,14 +99,13 @@ def _row_wise_and_dense_step(rows: int, d_mem: int, repeats: int) -> dict[str, f
     return median_seconds(calls, repeats, "step, row-wise and dense")
 
 
-def _table_and_addresses(rows: int, d_mem: int) -> tuple[Table, np.ndarray]:
-    spec = _model(rows, d_mem)
+def _table_and_addresses(spec: ModelSpec) -> tuple[Table, np.ndarray]:
     (addresses,) = batch_addresses(spec, random_batches(spec, 1))
     return spec.table, np.asarray(addresses)
 
 
-def _compare_fetches(rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
-    table, addresses = _table_and_addresses(rows, d_mem)
+def _compare_fetches(spec: ModelSpec, repeats: int) -> dict[str, Any]:
+    table, addresses = _table_and_addresses(spec)
     lines, lanes = table.shape
     explicit = make_mesh(MeshConfig())
     automatic = jax.make_mesh((jax.device_count(),), ("x",), (AxisType.Auto,))
@@ -152,8 +153,8 @@ def _compare_fetches(rows: int, d_mem: int, repeats: int) -> dict[str, Any]:
     return {name: {"seconds": seconds[name], "bytes_sent": sent[name]} for name in calls}
 
 
-def _bandwidth(rows: int, d_mem: int, repeats: int) -> dict[str, float]:
-    table, addresses = _table_and_addresses(rows, d_mem)
+def _bandwidth(spec: ModelSpec, repeats: int) -> dict[str, float]:
+    table, addresses = _table_and_addresses(spec)
     mesh = make_mesh(devices=jax.devices()[:1])
     used = int((addresses >= 0).sum())
     order = np.random.default_rng(0).integers(0, table.padded_rows, used).astype(np.int32)
@@ -193,7 +194,8 @@ def describe(measured: dict[str, Any]) -> str:
     """The measurements as text, ratios first."""
     steps = measured["step_seconds"]
     smallest = steps[min(steps)]
-    lines = [f"{measured['machine']['device']}, {measured['machine']['devices']} devices"]
+    on = measured["machine"]
+    lines = [f"{on['device']}, {on['devices']} devices, {measured['tokens']:,} tokens a step"]
     lines += [
         f"  step, {rows:>9,} rows per table  {value * 1e3:8.1f} ms  {value / smallest:6.3f}x"
         for rows, value in steps.items()

@@ -17,13 +17,20 @@ SHAPES = {"quickstart": (40, 128, 256), "qwen3-0.6b": (8, 1024, 2048)}
 
 
 def bench_step(
-    decoder: str, rows: int, d_mem: int, repeats: int, items: int = 0, negatives: int = 1024
+    decoder: str,
+    rows: int,
+    d_mem: int,
+    repeats: int,
+    items: int = 0,
+    negatives: int = 1024,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Times a train step of a decoder without and with the SID encoder, on one device.
 
     Args:
       items: of a catalogue for an item head over the memory, which is then timed too; 0: none.
       negatives: that it draws in a step.
+      batch_size: sequences in a step; None: what goes with the decoder.
 
     Returns:
       machine, decoder, rows (per table), d_mem, tokens (per step).
@@ -32,7 +39,8 @@ def bench_step(
         without it.
       tokens_per_second: of all.
     """
-    batch, length, codes = SHAPES[decoder]
+    usual, length, codes = SHAPES[decoder]
+    batch = batch_size or usual
     shape = (batch, length, codes)
     memory = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
     models = {

@@ -69,7 +69,14 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         default="quickstart",
         help="whose shape (default: %(default)s)",
     )
-    for added in (memory, step):
+    for added, size in ((memory, 40), (step, None)):
+        added.add_argument(
+            "--batch-size",
+            type=positive,
+            default=size,
+            metavar="N",
+            help=f"sequences in a step (default: {size or 'by decoder, 40 of 128 or 8 of 1024'})",
+        )
         added.add_argument(
             "--d-mem", type=positive, default=64, metavar="N", help="memory width (default: 64)"
         )

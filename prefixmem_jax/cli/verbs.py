@@ -303,7 +303,7 @@ def bench_memory(options: argparse.Namespace):
     from prefixmem_jax.benchmarks import memory
 
     return memory, memory.bench_memory(
-        options.rows, options.compared_rows, options.d_mem, options.repeats
+        options.rows, options.compared_rows, options.d_mem, options.repeats, options.batch_size
     )
 
 
@@ -317,6 +317,7 @@ def bench_step(options: argparse.Namespace):
         options.repeats,
         options.items,
         options.negatives,
+        options.batch_size,
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.data.batch import Batch, batches
@@ -26,6 +27,7 @@ from prefixmem_jax.inference.beam_search import Beams, beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, read_items, rows_for
 from prefixmem_jax.inference.sampling import generate
 from prefixmem_jax.inference.transition_prior import TransitionTable, transition_prior
+from prefixmem_jax.memory.table import Table
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.parallel.mesh import AXES
@@ -75,7 +77,6 @@ class Engine:
         if transitions is not None:
             table = (*transitions.most_frequent(NEIGHBOURS), np.float32(transitions.decay))
             self._transitions = self._put(TransitionTable(*table), P())
-        self._compiled: dict[Any, Callable] = {}
 
     def use(self, params: dict[str, Any] | None, memory: jax.Array | None) -> None:
         """Other numbers for the same model, or none, to hold on to nothing."""
@@ -195,30 +196,13 @@ class Engine:
         Returns:
           Its result for all users, on the host of every process.
         """
-        key = (function, *static.items())
-        if key not in self._compiled:
-            self._compiled[key] = jax.jit(partial(self._on_all_devices, function, static))
+        spec = self.spec
+        program = _Program(spec.graphdef, spec.table, spec.mesh, function, tuple(static.items()))
         placed = self._put(users, BY_USER)
-        result = self._compiled[key](self.params, self.memory, shared, placed)
+        result = _on_all_devices(program, self.params, self.memory, shared, placed)
         if jax.process_count() == 1:
             return jax.device_get(result)
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), result)
-
-    def _on_all_devices(
-        self, function: Callable, static: dict[str, Any], params: Any, memory: Any, *arguments: Any
-    ) -> Any:
-        def local(params, memory, shared, users):
-            table, rows_at = self.spec.table, None
-            if table is not None:
-                rows_at = partial(table.gather_by_exchange, memory)
-            return function(self.spec.model(params), rows_at, *shared, *users, **static)
-
-        return jax.shard_map(
-            local,
-            mesh=self.spec.mesh,
-            in_specs=(P(), row_spec(), P(), BY_USER),
-            out_specs=BY_USER,
-        )(params, memory, *arguments)
 
     def _put(self, tree: Any, partition: P) -> Any:
         """Host arrays, the same on every process, on the mesh."""
@@ -273,6 +257,33 @@ class Engine:
         for user, history in enumerate(histories):
             by_room[next((room for room in rooms if len(history) <= room), rooms[-1])].append(user)
         return sorted(by_room.items())
+
+
+class _Program(NamedTuple):
+    """What is compiled: equal ones are one program, of however many engines."""
+
+    graphdef: nnx.GraphDef
+    table: Table | None
+    mesh: Mesh
+    function: Callable
+    static: tuple[tuple[str, Any], ...]
+
+
+@partial(jax.jit, static_argnames="program")
+def _on_all_devices(program: _Program, params: Any, memory: Any, shared: Any, users: Any) -> Any:
+    def local(params, memory, shared, users):
+        rows_at = None
+        if program.table is not None:
+            rows_at = partial(program.table.gather_by_exchange, memory)
+        model = nnx.merge(program.graphdef, nnx.State(params))
+        return program.function(model, rows_at, *shared, *users, **dict(program.static))
+
+    return jax.shard_map(
+        local,
+        mesh=program.mesh,
+        in_specs=(P(), row_spec(), P(), BY_USER),
+        out_specs=BY_USER,
+    )(params, memory, shared, users)
 
 
 def _search(

@@ -19,12 +19,7 @@ from prefixmem_jax.planning.hlo import Collective, Program
 from prefixmem_jax.planning.topology import Chip, mean_hops, pod_devices
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.state import abstract_state
-from prefixmem_jax.training.step import (
-    abstract_batch,
-    check_mesh,
-    compile_train_step,
-    train_step,
-)
+from prefixmem_jax.training.step import abstract_batch, check_mesh, trace_train_step
 
 # Parts of the model, by the named scopes that the code opens.
 PARTS = ("table", "sid_encoder", "embedding", "attention", "mlp", "head", "loss", "optimizer")
@@ -86,9 +81,8 @@ def plan(
     check_mesh(config, vocabulary, mesh)
     spec = ModelSpec.create(config, vocabulary, mesh)
     state, batch = abstract_state(spec), abstract_batch(spec)
-    with jax.set_mesh(mesh):
-        flops = matmul_flops(lambda *arguments: train_step(spec, *arguments), state, batch)
-    flops /= len(pod)
+    traced = trace_train_step(spec)
+    flops = matmul_flops(traced.jaxpr) / len(pod)
     sizes = {
         "parameters": _device_bytes(state.params),
         "table": _device_bytes(state.memory),
@@ -96,7 +90,7 @@ def plan(
     }
     shape = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     try:
-        compiled = compile_train_step(spec)
+        compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.extend import core
 
 
-def matmul_flops(function: Callable, *arguments: Any) -> int:
+def matmul_flops(traced: core.ClosedJaxpr) -> int:
     """FLOPs of all `dot_general`s in a call, on all devices, loops included (2 per multiply-add).
 
     Of a `cond` the branch with the most counts.
-
-    Args:
-      arguments: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count(traced.jaxpr)
 
 
 def _count(jaxpr: Any) -> int:

@@ -37,8 +37,8 @@ from prefixmem_jax.training.hooks import (
 )
 from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.parts import abstract_parts, from_parts
-from prefixmem_jax.training.state import TrainState, abstract_state
-from prefixmem_jax.training.step import abstract_batch, check_mesh, compile_train_step, train_step
+from prefixmem_jax.training.state import TrainState
+from prefixmem_jax.training.step import abstract_batch, check_mesh, trace_train_step
 from prefixmem_jax.training.stopping import stops_between_steps
 from prefixmem_jax.training_rows import training_source
 
@@ -149,12 +149,11 @@ def run_steps(
     Raises:
       Stopped: after the step in which it was asked to; the state is saved first, if it can be.
     """
-    sharding, batch_shapes = batch_sharding(spec.mesh), abstract_batch(spec)
-    tokens = jax.tree.leaves(batch_shapes)[0].size
-    flops = matmul_flops(
-        lambda state, batch: train_step(spec, state, batch), abstract_state(spec), batch_shapes
-    )
-    compiled = compile_train_step(spec)
+    sharding = batch_sharding(spec.mesh)
+    tokens = jax.tree.leaves(abstract_batch(spec))[0].size
+    traced = trace_train_step(spec)
+    flops = matmul_flops(traced.jaxpr)
+    compiled = traced.lower().compile()
     unchecked: list[tuple[int, jax.Array]] = []
     progress.skip_time()
     with stops_between_steps() as asked_to_stop:

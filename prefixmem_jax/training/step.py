@@ -6,7 +6,6 @@ of what learns and of the memory's fetched rows, one clipped update of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -180,12 +179,17 @@ def validation_step(
     return spec.config.objective.loss_sums(model, batch, rows, None)
 
 
-def compile_train_step(spec: ModelSpec) -> Callable:
-    """The compiled step of (state, batch); it takes over (donates) the state it is given."""
-    state, batch = abstract_state(spec), abstract_batch(spec)
+def trace_train_step(spec: ModelSpec) -> jax.stages.Traced:
+    """The step of (state, batch), traced; it takes over (donates) the state it is given."""
     with jax.set_mesh(spec.mesh):
         jitted = jax.jit(lambda state, batch: train_step(spec, state, batch), donate_argnums=0)
-        return jitted.lower(state, batch).compile()
+        return jitted.trace(abstract_state(spec), abstract_batch(spec))
+
+
+def compile_train_step(spec: ModelSpec) -> jax.stages.Compiled:
+    """The step of (state, batch), compiled."""
+    with jax.set_mesh(spec.mesh):
+        return trace_train_step(spec).lower().compile()
 
 
 def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
