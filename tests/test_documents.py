@@ -155,6 +155,26 @@ def test_interleaved_says_title_and_sid_of_every_item(corpus, sid_first, predict
     assert read(corpus, documents) == expected
 
 
+def test_drawn_subsequences_end_at_any_item_and_hold_what_fits_before_it(corpus):
+    split, kind = corpus.data.split, Items(draws=500)
+    ranges = kind.ranges(corpus, corpus.data.vocabulary.levels, np.random.default_rng(0))
+    drawn = list(zip(ranges.starts.tolist(), ranges.stops.tolist(), strict=True))
+    sequences = list(zip(split.train.starts.tolist(), split.train.stops.tolist(), strict=True))
+    assert len(drawn) == 500 * len(sequences)
+    for number, (start, stop) in enumerate(sequences):
+        found = collections.Counter(drawn[500 * number : 500 * (number + 1)])
+        ends = range(min(start + 2, stop), stop + 1)
+        assert set(found) == {(max(start, end - 5), end) for end in ends}
+        expected = 500 / len(ends)
+        assert max(abs(count - expected) for count in found.values()) < 5 * expected**0.5
+    documents = documents_of(kind, corpus)  # of the same draws
+    for number in (0, 499, 500, 20_000):
+        (said, predicted, _), start_stop = read(corpus, documents.take([number]))[0], drawn[number]
+        items = split.items[slice(*start_stop)]
+        assert said == "^" + "".join(sid_text(corpus, item) for item in items)
+        assert predicted == said[1:]
+
+
 def test_interleaved_is_either_way_round(corpus):
     found = read(corpus, documents_of(Interleaved(sid_first=0.3), corpus))
     titled = [said for said, _, _ in found if " No " in said]

@@ -34,14 +34,17 @@ class Memory:
         self.sid_encoder = self.config.build(VOCABULARY, 6, 1.0, nnx.Rngs(0))
         self.table = self.config.table(SPACE)
         self.rows = self.table.init(jax.random.key(1))
+        self._vectors = jax.jit(self._trace_vectors, static_argnames="last")
 
     def vectors(self, tokens, segments, last=None):
-        tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
+        return np.asarray(self._vectors(jnp.asarray(tokens), jnp.asarray(segments), last))
+
+    def _trace_vectors(self, tokens, segments, last):
         addresses = self.sid_encoder.addresses(tokens, segments)
         if last is not None:
             addresses = addresses[:, -last:]
         rows = self.table.gather(self.rows, addresses)
-        return np.asarray(self.sid_encoder(tokens, segments, rows, last))
+        return self.sid_encoder(tokens, segments, rows, last)
 
     def formula(self, prefix, items=None):
         """m_l = W_out @ sum_n concat_h E[n,h][idx[n,h]], with E[n,h] out of the one array."""

@@ -91,9 +91,28 @@ def test_each_level_takes_off_what_it_can(mesh, init, update):
     np.testing.assert_allclose(last, squared(left, fitted["level_3"]), rtol=1e-3, atol=1e-2)
 
 
-def test_a_killed_fit_goes_on_bit_identical(mesh):
+def test_balanced_codes_have_more_alike_many_vectors(mesh):
+    """Also for vectors that codes were not fitted to."""
+    rng = np.random.default_rng(0)
+    dense, sparse = rng.normal(0, 0.1, (3000, 6)), rng.normal(0, 2.0, (1000, 6))
+    vectors = rng.permutation(np.concatenate([dense, sparse])).astype(np.float32)
+    fitted_to, others = Vectors(vectors[:3000], None, "x"), vectors[3000:]
+    largest, errors = [], []
+    for balance in (0.0, 0.5):
+        config = ResidualKMeans(codes=(16, 16), balance=balance)
+        fitted = config.fit(fitted_to, mesh, {}, lambda state: None)
+        codes = config.encode(fitted, others, mesh)
+        largest.append([np.bincount(codes[:, level]).max() / 1000 * 16 for level in range(2)])
+        errors.append(((others - config.decode(fitted, codes)) ** 2).mean() / others.var())
+    # The largest code of each level, in shares of an even spread.
+    assert all(after < 0.5 * before for before, after in zip(*largest, strict=True)), largest
+    assert errors[0] < errors[1] < 1.3 * errors[0], errors  # it has its price
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_a_killed_fit_goes_on_bit_identical(mesh, balance):
     vectors = Vectors(blobs(400, 10)[0], None, "x")
-    config = ResidualKMeans(codes=(6, 6), iterations=4)
+    config = ResidualKMeans(codes=(6, 6), iterations=4, balance=balance)
     states = []
     whole = config.fit(vectors, mesh, {}, lambda state: states.append(dict(state)))
     assert len(states) == 8

@@ -192,14 +192,14 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
             [x.reshape(-1) for x in addresses if x is not None]
         )
 
-    loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    for step in range(steps):
-        (value, addresses), gradients = loss_and_gradients(
-            state.params, state.memory, batch_at(step % 4)
+    @jax.jit
+    def one_step(state, batch):
+        (value, addresses), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            state.params, state.memory, batch
         )
-        norm = float(optax.tree.norm(gradients))
-        scale = min(1.0, config.optimizer.clip_norm / norm)
-        gradients = jax.tree.map(lambda g, scale=scale: g * scale, gradients)
+        norm = optax.tree.norm(gradients)
+        scale = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
+        gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, optimizer = dense_optimizer(config).update(
             gradients[0], state.optimizer, state.params
         )
@@ -207,18 +207,20 @@ def dense_reference(config: Config, steps: int) -> tuple[list[float], list[float
         row_updates, row_state = memory_optimizer(config).update(
             gradients[1], state.memory_optimizer, state.memory
         )
-        touched = np.zeros(spec.table.padded_rows, bool)
-        touched[np.asarray(addresses)[np.asarray(addresses) >= 0]] = True
-        touched = np.repeat(touched, spec.table.width).reshape(spec.table.shape)
+        touched = jnp.isin(jnp.arange(spec.table.padded_rows), addresses)
+        touched = jnp.repeat(touched, spec.table.width).reshape(spec.table.shape)
 
-        def keep(new, old, touched=touched):
+        def keep(new, old):
             return jnp.where(touched, new, old) if new.shape == touched.shape else new
 
         memory = keep(state.memory + row_updates, state.memory)
         row_state = jax.tree.map(keep, row_state, state.memory_optimizer)
-        state = TrainState(state.step + 1, params, optimizer, memory, row_state)
+        return TrainState(state.step + 1, params, optimizer, memory, row_state), value, norm
+
+    for step in range(steps):
+        state, value, norm = one_step(state, batch_at(step % 4))
         values.append(float(value))
-        norms.append(norm)
+        norms.append(float(norm))
     return values, norms, state
 
 

@@ -81,11 +81,15 @@ def test_a_wide_search_ranks_by_the_mixed_probability(share):
     table = TransitionTable(*transitions.most_frequent(64), transitions.decay)
     trie = jax.tree.map(jnp.asarray, catalog.trie.levels)
     groups = jnp.asarray(catalog.group_of_item)
-    prior = transition_prior(table, last_items(histories, 4), seen, groups, trie, share)
     batch, size = prompts(model, catalog, histories, 4), len(catalog.group_sids)
-    found = beam_search(
-        CachedSidLM(model, rows_at), batch, size, trie, jnp.asarray(seen), transitions=prior
-    )
+
+    @jax.jit
+    def search(table, recent, seen):
+        prior = transition_prior(table, recent, seen, groups, trie, share)
+        cached = CachedSidLM(model, rows_at)
+        return beam_search(cached, batch, size, trie, seen, transitions=prior)
+
+    found = search(table, last_items(histories, 4), seen)
     by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
     for user, history in enumerate(histories):
         said = np.bincount(

@@ -137,12 +137,22 @@ def _plus_plus(vectors_ND: jax.Array, key: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([first[None], others])
 
 
-def revive(centroids: np.ndarray, counts: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-    """Centroids, those that no vector is nearest to put beside the largest clusters' ones."""
+def revive(
+    centroids: np.ndarray, counts: np.ndarray, seed: tuple[int, ...], least: float = 0.0
+) -> np.ndarray:
+    """Centroids, those of small clusters put beside the largest clusters' ones.
+
+    Args:
+      counts: vectors of each cluster.
+      least: clusters of no more than so many are small, if half of the largest is more than that.
+    """
     centroids, counts = centroids.copy(), counts.astype(np.float64)
     rng = np.random.default_rng(seed)
-    for code in np.flatnonzero(counts == 0):
+    small = np.flatnonzero(counts <= least)
+    for code in small[np.argsort(counts[small], kind="stable")]:
         largest = int(counts.argmax())
+        if counts[largest] / 2 <= counts[code]:
+            break
         apart = 1e-3 * rng.standard_normal(centroids.shape[1]) * np.abs(centroids[largest]).mean()
         centroids[code] = centroids[largest] + apart
         centroids[largest] -= apart

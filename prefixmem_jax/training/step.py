@@ -181,9 +181,10 @@ def validation_step(
 
 def trace_train_step(spec: ModelSpec) -> jax.stages.Traced:
     """The step of (state, batch), traced; it takes over (donates) the state it is given."""
+    state, batch = abstract_state(spec), abstract_batch(spec)
     with jax.set_mesh(spec.mesh):
         jitted = jax.jit(lambda state, batch: train_step(spec, state, batch), donate_argnums=0)
-        return jitted.trace(abstract_state(spec), abstract_batch(spec))
+        return jitted.trace(state, batch)
 
 
 def compile_train_step(spec: ModelSpec) -> jax.stages.Compiled:

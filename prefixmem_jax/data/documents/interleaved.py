@@ -10,18 +10,17 @@ from prefixmem_jax.config_groups import Share
 from prefixmem_jax.data.documents.document import (
     Corpus,
     Documents,
-    DocumentsConfig,
     Pool,
     Predicted,
     offsets_of,
 )
-from prefixmem_jax.data.documents.items import windows
+from prefixmem_jax.data.documents.sequences import Sequences
 from prefixmem_jax.data.splits import Ranges
 
 
 @dataclass(frozen=True)
-class Interleaved(DocumentsConfig):
-    """Every training sequence once, each item as its title and its SID (paper, "Method", type 1).
+class Interleaved(Sequences):
+    """Training sequences, each item as its title and its SID (paper, "Method", type 1).
 
     Attributes:
       sid_first: share of the documents in which the SID stands before the title.
@@ -34,7 +33,7 @@ class Interleaved(DocumentsConfig):
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         data, texts = corpus.data, corpus.texts
         longest = data.vocabulary.levels + int(texts.lengths.max(initial=0))
-        ranges = windows(corpus.train, corpus.config, longest)
+        ranges = self.ranges(corpus, longest, rng)
         items = data.split.items[ranges.indices()]
         pool = Pool(corpus)
         sid_first = np.repeat(rng.random(len(ranges)) < self.sid_first, ranges.lengths)

@@ -7,26 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.documents.document import (
     Corpus,
     Documents,
-    DocumentsConfig,
     offsets_of,
 )
+from prefixmem_jax.data.documents.sequences import Sequences
 from prefixmem_jax.data.splits import Examples, Ranges
-from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Items(DocumentsConfig):
-    """Every training sequence; each token after BOS is to be predicted."""
+class Items(Sequences):
+    """Training sequences; each token after BOS is to be predicted."""
 
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
-        del rng
         data = corpus.data
-        ranges = windows(corpus.train, corpus.config, data.vocabulary.levels)
+        ranges = self.ranges(corpus, data.vocabulary.levels, rng)
         documents = _of_items(data.split.items, ranges, data.item_tokens, data.vocabulary)
         documents.loss_mask[:] = 1
         documents.loss_mask[documents.offsets[1:] - 1] = 0
@@ -36,30 +33,6 @@ class Items(DocumentsConfig):
 def document_length(levels: int, items: int) -> int:
     """Tokens of a document of items."""
     return 1 + levels * items
-
-
-def windows(ranges: Ranges, config: DataConfig, item_length: int) -> Ranges:
-    """Sequences of no more items than a document holds, every item once.
-
-    Longer sequences are cut, the newest window full.
-
-    Args:
-      item_length: the most tokens that an item has in a document.
-
-    Raises:
-      UserError: one item is longer than a packed row.
-    """
-    most = min(config.max_items, (config.sequence_length - 1) // item_length)
-    if most < 1:
-        raise UserError(
-            f"data.sequence_length={config.sequence_length} is too short: one item needs "
-            f"{1 + item_length} tokens"
-        )
-    count = -(-ranges.lengths // most)
-    sequence = np.repeat(np.arange(len(ranges)), count)
-    newer = np.arange(len(sequence)) - np.repeat(np.cumsum(count) - count, count)
-    stops = ranges.stops[sequence] - newer * most
-    return Ranges(np.maximum(ranges.starts[sequence], stops - most), stops)
 
 
 def example_documents(

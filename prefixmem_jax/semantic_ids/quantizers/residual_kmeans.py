@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from pydantic import NonNegativeInt, PositiveInt
 
+from prefixmem_jax.config_groups import Share
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.clustering import assign, plus_plus, revive
@@ -36,12 +37,15 @@ class ResidualKMeans(Quantizer):
       points: vectors for each code that codes are fitted to, drawn at random; 0: all there are.
       init: what the first centroids are: vectors far from each other, or any.
       update: of centroids: after each pass (Lloyd's), or after each piece of one (mini-batch).
+      balance: how evenly codes are used. In the first half of the passes, codes with less than this
+        share of an even spread are put beside those with the most; 0: only those that have none.
     """
 
     iterations: PositiveInt = 25
     points: NonNegativeInt = 256
     init: Literal["k-means++", "sample"] = "k-means++"
     update: Literal["pass", "piece"] = "pass"
+    balance: Share = 0.0
 
     def fit(self, vectors: Vectors, mesh: Mesh, saved: Fitted, save: Save) -> Fitted:
         sample = self._sample(vectors)
@@ -107,7 +111,8 @@ class ResidualKMeans(Quantizer):
             counts, sums = counts + found.counts, sums + found.sums
             if self.update == "piece":
                 means = _means(centroids, counts, sums)
-        return revive(_means(centroids, counts, sums), counts, seed)
+        least = self.balance * counts.mean() if 2 * seed[-1] < self.iterations else 0
+        return revive(_means(centroids, counts, sums), counts, seed, least)
 
 
 class _Residuals:
