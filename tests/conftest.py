@@ -41,6 +41,11 @@ def command_environment() -> dict[str, str]:
     return environment
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_training.py")
+
+
 def pytest_sessionfinish() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

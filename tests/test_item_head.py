@@ -76,6 +76,11 @@ def one_batch(config, data):
     return spec, params, model, rows_at, batch, found
 
 
+def loss_sums(config, model, batch, found, key):
+    """Compiled as one program."""
+    return jax.jit(lambda *given: config.objective.loss_sums(model, *given))(batch, found, key)
+
+
 def vectors_of(model, rows_at, data):
     """Item vectors [items, D] as the items' own parameters, or as what is added at their ends."""
     if isinstance(model.item_head, OwnVectors):
@@ -100,11 +105,11 @@ def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(vectors, data):
     config = with_head(vectors)
     spec, params, model, rows_at, batch, found = one_batch(config, data)
     assert ("item_head" in params) == (vectors == "own")
-    sums = jax.device_get(config.objective.loss_sums(model, batch, found, None))
+    sums = jax.device_get(loss_sums(config, model, batch, found, None))
     plain = dataclasses.replace(config, item_head=None)
     bare = ModelSpec.create(plain, data.vocabulary, spec.mesh)
     codes = bare.model({part: params[part] for part in bare.params})
-    without = jax.device_get(plain.objective.loss_sums(codes, batch, found, None))
+    without = jax.device_get(loss_sums(plain, codes, batch, found, None))
     hidden = np.asarray(model(batch, found.by_position)[0])
     of_items, losses, hits = vectors_of(model, rows_at, data), [], []
     for row, place, target in places_of_targets(data, batch, 6):
@@ -121,7 +126,7 @@ def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(vectors, data):
 def test_items_that_are_drawn_stand_for_all_others(data):
     config = with_head("memory", negatives=20)
     _, _, model, rows_at, batch, found = one_batch(config, data)
-    sums = jax.device_get(config.objective.loss_sums(model, batch, found, jax.random.key(2)))
+    sums = jax.device_get(loss_sums(config, model, batch, found, jax.random.key(2)))
     hidden = np.asarray(model(batch, found.by_position, jax.random.key(2))[0])
     of_items, drawn, losses = vectors_of(model, rows_at, data), np.asarray(found.names), []
     assert len(drawn) == 20 and "item_hits" not in sums
