@@ -15,6 +15,7 @@ from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_json
 from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.text import aligned
 from prefixmem_jax.training.loop import train
 
 MOST_RUNS = 1000
@@ -123,8 +124,4 @@ def describe(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         cells = (result.get(key, "-") for key in columns)
         lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return "\n".join(aligned(lines))

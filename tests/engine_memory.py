@@ -1,9 +1,4 @@
-"""How much host memory an engine takes; a script, so that nothing else is in its process.
-
-python tests/engine_memory.py build FOLDER BYTES      a run with so many bytes of memory rows
-python tests/engine_memory.py measure SMALL LARGE     prints bytes of LARGE's arrays, and of the
-                                                      peak from opening it to recommending
-"""
+"""How much host memory an engine takes; for processes of their own, with nothing else in them."""
 
 import dataclasses
 import sys
@@ -53,10 +48,7 @@ def resident(key: str) -> int:
     return 1024 * int(next(x for x in status.splitlines() if x.startswith(key)).split()[1])
 
 
-if __name__ == "__main__":
-    verb, first, second = sys.argv[1:]
-    if verb == "build":
-        build(Path(first), int(second))
-    else:
-        measure(Path(first))  # what the libraries and the compiler take, whatever the size
-        sys.stdout.write(" ".join(map(str, measure(Path(second)))))
+def measure_second(first: Path, second: Path) -> None:
+    """Writes bytes of the second's arrays, and of the peak from opening it to recommending."""
+    measure(first)  # what the libraries and the compiler take, whatever the size
+    sys.stdout.write(" ".join(map(str, measure(second))))

@@ -11,5 +11,4 @@ export PATH="$root/.venv-test/bin:$PATH"
 export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .
-# One more worker than two cores: some tests wait for processes and disks.
-python -m pytest -n 3 --dist worksteal "$@" tests
+python -m pytest -n 2 --dist worksteal "$@" tests

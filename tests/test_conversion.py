@@ -157,6 +157,20 @@ def test_the_rare_are_left_out_until_none_is_rare(tmp_path):
         run(tmp_path, ["items.csv", "log.csv"], [], "k_core=4")
 
 
+def test_what_a_log_has_twice_counts_once(tmp_path):
+    """Another time, item or user makes it another interaction."""
+    ann, desk, time = LOG[0][0], "desk", 100
+    log = [[ann, "lamp", 50], [ann, desk, time], [ann, desk, time], [ann, desk, time + 1]]
+    log += [["bob", desk, time], [ann, "rug", time], [ann, desk, time]]
+    (tmp_path / "log.csv").write_text(csv(log, ["user_id", "item_id", "timestamp"]))
+    found = run(tmp_path, ["log.csv"], [])
+    assert histories(tmp_path / "out") == {
+        ann: ["lamp", "desk", "rug", "desk"], "bob": ["desk"]
+    }  # fmt: skip
+    assert (found.repeated, found.interactions) == (2, 5)
+    assert "(2 left out, 2 of them the same user, item and time again)" in found.describe()
+
+
 def test_a_log_alone_in_its_own_order(tmp_path):
     (tmp_path / "log.csv").write_text(csv([row[:2] for row in LOG], ["user_id", "item_id"]))
     run(tmp_path, ["log.csv"], [])

@@ -98,7 +98,7 @@ def test_help_teaches_every_verb(capsys):
     help_text = printed(capsys, "--help")
     assert printed(capsys) == help_text  # nothing asked for
     verbs = re.findall(r"^    (\w+)", help_text, re.MULTILINE)
-    assert len(verbs) == 13
+    assert len(verbs) == 15
     for verb in verbs:
         assert f"examples:\n  prefixmem {verb} " in printed(capsys, verb, "--help")
     benchmarks = re.findall(r"^    (\w+)", printed(capsys, "bench"), re.MULTILINE)

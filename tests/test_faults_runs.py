@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import mounted, prefixmem
 
+from prefixmem_jax.cli import main
 from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import to_json
 from prefixmem_jax.config_groups import (
     CheckpointConfig,
     DataConfig,
@@ -215,6 +217,41 @@ def test_a_moved_run_recommends_the_same(run, tmp_path):
     before = recommend(Run(run).engine(), [1, 2], 5)
     shutil.move(run, tmp_path / "elsewhere with spaces")
     assert recommend(Run(tmp_path / "elsewhere with spaces").engine(), [1, 2], 5) == before
+
+
+def test_a_stopped_run_is_resumed_by_its_folder_alone(run, trained, capfd):
+    shutil.rmtree(run / "checkpoints" / "10")
+    assert main(["resume", str(run)]) == 0
+    chex.assert_trees_all_equal(state_of(run)[1], trained[1])
+    assert main(["resume", str(run), "optimizer.learning_rate=1"]) == 2
+    assert "holds a run with another config (optimizer.learning_rate is" in capfd.readouterr().err
+    assert main(["resume", str(run / "checkpoints")]) == 2
+    assert "not a run directory" in capfd.readouterr().err
+
+
+def test_runs_are_listed(trained, tmp_path, capfd):
+    """As they are: done, stopped, being trained, or unreadable; and in what they differ."""
+    for name in ("a", "b/deep", "c", "d"):
+        shutil.copytree(trained[0], tmp_path / name)
+    shutil.rmtree(tmp_path / "b" / "deep" / "checkpoints" / "10")
+    changed = dataclasses.replace(CONFIG, name="other", seed=7, steps=20)
+    (tmp_path / "c" / "config.json").write_text(to_json(changed))
+    (tmp_path / "d" / "config.json").write_text("{")
+    with Run(tmp_path / "c").lock():
+        assert main(["runs", str(tmp_path), "--json", str(tmp_path / "runs.json")]) == 0
+    listed = json.loads((tmp_path / "runs.json").read_text())
+    assert [(run["state"], run["step"], run["steps"]) for run in listed] == [
+        ("done", 10, 10), ("stopped", 5, 10), ("training", 10, 20), ("unreadable", 0, 0),
+    ]  # fmt: skip
+    assert [run["changes"] for run in listed] == [{}, {}, {"seed": 7, "steps": 20}, None]
+    losses = [r["validation/loss"] for r in read_metrics(trained[0]) if "validation/loss" in r]
+    assert listed[0]["metric"] == "loss" and listed[0]["best"] == min(losses)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 5 and f"loss {min(losses):.4f}" in lines[1]
+    assert "seed=7, steps=20" in lines[3] and "config.json" in lines[4]
+    assert not Run(tmp_path / "c").is_locked
+    assert main(["runs", str(tmp_path / "runs.json")]) == 2
+    assert "runs.json: no such folder" in capfd.readouterr().err
 
 
 def test_small_data_lowers_the_batch(tmp_path, caplog):

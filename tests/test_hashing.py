@@ -58,7 +58,7 @@ def reference_addresses(
     return out
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     levels=st.integers(2, 6),

@@ -53,10 +53,9 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate, size):
 
 def test_any_mesh_draws_alike():
     alone, state = run(EVERYTHING, 3)
-    for mesh in ((2, 2, 2), (1, 8, 1)):
-        together, other = run(on_mesh(EVERYTHING, *mesh), 3)
-        np.testing.assert_allclose(losses(together), losses(alone), rtol=2e-5)
-        chex.assert_trees_all_close(other.average, state.average, rtol=1e-3, atol=1e-5)
+    together, other = run(on_mesh(EVERYTHING, 2, 2, 2), 3)
+    np.testing.assert_allclose(losses(together), losses(alone), rtol=2e-5)
+    chex.assert_trees_all_close(other.average, state.average, rtol=1e-3, atol=1e-5)
     plain = dataclasses.replace(
         EVERYTHING, model=CONFIG.model, sid_encoder=CONFIG.sid_encoder, item_head=None
     )

@@ -10,7 +10,7 @@ from prefixmem_jax.sweep import combinations, split_values
 
 SMALL = [
     "steps=4", "data.batch_size=8", "evaluation.every_steps=2", "evaluation.validation_examples=20",
-    "data.synthetic.items=300", "data.synthetic.users=200", "sid_encoder=none", "model.layers=1",
+    "data.synthetic.items=300", "data.synthetic.users=200", "sid_encoder=none", "model.layers=1", "model.d_model=32",
 ]  # fmt: skip
 
 

@@ -10,7 +10,14 @@ from prefixmem_jax.cli.parser import parse
 from prefixmem_jax.errors import Stopped, UserError
 
 # Verbs that keep what they have done, and go on from there.
-RESUMED = (verbs.quickstart, verbs.train, verbs.evaluate, verbs.sweep, verbs.paper)
+RESUMED = (
+    verbs.quickstart,
+    verbs.train,
+    verbs.resume,
+    verbs.evaluate,
+    verbs.sweep,
+    verbs.paper,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

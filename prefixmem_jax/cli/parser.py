@@ -10,7 +10,6 @@ from prefixmem_jax.cli import verbs
 from prefixmem_jax.cli.arguments import (
     OneLineParser,
     described,
-    first_and_last,
     new_file,
     number_from,
     positive,
@@ -27,6 +26,7 @@ from prefixmem_jax.cli.data_parser import (
     add_tokenizer,
 )
 from prefixmem_jax.cli.experiment_parser import add_paper, add_sweep
+from prefixmem_jax.cli.run_parser import add_resume, add_runs, add_train
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -138,21 +138,26 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem train runs/b2/config.json --out runs/b3     # a saved config runs again",
     )
     config_help = "a .py with get_config(), a .json, or the name of a config of the package"
-    training.add_argument("config", metavar="CONFIG", help=config_help)
-    training.add_argument(
-        "--out",
-        metavar="DIR",
-        help="run directory (default: runs/NAME, the config's name)",
-    )
-    training.add_argument(
-        "--profile",
-        type=first_and_last,
-        metavar="FIRST:LAST",
-        help="trace the steps after FIRST up to LAST into the run's profile/ (xprof)",
-    )
     distributed_help = "join the other processes (see launch/)"
-    training.add_argument("--distributed", action="store_true", help=distributed_help)
-    training.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+    add_train(training, config_help, overrides_help, distributed_help)
+
+    resuming = verb(
+        "resume",
+        verbs.resume,
+        "Go on with a run where it was stopped, by the config that it has.",
+        "  prefixmem resume runs/b2\n"
+        "  prefixmem resume runs/b2 steps=5000       # and further than was planned",
+    )
+    add_resume(resuming, overrides_help, distributed_help)
+
+    listing = verb(
+        "runs",
+        verbs.runs,
+        "List runs: which are training, done or stopped, how far, how good, and how they differ.",
+        "  prefixmem runs                            # of the folder runs/\n"
+        "  prefixmem runs sweeps/prefixmem quickstart --json runs.json",
+    )
+    add_runs(listing)
 
     sweeping = verb(
         "sweep",

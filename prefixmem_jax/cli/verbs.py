@@ -145,6 +145,30 @@ def train(options: argparse.Namespace) -> None:
     print(visible(f"trained {config.name} for {config.steps} steps: {run}"))
 
 
+def resume(options: argparse.Namespace) -> None:
+    from prefixmem_jax.config_files import override
+    from prefixmem_jax.runs.run import Run
+
+    config = Run(options.run).config
+    for text in options.overrides:
+        config = override(config, text)
+    start(options.distributed)
+    from prefixmem_jax.training.loop import train
+
+    train(config, options.run)
+    print(visible(f"trained {config.name} for {config.steps} steps: {options.run}"))
+
+
+def runs(options: argparse.Namespace) -> None:
+    from prefixmem_jax.files import write_json
+    from prefixmem_jax.runs.listing import as_json, describe, list_runs
+
+    listed = list_runs(options.folders)
+    if options.json is not None:
+        write_json(options.json, as_json(listed))
+    print(describe(listed) if listed else "no runs there")
+
+
 def sweep(options: argparse.Namespace) -> None:
     from prefixmem_jax.sweep import combinations
 

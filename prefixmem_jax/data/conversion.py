@@ -43,6 +43,7 @@ class Converted(NamedTuple):
     items: int
     interactions: int
     raw_interactions: int
+    repeated: int
     untitled: int
     has_sids: bool
 
@@ -50,7 +51,8 @@ class Converted(NamedTuple):
         left_out = self.raw_interactions - self.interactions
         return (
             f"{self.users:,} users, {self.items:,} items, {self.interactions:,} interactions "
-            f"({left_out:,} left out); {self.untitled:,} items have no title"
+            f"({left_out:,} left out, {self.repeated:,} of them the same user, item and time "
+            f"again); {self.untitled:,} items have no title"
         )
 
 
@@ -71,7 +73,9 @@ def convert(config: ConversionConfig, paths: Sequence[Path], out: Path) -> Conve
     raw = config.source.read(paths)
     users, user_ids = _numbers(raw.users)
     items, keys = _items(raw)
-    keep = _core(users, items, config.k_core)
+    keep = _once(users, items, raw.times)
+    repeated = len(keep) - int(keep.sum())
+    keep[keep] = _core(users[keep], items[keep], config.k_core)
     if not keep.any():
         raise UserError(
             f"{raw.name}: no user and item have {config.k_core} interactions each; expected a "
@@ -100,7 +104,13 @@ def convert(config: ConversionConfig, paths: Sequence[Path], out: Path) -> Conve
         pq.write_table(pa.table(histories), folder / HISTORIES)
     untitled = len(kept_items) if titles is None else columns["title"].null_count
     return Converted(
-        len(kept_users), len(kept_items), len(items), len(raw.items), untitled, sids is not None
+        len(kept_users),
+        len(kept_items),
+        len(items),
+        len(raw.items),
+        repeated,
+        untitled,
+        sids is not None,
     )
 
 
@@ -131,6 +141,16 @@ def _aligned(raw: RawData, keys: pa.Array, what: str) -> pa.Array | None:
         return None
     missing = len(keys) - len(values)
     return pa.concat_arrays([values, pa.nulls(missing, values.type)]) if missing else values
+
+
+def _once(users: np.ndarray, items: np.ndarray, times: np.ndarray | None) -> np.ndarray:
+    """Interactions but for those that a log has twice, which would give the answer away: bool."""
+    keep = np.ones(len(users), bool)
+    if times is not None:
+        order = np.lexsort((items, users, times))  # stable: the first of each stays
+        again = [np.diff(values[order]) == 0 for values in (times, users, items)]
+        keep[order[1:][np.logical_and.reduce(again)]] = False
+    return keep
 
 
 def _core(users: np.ndarray, items: np.ndarray, least: int) -> np.ndarray:

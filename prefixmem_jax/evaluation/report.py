@@ -9,7 +9,7 @@ import matplotlib
 
 from prefixmem_jax.evaluation.metrics import CUTOFFS, SPLIT_BY_TRANSITION
 from prefixmem_jax.page import image, preformatted, table, write_page
-from prefixmem_jax.text import visible
+from prefixmem_jax.text import aligned, visible
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -74,16 +74,7 @@ def text_table(results: Results, levels: int) -> str:
             continue
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
         lines.append([metric, *cells, *([_ratio(results, metric)] if compared else [])])
-    widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False)),
-            ]
-        )
-        for row in lines
-    ]
+    text = aligned(lines)
     text.insert(1, "-" * len(text[0]))
     return "\n".join(text)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import matplotlib
 
+from prefixmem_jax.text import aligned
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -35,14 +37,9 @@ def describe(result: dict[str, Any]) -> str:
         if any(number is not None for number in numbers):
             cells = ["" if number is None else f"{number:g}" for number in numbers]
             lines.append(["  in the paper", *cells, "", "", "", ""])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    ]
     return "\n".join(
         [
-            *text,
+            *aligned(lines),
             "",
             *_differences(result, metrics),
             "",

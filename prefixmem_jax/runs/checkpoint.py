@@ -32,14 +32,16 @@ log = logging.getLogger(__name__)
 
 # Arrays are stored in pieces of this size, so that they can be read a piece at a time.
 CHUNK_BYTES = 64 << 20
+# What a replica must have to write for it to be worth it.
+SLICE_BYTES = 1 << 20
 
 
 def has_checkpoint(run: Path) -> bool:
     """Whether the run directory holds a checkpoint, whole or not."""
-    return bool(_steps(run))
+    return bool(saved_steps(run))
 
 
-def _steps(run: Path) -> list[int]:
+def saved_steps(run: Path) -> list[int]:
     """Steps that have a checkpoint folder, newest first."""
     folder = run / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -111,6 +113,8 @@ class Checkpoints:
         context = ocp.Context()
         saving = context.array.saving
         saving.storage_options.chunk_byte_size = CHUNK_BYTES
+        # Replicas share the writing of an array, at the price of a program for each one's slice.
+        saving.min_slice_bytes_for_replica_parallel = SLICE_BYTES
         # Whoever reads says where to; threads that write these would outlive a save that failed.
         saving.enable_write_sharding_file = False
         saving.array_metadata_store = None
@@ -134,7 +138,7 @@ class Checkpoints:
 
     def _move_damaged(self) -> None:
         """Takes damaged checkpoints out of the way of those to come; nothing is deleted."""
-        for step in _steps(self.run):
+        for step in saved_steps(self.run):
             damage = find_damage(self.run, step)
             if damage is None:
                 break
@@ -146,7 +150,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Of every checkpoint, newest first."""
-        return _steps(self.run)
+        return saved_steps(self.run)
 
     def choose(self, step: int | None = None, without: Collection[str] = ()) -> int:
         """A step whose checkpoint is whole.
@@ -159,7 +163,7 @@ class Checkpoints:
           UserError: there is none, or it is damaged.
         """
         folder, damage = self.run / FOLDER, None
-        steps = _steps(self.run)
+        steps = saved_steps(self.run)
         if step is not None and step not in steps:
             raise UserError(f"{folder}: no step {step}; it has {', '.join(map(str, steps))}")
         for number in steps if step is None else [step]:

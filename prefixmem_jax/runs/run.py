@@ -41,6 +41,7 @@ from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 CONFIG, DATA, TRANSITIONS = "config.json", "data.json", "transitions.npz"
+LOCK = ".lock"
 # Groups that may change from one call of `train` to the next: they do not decide what is learnt.
 FREE = ("log_every_steps", "checkpoint", "evaluation", "mesh")
 
@@ -267,6 +268,18 @@ class Run:
         return min(values, key=values.get) if metric == "loss" else max(values, key=values.get)
 
     @property
+    def is_locked(self) -> bool:
+        """Whether a process of this machine is training it."""
+        try:
+            with (self.path / LOCK).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    @property
     def text_model(self) -> str | None:
         """The folder of its text tokenizer: the one that its documents were written with, or the
         Hugging Face folder that its LLM came from; through the runs that this was taken from.
@@ -293,7 +306,7 @@ class Run:
           UserError: another one is at it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -312,9 +325,7 @@ class Run:
         """
         if self.has_checkpoint and (self.path / CONFIG).exists():
             old = self.config
-            for key, was, now in _differences(
-                json.loads(to_json(old)), json.loads(to_json(config))
-            ):
+            for key, was, now in differences(json.loads(to_json(old)), json.loads(to_json(config))):
                 if key == "steps" and now > was:
                     log.warning(
                         f"{self.path}: extended from {was} to {now} steps; from here on the "
@@ -347,10 +358,10 @@ class Run:
         self.__dict__.pop("data_description", None)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ: (dotted key, old, new)."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(name), new.get(name), f"{key}{name}.")
+            yield from differences(old.get(name), new.get(name), f"{key}{name}.")
     elif old != new:
         yield key[:-1], old, new

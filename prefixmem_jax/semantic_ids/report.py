@@ -11,6 +11,7 @@ import matplotlib
 from prefixmem_jax.files import write_json
 from prefixmem_jax.page import image, preformatted, write_page
 from prefixmem_jax.semantic_ids.quality import judge, target_levels
+from prefixmem_jax.text import aligned
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,11 +38,7 @@ def describe(measured: dict[str, Any]) -> str:
     rows = [["level", *(COLUMNS[name][0] for name in shown)]]
     for number, one in enumerate(measured["levels"], start=1):
         rows.append([str(number), *(format(one[name], COLUMNS[name][1]) for name in shown)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
+    lines = aligned(rows)
     facts = (
         f"{measured['items']:,} items, {measured['distinct']:,} distinct SIDs, "
         f"{measured['sharing']:,} items share theirs, the largest group has "

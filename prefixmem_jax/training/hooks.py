@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ from prefixmem_jax.training.parts import to_parts
 from prefixmem_jax.training.state import TrainState
 from prefixmem_jax.training.step import validation_step
 
+# Share of the time from which on the progress line says that steps wait for data.
+WAITED_LONG = 0.05
+
 
 @dataclass
 class Progress:
@@ -36,6 +40,8 @@ class Progress:
       step: updates made; steps: to make.
       state, metrics: of the last step, on the devices.
       tokens, flops, seconds: spent on training steps so far, since the run's first.
+      input_seconds, saving_seconds: of these, spent waiting for batches, and for checkpoints to be
+        copied out of the devices.
       best: of the validations so far, the larger the better; None before the first.
       since_best: validations since; patience: how many end the run, 0 for none.
     """
@@ -45,6 +51,8 @@ class Progress:
     tokens: int = 0
     flops: int = 0
     seconds: float = 0.0
+    input_seconds: float = 0.0
+    saving_seconds: float = 0.0
     best: float | None = None
     since_best: int = 0
     patience: int = 0
@@ -72,11 +80,19 @@ class Progress:
         return {"best": self.best, "since_best": self.since_best}
 
     def totals(self) -> dict[str, float]:
-        """tokens, seconds and flops up to now."""
+        """What was spent up to now, by name."""
         now = time.perf_counter()
         self.seconds += now - self.started
         self.started = now
-        return {"tokens": self.tokens, "seconds": self.seconds, "flops": self.flops}
+        names = ("tokens", "flops", "seconds", "input_seconds", "saving_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Adds what passes to `input_seconds` or `saving_seconds`."""
+        started = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
     def skip_time(self) -> None:
         """What passed since `totals` was not training."""
@@ -121,18 +137,26 @@ class Logging(Hook):
         super().__init__(spec.config.log_every_steps)
         self.objective = spec.config.objective
         self.writer, self.bar = writer, bar
+        self.before = (0.0, 0.0)
 
     def run(self, progress: Progress) -> None:
         metrics = jax.device_get(progress.metrics)  # waits for the step
         totals = progress.totals()
         summary = self.objective.summarize(metrics["sums"])
         record = {**summary, "gradient_norm": float(metrics["gradient_norm"]), **totals}
+        for part, norm in metrics["gradient_norms"].items():
+            record[f"gradient_norm/{part}"] = float(norm)
         if "memory_rounds" in metrics:
             record["memory_rounds"] = int(metrics["memory_rounds"])
         if self.writer:
             self.writer.write(progress.step, record)
         rate = totals["tokens"] / max(totals["seconds"], 1e-9)
         text = f"loss {summary['loss']:.3f}, {rate:,.0f} tokens/s"
+        now = totals["input_seconds"], totals["seconds"]
+        waited, passed = (x - y for x, y in zip(now, self.before, strict=True))
+        if waited > WAITED_LONG * passed and self.before[1]:
+            text += f", {waited / passed:.0%} of the time waiting for data"
+        self.before = now
         self.bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
@@ -236,7 +260,8 @@ class Checkpointing(Hook):
             "selection": progress.selection(),
         }
         best = progress.best if self._is_best(progress) else None
-        self.checkpoints.save(progress.step, parts, metadata, best)
+        with progress.timing("saving_seconds"):
+            self.checkpoints.save(progress.step, parts, metadata, best)
 
 
 class Profiling(Hook):

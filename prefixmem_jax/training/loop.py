@@ -158,7 +158,9 @@ def run_steps(
     progress.skip_time()
     with stops_between_steps() as asked_to_stop:
         while not progress.done:
-            state, metrics = compiled(state, global_batch(next(iterator), sharding))
+            with progress.timing("input_seconds"):
+                batch = global_batch(next(iterator), sharding)
+            state, metrics = compiled(state, batch)
             progress.step += 1
             progress.tokens += tokens
             progress.flops += flops

@@ -45,8 +45,8 @@ def train_step(
 
     Returns:
       The new state: the old one, bit for bit, where loss or gradients are not finite.
-      Metrics: `loss`, `gradient_norm`, `finite`, the objective's `sums`, and with a table
-      `memory_rounds` (exchanges that the batch needed).
+      Metrics: `loss`, `gradient_norm`, `gradient_norms` by part, `finite`, the objective's `sums`,
+      and with a table `memory_rounds` (exchanges that the batch needed).
     """
     config, table = spec.config, spec.table
     key = step_key(config.seed, state.step)
@@ -58,10 +58,12 @@ def train_step(
 
     sums, (gradients, row_gradients) = _gradients(spec, state.params, fetched, batch, key)
     squared_norm = optax.tree.norm(gradients, squared=True)
+    norms = {part: optax.tree.norm(tree) for part, tree in gradients.items()}
     merged = None
     if fetched is not None:
         merged = table.merge(fetched, row_gradients)
         squared_norm = squared_norm + merged.squared_norm
+        norms["memory"] = jnp.sqrt(merged.squared_norm)
     loss = sums["loss"] / jnp.maximum(sums["count"], 1)
     finite = jnp.isfinite(squared_norm) & jnp.isfinite(loss)
     scale = clip_scale(squared_norm, config.optimizer.clip_norm)
@@ -71,6 +73,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "gradient_norm": jnp.sqrt(squared_norm),
+        "gradient_norms": norms,
         "finite": finite,
         "sums": sums,
     }
