@@ -118,13 +118,13 @@ def test_a_killed_run_ends_bit_identical(tmp_path):
     config = tmp_path / "config.py"
     config.write_text(EVERYTHING.format(parent=str(QUICKSTART / "prefixmem.py")))
     arguments = [
-        "train", config, *SMALL, "steps=80", "checkpoint.every_steps=7", "model.dropout=0.2",
+        "train", config, *SMALL, "steps=60", "checkpoint.every_steps=7", "model.dropout=0.2",
         "sid_encoder.dropout=0.1", "optimizer.average_decay=0.99",
         "evaluation.select_by=item_ndcg@10",
     ]  # fmt: skip
     prefixmem(*arguments, "--out", tmp_path / "whole")
     killed = tmp_path / "killed"
-    kill_at = random.Random(os.getpid()).randint(15, 60)
+    kill_at = random.Random(os.getpid()).randint(15, 45)
     process = forked.start(
         forked.command, [*map(str, arguments), "--out", str(killed)], command_environment(),
         tmp_path / "out", tmp_path / "err",
@@ -140,12 +140,12 @@ def test_a_killed_run_ends_bit_identical(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     last = read_metrics(killed)[-1]["step"]
-    assert kill_at <= last < 80, (kill_at, last)
+    assert kill_at <= last < 60, (kill_at, last)
 
     prefixmem(*arguments, "--out", killed)
     whole_step, whole, whole_data = load_state(tmp_path / "whole")
     step, state, data = load_state(killed)
-    assert (step, data) == (whole_step, whole_data) and step == 80
+    assert (step, data) == (whole_step, whole_data) and step == 60
     chex.assert_trees_all_equal(state, whole)
     timeless = [
         [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in read_metrics(run)]
@@ -153,7 +153,7 @@ def test_a_killed_run_ends_bit_identical(tmp_path):
     ]
     assert timeless[0] == timeless[1]  # each step once, with the same numbers
     kept, best = {int(path.name) for path in (killed / "checkpoints").iterdir()}, Run(killed).step
-    assert kept == {80, 77, best} and best % 20 == 0  # the newest two, and the best
+    assert kept == {60, 56, best} and best % 20 == 0  # the newest two, and the best
 
 
 def test_a_run_that_diverges_stops_before_it_saves(tmp_path):
