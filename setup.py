@@ -35,6 +35,7 @@ setup(
         "transformers>=5",
         "numpy>=2",
         "ml_dtypes",
+        "filelock",  # JAX wants it where its compilation cache has a limit
         "pydantic>=2.12",
         "pyarrow",
         "safetensors",

@@ -256,6 +256,53 @@ def test_tpu_launcher_prints_what_it_would_run():
     assert missing.returncode == 2 and "set ZONE" in missing.stderr
 
 
+def test_slurm_launcher_prints_what_it_would_run(tmp_path):
+    script = ROOT / "launch" / "slurm.sbatch"
+    given = ["recommend/base", "--out", "/shared/run", "data.path=/shared/a b"]
+    environment = {key: x for key, x in os.environ.items() if key != "SLURM_JOB_ID"}
+
+    def launch(*arguments):
+        return subprocess.run(
+            [script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    done = launch(*given, "--dry-run")
+    assert done.returncode == 0 and done.stdout.splitlines() == [
+        "srun --kill-on-bad-exit=1 .venv/bin/prefixmem train recommend/base --out /shared/run "
+        "data.path=/shared/a\\ b --distributed ",
+        "scontrol requeue JOB   # if it was told to end (status 143)",
+    ]
+    for arguments, words in (
+        (["recommend/base"], "--out is needed"),
+        (given, "not within a Slurm job"),
+    ):
+        done = launch(*arguments)
+        assert done.returncode == 2 and words in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("status", [0, 143, 2])
+def test_a_slurm_job_that_was_told_to_end_is_queued_again(tmp_path, status):
+    """With stand-ins for Slurm's commands, which are not to be had here."""
+    for name, line in (("srun", f'"$@"; exit {status}'), ("scontrol", 'echo "$@" > queued')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n[ {name} = scontrol ] || shift\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    command = tmp_path / ".venv" / "bin" / "prefixmem"
+    command.write_text('#!/bin/sh\necho "$@" > called\n')
+    command.chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"
+    }  # fmt: skip
+    done = subprocess.run(
+        [ROOT / "launch" / "slurm.sbatch", "c.py", "--out", "run"], env=environment, cwd=tmp_path
+    )
+    assert done.returncode == status
+    assert (tmp_path / "called").read_text() == "train c.py --out run --distributed\n"
+    assert (tmp_path / "queued").exists() == (status == 143)
+    if status == 143:
+        assert (tmp_path / "queued").read_text() == "requeue 42\n"
+
+
 def test_metrics_reach_tensorboard_and_jsonl(stage_one):
     records = read_metrics(stage_one)
     first = records[0]

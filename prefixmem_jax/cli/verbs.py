@@ -16,9 +16,14 @@ from prefixmem_jax.text import visible
 
 
 def start(distributed: bool = False) -> None:
-    """Joins the other processes, if there are some, and sees that there are devices."""
+    """Joins the other processes, if there are some, and sees that there are devices.
+
+    What was compiled before is not compiled again.
+    """
+    from prefixmem_jax.parallel.compilation import keep_compiled_programs
     from prefixmem_jax.parallel.mesh import all_devices, initialize_processes
 
+    keep_compiled_programs()
     if distributed:
         initialize_processes()
     all_devices()
