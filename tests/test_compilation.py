@@ -1,8 +1,12 @@
 """What one command compiled, the next one need not."""
 
-import forked
-import pytest
+import subprocess
+import sys
+
+import jax
 from conftest import command_environment
+
+from prefixmem_jax.parallel.compilation import keep_compiled_programs
 
 TRAIN = [
     "train", "quickstart/baseline", "data.synthetic.items=300", "data.synthetic.users=300",
@@ -11,29 +15,27 @@ TRAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def train(tmp_path):
-    def run(out: str, cache: str) -> None:
-        environment = command_environment() | {"XDG_CACHE_HOME": str(tmp_path / cache)}
-        del environment["JAX_COMPILATION_CACHE_DIR"]
-        command = [*TRAIN, "--out", str(tmp_path / out)]
-        done = forked.run(forked.command, command, environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-
-    return run
-
-
-def test_programs_are_kept_in_the_users_cache_folder(train, tmp_path):
+def test_programs_are_kept_in_the_users_cache_folder(tmp_path):
+    environment = command_environment() | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
     kept = []
     for out in ("one", "two"):
-        train(out, "cache")
+        command = [sys.executable, "-m", "prefixmem_jax.cli", *TRAIN, "--out", str(tmp_path / out)]
+        subprocess.run(command, env=environment, check=True, timeout=300)
         kept.append(sorted(tmp_path.glob("cache/prefixmem_jax/programs-*/*-cache")))
     assert kept[0] == kept[1]
-    assert any("train_step" in path.name or "lambda" in path.name for path in kept[0])
     assert any("validation_step" in path.name for path in kept[0])
 
 
-def test_where_that_cannot_be_written_all_is_as_before(train, tmp_path):
+def test_where_that_cannot_be_written_nothing_is(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
-    train("one", "cache")
-    assert (tmp_path / "cache").read_text() == "a file"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    of_the_tests = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", of_the_tests)
+    keep_compiled_programs()  # what is named stays
+    assert jax.config.jax_compilation_cache_dir == of_the_tests

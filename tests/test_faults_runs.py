@@ -256,7 +256,10 @@ def test_runs_are_listed(trained, tmp_path, capfd):
 
 def test_small_data_lowers_the_batch(tmp_path, caplog):
     config = dataclasses.replace(
-        CONFIG, steps=1, data=dataclasses.replace(CONFIG.data, batch_size=4000)
+        CONFIG,
+        steps=1,
+        sid_encoder=None,
+        data=dataclasses.replace(CONFIG.data, batch_size=4000),
     )
     for _ in range(2):  # the second call finds the run that the first one made
         train(config, tmp_path / "run", DATA)
