@@ -27,7 +27,7 @@ from prefixmem_jax.text import visible
 from prefixmem_jax.training.loop import train
 
 STAGE_ONE = "classification"
-# The comparison's runs, in order: the paper's two stages in a world whose optimum is known, and the
+# The comparison's runs, in order: the paper's two stages on data whose optimum is known, and the
 # recommender's recipe on somebody's data, where it has to recommend well.
 SYNTHETIC = {
     "baseline": "quickstart/baseline.py",

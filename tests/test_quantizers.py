@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.clustering import assign, plus_plus, revive
 from prefixmem_jax.semantic_ids.collisions import add_level, move_to_free
-from prefixmem_jax.semantic_ids.quality import judge, measure, target_levels
+from prefixmem_jax.semantic_ids.quality import measure, target_levels, verdicts_on
 from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
 from prefixmem_jax.semantic_ids.vectors import Vectors
 
@@ -221,16 +221,16 @@ def test_neighbours_share_the_prefixes_that_were_made_of_them(mesh):
 def test_verdicts_say_what_to_look_at():
     every = np.array(list(itertools.product(range(4), range(4), range(4))))
     even = measure(every, (4, 4, 4))
-    assert all(one.good for one in judge(even)) and target_levels(even) == (3,)
-    dead = judge(measure(every, (4, 8, 4)))
+    assert all(one.good for one in verdicts_on(even)) and target_levels(even) == (3,)
+    dead = verdicts_on(measure(every, (4, 8, 4)))
     assert [one.words.partition(":")[0] for one in dead if not one.good] == ["level 2"]
-    shared = judge(measure(np.concatenate([every, every[:9]]), (4, 4, 4)))
+    shared = verdicts_on(measure(np.concatenate([every, every[:9]]), (4, 4, 4)))
     assert any("18 items (24.7%) share a SID" in one.words for one in shared if not one.good)
     crowd = np.concatenate([np.zeros((600, 2), int), [[a, b] for a in range(4) for b in range(4)]])
-    said = [one.words for one in judge(measure(crowd, (4, 4))) if not one.good]
+    said = [one.words for one in verdicts_on(measure(crowd, (4, 4))) if not one.good]
     assert any("hourglass" in words for words in said)
     useless = np.column_stack([every, np.zeros(len(every), int)])
-    said = [one.words for one in judge(measure(useless, (4, 4, 4, 1))) if not one.good]
+    said = [one.words for one in verdicts_on(measure(useless, (4, 4, 4, 1))) if not one.good]
     assert said == [next(words for words in said if "the last level tells 0.00 bits" in words)]
 
 

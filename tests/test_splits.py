@@ -23,6 +23,14 @@ def tiny_dataset(sequences, timestamps=None):
     return Dataset("tiny", catalog, histories, "")
 
 
+def timed_dataset(users):
+    """Ten random items of each at random times, which come along."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 20, 10) for _ in range(users)]
+    times = [np.sort(rng.integers(0, 10_000, 10)) for _ in range(users)]
+    return tiny_dataset(sequences, times), sequences, times
+
+
 def spelled(examples):
     return list(
         zip(
@@ -56,10 +64,7 @@ def test_what_followed_in_training():
 
 
 def test_time_split_never_trains_on_the_held_out_period():
-    rng = np.random.default_rng(0)
-    sequences = [rng.integers(0, 20, 10) for _ in range(50)]
-    times = [np.sort(rng.integers(0, 10_000, 10)) for _ in range(50)]
-    dataset = tiny_dataset(sequences, times)
+    dataset, sequences, times = timed_dataset(50)
     split = split_dataset(dataset, "time", 0.1)
     first, second = np.quantile(np.concatenate(times), [0.8, 0.9])
     assert split.train.lengths.sum() == sum(int((t < first).sum()) for t in times)
@@ -111,10 +116,7 @@ def test_users_with_a_target_at_random_are_those_of_users():
 
 
 def test_the_papers_split_is_disjoint_in_users_and_in_time():
-    rng = np.random.default_rng(0)
-    sequences = [rng.integers(0, 20, 10) for _ in range(1000)]
-    times = [np.sort(rng.integers(0, 10_000, 10)) for _ in range(1000)]
-    dataset = tiny_dataset(sequences, times)
+    dataset, sequences, times = timed_dataset(1000)
     split = split_dataset(dataset, "users_and_time", 0.2)
     users = split_dataset(dataset, "users", 0.2)
     cut = np.quantile(np.concatenate(times), 0.8)

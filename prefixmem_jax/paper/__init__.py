@@ -1,1 +1,1 @@
-"""The paper's comparisons: which systems stand in its tables, trained and judged alike."""
+"""The paper's comparisons: which systems stand in its tables, trained and evaluated alike."""

@@ -171,7 +171,7 @@ def target_levels(measured: dict[str, Any]) -> tuple[int, ...]:
     )
 
 
-def judge(measured: dict[str, Any]) -> list[Verdict]:
+def verdicts_on(measured: dict[str, Any]) -> list[Verdict]:
     """What the measures say, in sentences."""
     said = []
     for number, one in enumerate(measured["levels"], start=1):

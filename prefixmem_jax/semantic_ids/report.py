@@ -10,7 +10,7 @@ import matplotlib
 
 from prefixmem_jax.files import write_json
 from prefixmem_jax.page import image, preformatted, write_page
-from prefixmem_jax.semantic_ids.quality import judge, target_levels
+from prefixmem_jax.semantic_ids.quality import target_levels, verdicts_on
 from prefixmem_jax.text import aligned
 
 matplotlib.use("Agg")
@@ -44,13 +44,13 @@ def describe(measured: dict[str, Any]) -> str:
         f"{measured['sharing']:,} items share theirs, the largest group has "
         f"{measured['largest_group']:,}"
     )
-    said = [f"{'ok  ' if one.good else 'LOOK'}  {one.words}" for one in judge(measured)]
+    said = [f"{'ok  ' if one.good else 'LOOK'}  {one.words}" for one in verdicts_on(measured)]
     return "\n".join([facts, "", *lines, "", *said])
 
 
 def write_report(folder: Path, measured: dict[str, Any]) -> None:
     """Writes `sids.json`, `sids.png` and `sids.html` into a folder."""
-    verdicts = [asdict(one) for one in judge(measured)]
+    verdicts = [asdict(one) for one in verdicts_on(measured)]
     levels = list(target_levels(measured))
     write_json(folder / "sids.json", measured | {"verdicts": verdicts, "target_levels": levels})
     _plot(folder / "sids.png", measured["levels"])

@@ -40,8 +40,7 @@ class Progress:
       step: updates made; steps: to make.
       state, metrics: of the last step, on the devices.
       tokens, flops, seconds: spent on training steps so far, since the run's first.
-      input_seconds, saving_seconds: of these, spent waiting for batches, and for checkpoints to be
-        copied out of the devices.
+      input_seconds, saving_seconds: of these, waiting for batches, and held up by checkpoints.
       best: of the validations so far, the larger the better; None before the first.
       since_best: validations since; patience: how many end the run, 0 for none.
     """
@@ -69,8 +68,8 @@ class Progress:
         """Whether the newest validation was better than all before."""
         return self.best is not None and self.since_best == 0
 
-    def judge(self, value: float) -> None:
-        """Takes note of a validation."""
+    def note_validation(self, value: float) -> None:
+        """Whether it is the best so far, and how long ago that was."""
         better = self.best is None or value > self.best
         self.best = value if better else self.best
         self.since_best = 0 if better else self.since_best + 1
@@ -195,7 +194,7 @@ class Validation(Hook):
         select_by = self.spec.config.evaluation.select_by
         if select_by is not None:
             value = summary[f"validation/{select_by}"]
-            progress.judge(-value if select_by == "loss" else value)
+            progress.note_validation(-value if select_by == "loss" else value)
         if self.writer:
             self.writer.write(progress.step, {**summary, **totals})
             shown = "  ".join(f"{n.partition('/')[2]} {v:.4f}" for n, v in summary.items())
