@@ -49,10 +49,13 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "gcs": ["gcsfs"],
         "sids": ["scikit-learn"],
         "benchmarks": ["faiss-cpu"],
         "test": [
             "chex>=0.1.90",
+            "gcp-storage-emulator",
+            "gcsfs",
             "pytest",
             "pytest-xdist",
             "hypothesis",

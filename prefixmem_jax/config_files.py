@@ -25,6 +25,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.errors import UserError, nearest
 from prefixmem_jax.files import read_json_object
 from prefixmem_jax.kinds import Kind, find_kind, kind_name
+from prefixmem_jax.storage import to_path
 from prefixmem_jax.text import shortened
 
 Root = typing.TypeVar("Root")  # a frozen dataclass of keys: `Config`, or another job's
@@ -41,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
       UserError: names the file or key, what is wrong, and the nearest valid name.
     """
-    path = _find(Path(path))
+    path = _find(to_path(path))
     if path.suffix == ".json":
         try:
             data = from_json(path.read_bytes())

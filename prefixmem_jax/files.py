@@ -7,11 +7,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from prefixmem_jax import storage
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.progress import counted
 
@@ -31,13 +35,37 @@ def parse_size(text: str, flag: str) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to it if the block ends well, else removed."""
+    """A path of this machine to write to; moved to `path` if the block ends well, else removed."""
+    with _scratch(path) as beside:
+        yield beside
+        storage.move(beside, path)
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A file beside `path`, or where that is remote in a folder of this machine; removed after."""
+    if storage.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+        return
     beside = path.with_name(f".{path.name}.part")
     try:
         yield beside
-        os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any], compressed: bool = False) -> None:
+    """Writes arrays by name, an .npz file."""
+    with replacing(path) as beside, beside.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+@contextmanager
+def reading_npz(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an .npz file, read when they are asked for."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        yield arrays
 
 
 @contextmanager
@@ -46,7 +74,8 @@ def replacing_files(folder: Path, kind: str, last: str) -> Iterator[Path]:
 
     They replace those that an earlier block of this kind left there, which a manifest lists with
     their digests. Files of somebody else stay as they are. The empty folder lies in `folder`
-    itself, so that this may be a mount point or a link, and moving is renaming. A move that was
+    itself, so that this may be a mount point or a link, and moving is renaming; only where `folder`
+    is remote it lies on this machine, and moving is copying. A move that was
     killed is done again by the same command: until it has ended the manifest lists both.
 
     Args:
@@ -57,37 +86,43 @@ def replacing_files(folder: Path, kind: str, last: str) -> Iterator[Path]:
       UserError: `folder` is no place to write to, or holds something else, or one of the earlier
         files was changed since, or a file of somebody else is where one of the new ones goes.
     """
-    check_local(folder)
-    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    staged = folder / STAGED
+    if not storage.is_remote(folder):
+        storage.check_local(folder)
     try:
         old = _own_files(folder, kind)
-        _remove_folder(staged)
-        staged.mkdir(parents=True)
-        yield staged
-        _move_in(folder, staged, kind, last, old)
+        with _staging(folder) as staged:
+            yield staged
+            _move_in(folder, staged, kind, last, old)
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
         raise UserError(f"{folder}: {kind} failed{where}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """An empty folder in `folder`, or where that is remote on this machine; removed after."""
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory() as staged:
+            yield Path(staged)
+        return
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    staged = folder / STAGED
+    try:
+        _remove_folder(staged)
+        staged.mkdir(parents=True)
+        yield staged
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        storage.remove_folder(staged)
         with suppress(OSError):  # where something is in them by now
             for path in made:
                 path.rmdir()
 
 
-def check_local(path: Path) -> None:
-    """Raises UserError for `gs://...` and the like, which would become folders of these names."""
-    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", str(path))
-    if scheme:
-        raise UserError(f"{path}: expected a folder, not {scheme[1]}://; mount remote storage")
-
-
 def _own_files(folder: Path, kind: str) -> dict[str, list[str]]:
     """What the manifest lists: digests that a file may have, by its path in the folder."""
-    if not os.path.lexists(folder):
+    if not storage.exists(folder):
         return {}
-    if folder.is_symlink() and not folder.exists():
+    if not folder.exists():
         raise UserError(f"{folder}: is a link to {os.readlink(folder)}, which does not exist")
     there = set()
     if folder.is_dir():
@@ -103,7 +138,7 @@ def _own_files(folder: Path, kind: str) -> dict[str, list[str]]:
     files = manifest.get("files")
     if not _is_listing(files):
         raise UserError(f"{folder / MANIFEST}: expected digests by file; name another folder")
-    there = [name for name in files if os.path.lexists(folder / name)]
+    there = [name for name in files if storage.exists(folder / name)]
     for name in counted(there, "checksums", "file"):
         path = folder / name
         if not (path.is_file() and sha256_of(path).hex() in files[name]):
@@ -126,7 +161,7 @@ def _move_in(folder: Path, staged: Path, kind: str, last: str, old: dict[str, li
         raise UserError(
             f"{path}: is in the way, and of no {kind}; move it away, or name another folder"
         )
-    files = [path for path in sorted(staged.rglob("*")) if not path.is_dir()]
+    files = storage.files_below(staged)
     new = {
         str(path.relative_to(staged)): [sha256_of(path).hex()]
         for path in counted(files, "checksums", "file")
@@ -134,7 +169,7 @@ def _move_in(folder: Path, staged: Path, kind: str, last: str, old: dict[str, li
 
     def list_files(listed: dict[str, list[str]]) -> None:
         (staged / MANIFEST).write_text(json.dumps({"kind": kind, "files": listed}, indent=2) + "\n")
-        os.replace(staged / MANIFEST, folder / MANIFEST)
+        storage.move(staged / MANIFEST, folder / MANIFEST)
 
     list_files({name: old.get(name, []) + new.get(name, []) for name in {**old, **new}})
     (folder / last).unlink(missing_ok=True)
@@ -144,8 +179,8 @@ def _move_in(folder: Path, staged: Path, kind: str, last: str, old: dict[str, li
     for name in sorted(new, key=lambda name: name == last):
         if name == last:
             list_files(new)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged / name, folder / name)
+        storage.make_folder((folder / name).parent)
+        storage.move(staged / name, folder / name)
 
 
 def _foreign(folder: Path, staged: Path, old: dict[str, list[str]]) -> Iterator[Path]:
@@ -153,9 +188,9 @@ def _foreign(folder: Path, staged: Path, old: dict[str, list[str]]) -> Iterator[
     for path in staged.iterdir():
         there = folder / path.name
         if path.is_dir() and there.is_dir():
-            inside = (file for file in there.rglob("*") if not file.is_dir())
+            inside = storage.files_below(there)
             yield from (file for file in inside if str(file.relative_to(folder)) not in old)
-        elif os.path.lexists(there) and path.name not in old:
+        elif storage.exists(there) and path.name not in old:
             yield there
 
 
@@ -166,6 +201,8 @@ def _remove_folder(path: Path) -> None:
 
 def _remove_empty(folder: Path, inside: Path) -> None:
     """Removes a subfolder and those around it, as far as nothing is in them."""
+    if storage.is_remote(folder):
+        return
     with suppress(OSError):
         for path in (inside, *inside.parents)[:-1]:
             (folder / path).rmdir()
@@ -183,7 +220,7 @@ def read_json_list(path: Path) -> list[Any]:
 
 def _read_json(path: Path, kind: type, named: str) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes().decode())
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

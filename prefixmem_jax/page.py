@@ -7,7 +7,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefixmem_jax.files import write_text
+from matplotlib.figure import Figure
+
+from prefixmem_jax.files import replacing, write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto }
@@ -25,6 +27,12 @@ def write_page(path: Path, title: str, body: Sequence[str]) -> None:
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head><body>\n"
         f"<h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "\n</body></html>\n",
     )
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a plot, .png where its name does not say otherwise."""
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format=path.suffix.lstrip(".") or "png")
 
 
 def preformatted(text: str) -> str:

@@ -24,7 +24,7 @@ from prefixmem_jax.data.formats.parquet import (
 )
 from prefixmem_jax.data.splits import split_dataset
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.files import check_local, replacing, replacing_files, write_text
+from prefixmem_jax.files import reading_npz, replacing_files, write_npz, write_text
 from prefixmem_jax.kinds import STRICT
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.semantic_ids.catalog import Catalog
@@ -37,6 +37,7 @@ from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.text_models import embed_titles
 from prefixmem_jax.semantic_ids.texts import TextVectors
 from prefixmem_jax.semantic_ids.vectors import Vectors, read_vectors
+from prefixmem_jax.storage import check_local
 
 # Titles and keys of the items, as `read_titles`.
 Named = tuple[list[str | None], list[str] | None]
@@ -123,7 +124,7 @@ def make_sids(
 
 def _load(path: Path) -> Fitted:
     try:
-        with np.load(path) as arrays:
+        with reading_npz(path) as arrays:
             return dict(arrays)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not what `prefixmem sids` wrote ({error})") from None
@@ -172,14 +173,13 @@ def _fit(quantizer: Quantizer, vectors: Vectors, unfinished: Path) -> Fitted:
     mine = np.frombuffer(about.digest(), np.uint8)
     saved: Fitted = {}
     if unfinished.exists():
-        with np.load(unfinished) as arrays:
+        with reading_npz(unfinished) as arrays:
             saved = dict(arrays)
         if not np.array_equal(saved.pop("about"), mine):
             saved = {}
 
     def save(state: Fitted) -> None:
-        with replacing(unfinished) as beside, beside.open("wb") as file:
-            np.savez(file, about=mine, **state)
+        write_npz(unfinished, {"about": mine, **state})
 
     return quantizer.fit(vectors, make_mesh(), saved, save)
 
@@ -236,8 +236,8 @@ def _write(
             rng = np.random.default_rng(quantizer.seed)
             shape = (codes[-1], fitted[level_name(0)].shape[1])
             codebooks[level_name(quantizer.levels)] = rng.normal(size=shape).astype(np.float32)
-        np.savez(folder / CODEBOOKS, **codebooks)
-        np.savez(folder / FITTED, **fitted)
+        write_npz(folder / CODEBOOKS, codebooks)
+        write_npz(folder / FITTED, fitted)
         write_text(folder / CONFIG, to_json(config))
         write_report(folder, measured)
     return measured

@@ -335,7 +335,10 @@ def test_on_the_command_line_each_is_one_line(run, model, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     weights_changed(LAYER, with_one(np.nan))(model)
     for arguments, words in (
-        (("export", run.path, "--out", "gs://bucket/out"), "gs:/bucket/out: expected a folder"),
+        (
+            ("export", run.path, "--out", "s3://bucket/out"),
+            "s3://bucket/out: expected a folder or gs://",
+        ),
         (("import", model, "--out", "out"), f"tensor {LAYER} has numbers that are not finite"),
     ):
         failed = prefixmem(*arguments, expect=2)

@@ -26,7 +26,7 @@ from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 PACKAGE = ROOT / "prefixmem_jax"
 # Files and folders of the package, each of which imports only from those before it.
 ROOMS = [
-    "errors", "text", "progress", "files", "page", "kinds", "config_groups", "parallel", "semantic_ids",
+    "errors", "text", "progress", "storage", "files", "page", "kinds", "config_groups", "parallel", "semantic_ids",
     "data", "memory", "layers", "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
     "hf", "runs", "evaluation", "training_rows", "training", "planning", "recommender", "inspection", "convert", "sids", "quickstart", "start", "sweep",
     "benchmarks", "paper", "cli",

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from prefixmem_jax.files import replacing
+from prefixmem_jax.page import save_figure
 
 BLOCK = 4  # calls in a row; the first, which finds another call's data in the caches, is dropped
 
@@ -65,6 +65,5 @@ def bar_plot(path: Path, panels: Sequence[tuple[str, dict[str, float]]]) -> None
         axis.margins(x=0.2)
         axis.invert_yaxis()
     figure.tight_layout()
-    with replacing(path) as beside:
-        figure.savefig(beside, dpi=120, format=path.suffix.lstrip(".") or "png")
+    save_figure(figure, path)
     plt.close(figure)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prefixmem_jax.storage import check_local
 from prefixmem_jax.text import shortened, visible
 
 
@@ -22,6 +23,11 @@ def new_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
     return path
+
+
+def local_path(text: str) -> Path:
+    check_local(text)
+    return Path(text)
 
 
 def number_from(least: int, most: int | None = None) -> Callable[[str], int]:

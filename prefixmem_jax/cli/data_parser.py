@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from prefixmem_jax.cli import verbs
-from prefixmem_jax.cli.arguments import described, positive
+from prefixmem_jax.cli.arguments import described, local_path, positive
+from prefixmem_jax.storage import to_path
 
 
 def add_convert(subparsers: Any) -> None:
@@ -29,7 +29,11 @@ def add_convert(subparsers: Any) -> None:
     converting.set_defaults(verb=verbs.convert)
     add_raw(converting)
     converting.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="an older dataset there is replaced"
+        "--out",
+        type=to_path,
+        required=True,
+        metavar="DIR",
+        help="an older dataset there is replaced; also gs://BUCKET/DIR",
     )
 
 
@@ -46,7 +50,7 @@ def add_generate(subparsers: Any) -> None:
     )
     generating.set_defaults(verb=verbs.generate)
     generating.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="an earlier one is replaced"
+        "--out", type=to_path, required=True, metavar="DIR", help="an earlier one is replaced"
     )
     generating.add_argument(
         "overrides",
@@ -70,7 +74,11 @@ def add_tokenizer(subparsers: Any) -> None:
         "--tokens", type=positive, default=4096, metavar="N", help="at most (default: %(default)s)"
     )
     training.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="an older tokenizer is replaced"
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="an older tokenizer is replaced",
     )
 
 
@@ -89,7 +97,11 @@ def add_pack(subparsers: Any, overrides_help: str) -> None:
     packing.add_argument("config", metavar="CONFIG", help="as `prefixmem train` takes it")
     packing.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
     packing.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="an earlier packing is replaced"
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="an earlier packing is replaced",
     )
     packing.add_argument(
         "--shards", type=positive, default=16, metavar="N", help="files (default: %(default)s)"
@@ -134,7 +146,7 @@ def add_raw(parser: argparse.ArgumentParser) -> None:
 def add_embeddings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embeddings",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help=".parquet or .npz with item_id and embedding, or NAME.npy beside NAME.item_id.npy "
         "(default: vectors of the titles)",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from prefixmem_jax.cli.arguments import local_path
+
 
 def add_sweep(sweeping: argparse.ArgumentParser, config_help: str) -> None:
     sweeping.add_argument("config", metavar="CONFIG", help=config_help)
     sweeping.add_argument(
-        "--out", metavar="DIR", type=Path, help="where the runs go (default: sweeps/NAME)"
+        "--out", metavar="DIR", type=local_path, help="where the runs go (default: sweeps/NAME)"
     )
     sweeping.add_argument(
         "overrides",
@@ -32,7 +34,7 @@ def add_paper(paper: argparse.ArgumentParser, overrides_help: str) -> None:
     paper.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=local_path,
         default=Path("runs/paper"),
         help="for data, runs and results, a folder for each scale (default: runs/paper)",
     )

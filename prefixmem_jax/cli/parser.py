@@ -10,6 +10,7 @@ from prefixmem_jax.cli import verbs
 from prefixmem_jax.cli.arguments import (
     OneLineParser,
     described,
+    local_path,
     new_file,
     number_from,
     positive,
@@ -27,6 +28,7 @@ from prefixmem_jax.cli.data_parser import (
 )
 from prefixmem_jax.cli.experiment_parser import add_paper, add_sweep
 from prefixmem_jax.cli.run_parser import add_resume, add_runs, add_train
+from prefixmem_jax.storage import to_path
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     quick.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=local_path,
         default=Path("quickstart"),
         help="where results, report and runs go (default: %(default)s)",
     )
@@ -87,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_raw(starting)
     starting.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="what is there already goes on"
+        "--out", type=local_path, required=True, metavar="DIR", help="what is there already goes on"
     )
     add_embeddings(starting)
 
@@ -115,15 +117,15 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem sids MORE --out NEWER --apply NEW        # more items, the same codebooks",
     )
     naming.add_argument(
-        "data", type=Path, metavar="DIR", help="items.parquet, and maybe histories.parquet"
+        "data", type=local_path, metavar="DIR", help="items.parquet, and maybe histories.parquet"
     )
     naming.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="older SIDs there are replaced"
+        "--out", type=local_path, required=True, metavar="DIR", help="older SIDs there are replaced"
     )
     add_embeddings(naming)
     naming.add_argument(
         "--apply",
-        type=Path,
+        type=local_path,
         metavar="OLD",
         help="what an earlier call wrote: its items keep their SIDs, new ones get theirs alike",
     )
@@ -196,7 +198,7 @@ def make_parser() -> argparse.ArgumentParser:
         "runs",
         metavar="RUN",
         nargs="+",
-        type=Path,
+        type=to_path,
         help="run directories; the first is compared with",
     )
     evaluation.add_argument(
@@ -213,7 +215,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument(
         "--out",
-        type=Path,
+        type=to_path,
         metavar="DIR",
         help="for results.json and plots (default: the run; comparison/ for several runs)",
     )
@@ -293,7 +295,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     exporting.add_argument("run", metavar="RUN", help="a run directory")
     exporting.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="an older export there is replaced"
+        "--out",
+        type=to_path,
+        required=True,
+        metavar="DIR",
+        help="an older export there is replaced; also gs://BUCKET/DIR",
     )
     exporting.add_argument(
         "--dtype",
@@ -321,9 +327,15 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem import Qwen3-1.7B --out qwen3_1p7b\n"
         "  prefixmem train CONFIG init.from_huggingface=qwen3_1p7b",
     )
-    importing.add_argument("folder", type=Path, metavar="DIR", help="a Hugging Face model folder")
     importing.add_argument(
-        "--out", type=Path, required=True, metavar="CKPT", help="an older import there is replaced"
+        "folder", type=local_path, metavar="DIR", help="a Hugging Face model folder"
+    )
+    importing.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="CKPT",
+        help="an older import there is replaced",
     )
 
     planning = verb(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from prefixmem_jax.cli.arguments import first_and_last, new_file
+from prefixmem_jax.storage import to_path
 
 
 def add_train(
@@ -15,7 +16,7 @@ def add_train(
     training.add_argument(
         "--out",
         metavar="DIR",
-        help="run directory (default: runs/NAME, the config's name)",
+        help="run directory, also gs://BUCKET/RUN (default: runs/NAME, the config's name)",
     )
     training.add_argument(
         "--profile",
@@ -30,7 +31,7 @@ def add_train(
 def add_resume(
     resuming: argparse.ArgumentParser, overrides_help: str, distributed_help: str
 ) -> None:
-    resuming.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    resuming.add_argument("run", type=to_path, metavar="RUN", help="a run directory")
     resuming.add_argument("--distributed", action="store_true", help=distributed_help)
     resuming.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
@@ -39,7 +40,7 @@ def add_runs(listing: argparse.ArgumentParser) -> None:
     listing.add_argument(
         "folders",
         nargs="*",
-        type=Path,
+        type=to_path,
         default=[Path("runs")],
         metavar="DIR",
         help="where to look, folders below included (default: runs)",

@@ -23,7 +23,7 @@ class _Lines(logging.Handler):
         tqdm.write(f"prefixmem: {visible(record.getMessage())}", file=sys.stderr)
 
 
-_HANDLER = _Lines(logging.WARNING)
+_HANDLER, _NOWHERE = _Lines(logging.WARNING), logging.NullHandler()
 
 
 def prepare() -> None:
@@ -31,6 +31,7 @@ def prepare() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns where there is no torch
     logging.getLogger("absl").addFilter(_nothing)  # Orbax logs there too
+    logging.getLogger().addHandler(_NOWHERE)  # what others log, and nobody asked to see
     logging.getLogger(PACKAGE).addHandler(_HANDLER)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.storage import to_path
 from prefixmem_jax.text import visible
 
 
@@ -143,9 +144,7 @@ def train(options: argparse.Namespace) -> None:
     start(options.distributed)
     from prefixmem_jax.training.loop import train
 
-    run = Path(options.out or f"runs/{config.name}")
-    if "://" in (options.out or ""):
-        raise UserError(f"--out {options.out}: expected a folder; mount remote storage")
+    run = to_path(options.out or f"runs/{config.name}")
     train(config, run, profile=options.profile)
     print(visible(f"trained {config.name} for {config.steps} steps: {run}"))
 

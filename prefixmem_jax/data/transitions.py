@@ -15,7 +15,7 @@ from scipy import sparse
 
 from prefixmem_jax.data.splits import Split
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.files import replacing
+from prefixmem_jax.files import reading_npz, write_npz
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,21 @@ class Transitions:
 
     def save(self, path: Path) -> None:
         """Writes an .npz file."""
-        with replacing(path) as beside, beside.open("wb") as file:
-            np.savez(
-                file,
-                first=self.near.indptr.astype(np.int64),
-                neighbours=self.near.indices.astype(np.int32),
-                counts=self.near.data.astype(np.float32),
-                decay=np.float64(self.decay),
-            )
+        write_npz(
+            path,
+            {
+                "first": self.near.indptr.astype(np.int64),
+                "neighbours": self.near.indices.astype(np.int32),
+                "counts": self.near.data.astype(np.float32),
+                "decay": np.float64(self.decay),
+            },
+        )
 
     @classmethod
     def load(cls, path: Path) -> Transitions:
         """Reads what `save` wrote; UserError names a file that is none."""
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            with reading_npz(path) as saved:
                 first, neighbours = saved["first"], saved["neighbours"]
                 size = len(first) - 1
                 near = sparse.csr_array((saved["counts"], neighbours, first), shape=(size, size))

@@ -27,6 +27,7 @@ from prefixmem_jax.evaluation.report import Results, write_comparison
 from prefixmem_jax.evaluation.statistics import compare, means
 from prefixmem_jax.files import write_json
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.storage import absolute, make_folder
 
 
 def evaluate_heuristics(
@@ -111,7 +112,7 @@ def evaluate_runs(
         _check_comparable(opened, prepared, options, base, name)
         _ = run.step  # a checkpoint is missing now, not when the runs before are evaluated
     folder = out or opened[base].path
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     results: Results = {
         name: evaluate_run(run, prepared[name], options[name], split)
         for name, run in opened.items()
@@ -186,7 +187,7 @@ def _check_comparable(
 
 def _names(runs: Sequence[Path]) -> list[str]:
     """A short name for each run: its folder's, or its whole path where two are called the same."""
-    short = [run.resolve().name for run in runs]
-    if len({run.resolve() for run in runs}) < len(runs):
+    short = [absolute(run).name for run in runs]
+    if len({absolute(run) for run in runs}) < len(runs):
         raise UserError("evaluate: a run is named twice")
     return short if len(set(short)) == len(short) else [str(run) for run in runs]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -33,9 +32,10 @@ from prefixmem_jax.evaluation.metrics import (
 )
 from prefixmem_jax.evaluation.sid_to_text import title_bleu
 from prefixmem_jax.evaluation.statistics import intervals
-from prefixmem_jax.files import replacing, write_json
+from prefixmem_jax.files import reading_npz, write_json, write_npz
 from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.storage import make_folder, remove_folder
 
 # What is kept of each user until the metrics are made.
 NAMES = ("ranks", "unconstrained", "constrained", "constrained_scores", "greedy")
@@ -79,9 +79,8 @@ def evaluate(
         if not _all_agree(share is not None):
             share = _search(engine, everyone.take(users), in_sample[users], options, name)
             if path is not None and jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as beside, beside.open("wb") as file:
-                    np.savez(file, **share)
+                make_folder(path.parent)
+                write_npz(path, share)
         shares.append(share)
     results = {key: np.concatenate([share[key] for share in shares]) for key in shares[0]}
 
@@ -104,7 +103,7 @@ def evaluate(
     if bleu is not None:
         overall["bleu"] = bleu
     if work is not None and jax.process_index() == 0:
-        shutil.rmtree(work, ignore_errors=True)
+        remove_folder(work)
     lists = item_lists(sample, results["constrained"], results["constrained_scores"], catalog)
     return Evaluated(scores, overall, lists)
 
@@ -112,7 +111,7 @@ def evaluate(
 def _saved_share(path: Path) -> dict[str, np.ndarray] | None:
     """What an evaluation that was killed had done of these users, if it can be read."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with reading_npz(path) as saved:
             return {name: saved[name] for name in NAMES}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
@@ -202,8 +201,7 @@ def evaluate_run(
         **about,
     }
     if first:
-        with replacing(run.path / "scores.npz") as beside, beside.open("wb") as file:
-            np.savez_compressed(file, **evaluated.scores)
+        write_npz(run.path / "scores.npz", evaluated.scores, compressed=True)
         save_lists(run.path, evaluated.lists)
         write_json(run.path / "metrics.json", metrics)
     return metrics
@@ -211,5 +209,5 @@ def evaluate_run(
 
 def load_scores(run: Path) -> Scores:
     """What `evaluate_run` wrote, by user."""
-    with np.load(run / "scores.npz") as saved:
-        return {name: saved[name] for name in saved.files}
+    with reading_npz(run / "scores.npz") as saved:
+        return dict(saved)

@@ -15,7 +15,7 @@ from prefixmem_jax.evaluation.metrics import (
     expected_scores,
     groups_of,
 )
-from prefixmem_jax.files import replacing
+from prefixmem_jax.files import reading_npz, write_npz
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 FILE = "lists.npz"
@@ -59,13 +59,12 @@ def item_lists(
 
 
 def save_lists(run: Path, lists: ItemLists) -> None:
-    with replacing(run / FILE) as beside, beside.open("wb") as file:
-        np.savez_compressed(file, **lists._asdict())
+    write_npz(run / FILE, lists._asdict(), compressed=True)
 
 
 def load_lists(run: Path) -> ItemLists:
     """What an evaluation wrote."""
-    with np.load(run / FILE) as saved:
+    with reading_npz(run / FILE) as saved:
         return ItemLists(*(saved[name] for name in ItemLists._fields))
 
 

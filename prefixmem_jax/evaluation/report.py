@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 from prefixmem_jax.evaluation.metrics import CUTOFFS, SPLIT_BY_TRANSITION
-from prefixmem_jax.page import image, preformatted, table, write_page
+from prefixmem_jax.page import image, preformatted, save_figure, table, write_page
 from prefixmem_jax.text import aligned, visible
 
 matplotlib.use("Agg")
@@ -115,7 +115,7 @@ def plot_learning_curves(path: Path, curves: dict[str, list[dict]], levels: int)
         axes[row, 0].set_ylabel(metric.removeprefix("validation/").replace("_", " "))
     axes[0, 0].legend()
     figure.suptitle("Validation while training (teacher-forced, next item of held-out users)")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -136,7 +136,7 @@ def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> N
     axis.grid(axis="y", alpha=0.3)
     axis.set_title(title)
     figure.legend(fontsize=8, loc="outside lower center", ncols=len(results))
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -155,7 +155,7 @@ def plot_recall(path: Path, results: Results) -> None:
     axis.set(xlabel="K", ylabel="item recall@K, constrained")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)
 
 

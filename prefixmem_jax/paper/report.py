@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 
+from prefixmem_jax.page import save_figure
 from prefixmem_jax.text import aligned
 
 matplotlib.use("Agg")
@@ -62,7 +63,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     axis.set_ylabel(f"accuracy at level {len(result['data']['levels'])}, %")
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.runs.checksums import FOLDER, find_damage, write_checksums
+from prefixmem_jax.storage import absolute, is_remote, tensorstore_spec
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,15 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint folder, newest first."""
+    """Steps that have a checkpoint folder, newest first.
+
+    A remote folder has its name from the first file on, and counts once Orbax has finished it.
+    """
     folder = run / FOLDER
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    found = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    if is_remote(run):
+        found = [path for path in found if ocp.is_orbax_checkpoint(path)]
+    return sorted((int(path.name) for path in found), reverse=True)
 
 
 def row_meaning(spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -119,7 +125,7 @@ class Checkpoints:
         saving.enable_write_sharding_file = False
         saving.array_metadata_store = None
         self._checkpointer = ocp.training.Checkpointer(
-            (run / FOLDER).resolve(),
+            absolute(run / FOLDER),
             preservation_policy=policy,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=keep is not None,
@@ -266,9 +272,8 @@ class Checkpoints:
 
     def _open(self, step: int, part: str, path: tuple) -> ts.TensorStore:
         """An array on disk, by its path in the part's tree."""
-        folder = self.run.resolve() / FOLDER / str(step) / part
+        base = tensorstore_spec(absolute(self.run) / FOLDER / str(step) / part)
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        base = {"driver": "file", "path": f"{folder}/"}  # no URL: a folder may be called 100%
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         return ts.open({"driver": "zarr3", "kvstore": kvstore}).result()
 

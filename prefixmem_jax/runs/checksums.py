@@ -13,17 +13,23 @@ from pathlib import Path
 import orbax.checkpoint.experimental.v1 as ocp
 
 from prefixmem_jax.files import sha256_of, write_json
+from prefixmem_jax.storage import files_below, is_remote, make_folder
 
 FOLDER, CHECKSUMS = "checkpoints", "checksums"
 
 
 def write_checksums(run: Path, step: int) -> None:
-    """Digests of a step's files; those of steps that are gone are removed."""
+    """Digests of a step's files; those of steps that are gone are removed.
+
+    A remote store keeps digests of its own, and checks them.
+    """
+    if is_remote(run):
+        return
     folder = run / FOLDER / str(step)
-    (run / CHECKSUMS).mkdir(exist_ok=True)
+    make_folder(run / CHECKSUMS)
     write_json(
         run / CHECKSUMS / f"{step}.json",
-        {str(path.relative_to(folder)): sha256_of(path).hex() for path in _files(folder)},
+        {str(path.relative_to(folder)): sha256_of(path).hex() for path in files_below(folder)},
     )
     for path in (run / CHECKSUMS).glob("*.json"):
         if not (run / FOLDER / path.stem).exists():
@@ -53,7 +59,3 @@ def find_damage(run: Path, step: int, without: Collection[str] = ()) -> str | No
         if sha256_of(folder / name).hex() != digest:
             return f"{name} has changed since it was written"
     return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())

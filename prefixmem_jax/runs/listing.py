@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.runs.checkpoint import saved_steps
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import CONFIG, DATA, Run, differences
+from prefixmem_jax.storage import walk
 from prefixmem_jax.text import aligned, visible
 
 # Keys in which runs differ that a table shows.
@@ -85,10 +85,10 @@ def _find(folder: Path) -> Iterator[Path]:
     """Run folders, not those within others."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one with runs in it")
-    for path, below, files in os.walk(folder):
+    for path, below, files in walk(folder):
         if {CONFIG, DATA} <= set(files):
             below.clear()
-            yield Path(path)
+            yield path
 
 
 def _listed(run: Run, changes: dict[str, Any]) -> ListedRun:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_text
+from prefixmem_jax.storage import files_below, is_remote, upload
 
 METRICS = "metrics.jsonl"
+# Seconds between two copies of what is recorded to a remote run.
+COPY_SECONDS = 60
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -20,7 +26,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
       UserError: a line that is no record; names it.
     """
     path = run / METRICS
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     records = []
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
@@ -44,15 +50,33 @@ class MetricsWriter:
     def __init__(self, run: Path, resume_step: int):
         kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
         write_text(run / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = (run / METRICS).open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+        self._open = ExitStack()
+        self._run = self._folder = run
+        if is_remote(run):  # whose files cannot be appended to
+            self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+            write_text(self._folder / METRICS, (run / METRICS).read_text())
+        self._copied = time.monotonic()
+        self._file = self._open.enter_context((self._folder / METRICS).open("a"))
+        board = str(self._folder / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=resume_step + 1)
 
     def write(self, step: int, record: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
         for name, value in record.items():
             self._board.add_scalar(name, value, step)
+        if time.monotonic() - self._copied > COPY_SECONDS:
+            self.publish()
+
+    def publish(self) -> None:
+        """Brings all that was written so far to where the run lies."""
+        self._board.flush()
+        if is_remote(self._run):
+            for path in files_below(self._folder):
+                upload(path, self._run / path.relative_to(self._folder))
+        self._copied = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
         self._board.close()
+        self.publish()
+        self._open.close()

@@ -37,6 +37,7 @@ from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.storage import is_remote, make_folder, to_path
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Run:
             config (else the lowest validation loss) among those that are kept; None that one where
             its config has a `select_by`, else the newest whole one.
         """
-        self.path = Path(path)
+        self.path = to_path(path)
         self._step = step
 
     @cached_property
@@ -143,7 +144,7 @@ class Run:
         options, sizes = self.config.data, self.data_description.codebook_sizes
         if place is None:
             return self.checked(load_catalog(options))
-        if Path(place).is_file():
+        if to_path(place).is_file():
             return self.checked(Catalog.read_jsonl(place, sizes))
         moved = replace(options, path=str(place), codebook_sizes=sizes)
         return self.checked(load_catalog(moved))
@@ -269,7 +270,9 @@ class Run:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process of this machine is training it."""
+        """Whether a process of this machine is training it; not known of remote ones."""
+        if is_remote(self.path):
+            return False
         try:
             with (self.path / LOCK).open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -302,10 +305,15 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Makes the folder, and keeps other trainings out of it; a killed process lets go of it.
 
+        Remote folders have no locks.
+
         Raises:
           UserError: another one is at it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        if is_remote(self.path):
+            yield
+            return
+        make_folder(self.path)
         with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -351,7 +359,7 @@ class Run:
                         "than what it was trained with"
                     )
         if jax.process_index() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             write_json(self.path / DATA, description.__dict__)
             write_text(self.path / CONFIG, to_json(config))
         self.__dict__.pop("config", None)

@@ -13,6 +13,7 @@ import numpy as np
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie
+from prefixmem_jax.storage import to_path
 
 MAX_CODES = 1 << 16  # of one level, where nobody states how many there are
 STATE_CODES = "; state data.codebook_sizes if there are more"
@@ -62,7 +63,7 @@ class Catalog:
         Raises:
           UserError: one line that names the file, the line (from 1) and the cause.
         """
-        path = Path(path)
+        path = to_path(path)
         if path.is_dir():
             raise UserError(f"{path}: is a folder, expected a file such as items.jsonl")
         sids: list[list[int]] = []

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from prefixmem_jax.files import write_json
-from prefixmem_jax.page import image, preformatted, write_page
+from prefixmem_jax.page import image, preformatted, save_figure, write_page
 from prefixmem_jax.semantic_ids.quality import target_levels, verdicts_on
 from prefixmem_jax.text import aligned
 
@@ -82,5 +82,5 @@ def _plot(path: Path, levels: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)

@@ -236,12 +236,13 @@ class Checkpointing(Hook):
         self,
         spec: ModelSpec,
         checkpoints: Checkpoints,
+        writer: MetricsWriter | None,
         metadata: Callable[[], dict[str, Any]],
         is_finite: Callable[[TrainState], bool],
     ):
         super().__init__(spec.config.checkpoint.every_steps)
-        self.spec, self.checkpoints, self.metadata = spec, checkpoints, metadata
-        self.is_finite = is_finite
+        self.spec, self.checkpoints, self.writer = spec, checkpoints, writer
+        self.metadata, self.is_finite = metadata, is_finite
 
     def due(self, progress: Progress) -> bool:
         return super().due(progress) or self._is_best(progress)
@@ -260,6 +261,8 @@ class Checkpointing(Hook):
         }
         best = progress.best if self._is_best(progress) else None
         with progress.timing("saving_seconds"):
+            if self.writer:  # a checkpoint whose records are missing could not be chosen
+                self.writer.publish()
             self.checkpoints.save(progress.step, parts, metadata, best)
 
 

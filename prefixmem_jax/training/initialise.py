@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from prefixmem_jax.models.decoder import TOKEN_AXIS
 from prefixmem_jax.models.new_tokens import add_tokens, directions, read_codebooks
 from prefixmem_jax.runs.checkpoint import Checkpoints, abstract_memory_part, has_checkpoint
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.storage import to_path
 from prefixmem_jax.training.state import TrainState, init_sharded
 
 
@@ -99,11 +99,11 @@ def parts_of_folder(
     dense = {part: spec.params[part] for part in parts if part != "memory"}
     dense["llm"] = _with_vocabulary(dense["llm"], described.vocabulary)
     # `prefixmem import` writes no safetensors; checkpoints beside those are another model's.
-    if has_checkpoint(Path(folder)) and not has_safetensors(folder):
+    if has_checkpoint(to_path(folder)) and not has_safetensors(folder):
         abstract = dict(dense)
         if "memory" in parts:
             abstract["memory"] = abstract_memory_part(spec)
-        with Checkpoints(Path(folder)) as source:
+        with Checkpoints(to_path(folder)) as source:
             loaded = source.load(abstract, spec, source.choose())
     else:
         files = SafetensorsFolder(folder)

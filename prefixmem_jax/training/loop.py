@@ -16,6 +16,7 @@ from tqdm import tqdm
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import tuned_transitions
 from prefixmem_jax.evaluation.validation import ValidationRetrieval
 from prefixmem_jax.model_spec import ModelSpec
@@ -25,6 +26,7 @@ from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.runs.metrics import MetricsWriter
 from prefixmem_jax.runs.run import TRANSITIONS, DataDescription, Run
+from prefixmem_jax.storage import is_remote
 from prefixmem_jax.training.flops import matmul_flops
 from prefixmem_jax.training.hooks import (
     Checkpointing,
@@ -61,6 +63,8 @@ def train(
     Returns:
       The final state.
     """
+    if profile is not None and is_remote(folder):
+        raise UserError(f"{folder}: --profile writes into the run; expected one of this machine")
     data, run, objective = data or prepare_data(config.data), Run(folder), config.objective
     mesh = make_mesh(config.mesh)
     source = training_source(config, data)
@@ -110,6 +114,7 @@ def train(
             Checkpointing(
                 spec,
                 checkpoints,
+                writer,
                 lambda: {"data_iterator": iterator.get_state()},
                 validating.is_finite,
             ),

@@ -26,6 +26,7 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing, sha256_of
 from prefixmem_jax.semantic_ids.catalog import MAX_CODES, STATE_CODES, Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.storage import absolute, to_path
 from prefixmem_jax.text import shortened
 
 ITEMS = "items.parquet"
@@ -45,18 +46,18 @@ def read_dataset(
     Raises:
       UserError: one line that names the file, the row (0-based) and the cause.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     catalog = read_catalog(folder, sid_column, codebook_sizes)
     histories = _read_histories(folder / HISTORIES, len(catalog))
     digest = hashlib.sha256(sha256_of(folder / ITEMS) + sha256_of(folder / HISTORIES))
-    return Dataset(folder.resolve().name, catalog, histories, digest.hexdigest())
+    return Dataset(absolute(folder).name, catalog, histories, digest.hexdigest())
 
 
 def read_catalog(
     folder: str | Path, sid_column: str = "sid", codebook_sizes: tuple[int, ...] | None = None
 ) -> Catalog:
     """Reads and checks items.parquet alone; as `read_dataset`."""
-    folder = Path(folder)
+    folder = to_path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder with {ITEMS} and {HISTORIES}")
     path = folder / ITEMS
@@ -72,7 +73,7 @@ def read_catalog(
 
 def read_titles(folder: str | Path) -> tuple[list[str | None], list[str] | None]:
     """Titles and keys of items 0..N-1, which need no SIDs yet; None where there are none."""
-    path = Path(folder) / ITEMS
+    path = to_path(folder) / ITEMS
     table = _read_table(path, {"item_id": "int, 0..N-1"}, ("title", "key"))
     row_of_item = _row_of_item(path, table)
     return _titles(path, table, row_of_item), _keys(path, table, row_of_item)
@@ -170,13 +171,16 @@ def _read_table(path: Path, required: dict[str, str], optional: Sequence[str]) -
         what = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; a dataset needs the files {ITEMS} and {HISTORIES}")
     try:
-        parquet = pq.ParquetDataset(path)
-        names = parquet.schema.names
-        for column, meaning in required.items():
-            if column not in names:
-                has = ", ".join(names)
-                raise UserError(f"{path}: no column {column!r} ({meaning}); the file has: {has}")
-        table = parquet.read([name for name in names if name in (*required, *optional)])
+        with path.open("rb") as source:
+            file = pq.ParquetFile(source)
+            names = file.schema_arrow.names
+            for column, meaning in required.items():
+                if column not in names:
+                    has = ", ".join(names)
+                    raise UserError(
+                        f"{path}: no column {column!r} ({meaning}); the file has: {has}"
+                    )
+            table = file.read([name for name in names if name in (*required, *optional)])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
     if table.num_rows == 0:

@@ -1,0 +1,194 @@
+"""Runs, data and exports in Google Cloud Storage, as an emulator on this machine has it."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import chex
+import forked
+import jax
+import pytest
+from conftest import command_environment, prefixmem
+from object_store import BUCKET, object_store
+
+from prefixmem_jax.data.formats.parquet import read_dataset
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import replacing, replacing_files, sha256_of
+from prefixmem_jax.runs.checkpoint import saved_steps
+from prefixmem_jax.runs.listing import list_runs
+from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.storage import files_below, to_path
+from prefixmem_jax.training.parts import abstract_parts, from_parts
+
+STORE = f"gs://{BUCKET}"
+TRAIN = [
+    "train", "quickstart/baseline", "steps=150", "checkpoint.every_steps=15", "log_every_steps=5",
+    "data.batch_size=8", "data.sequence_length=64", "model.layers=1", "model.d_model=32",
+    "evaluation.every_steps=30", "evaluation.validation_examples=40",
+    "evaluation.select_by=item_ndcg@10", "evaluation.transition_share=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[None]:
+    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def datasets(store, tmp_path_factory) -> tuple[str, Path]:
+    """The same data, there and here."""
+    folder, there = tmp_path_factory.mktemp("data") / "data", f"{STORE}/data"
+    for out in (folder, there):
+        prefixmem(
+            "data", "generate", "--out", out, "users=200", "codebook_sizes=(16,16,16)",
+            "children=(8,4,4)", "groups=4", "titles=True",
+        )  # fmt: skip
+    return there, folder
+
+
+@pytest.fixture(scope="module")
+def runs(datasets, tmp_path_factory) -> tuple[str, Path]:
+    """The same training: there, killed after its first checkpoint, and here, uninterrupted."""
+    there, here = f"{STORE}/runs/one", tmp_path_factory.mktemp("runs")
+    prefixmem(*TRAIN, f"data.path={datasets[1]}", "--out", here / "one")
+    arguments = [*TRAIN, f"data.path={datasets[0]}", "--out", there]
+    process = forked.start(
+        forked.command, arguments, command_environment(), here / "out", here / "err"
+    )
+    until = time.monotonic() + 200
+    while not saved_steps(to_path(there)) and time.monotonic() < until:
+        assert process.is_alive(), (here / "err").read_text()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert saved_steps(to_path(there))[0] < 150
+    prefixmem("resume", there)
+    return there, here / "one"
+
+
+def state_of(folder: str | Path):
+    run = Run(folder)
+    spec = run.spec(jax.devices()[:1])
+    with run.checkpoints() as checkpoints:
+        step = checkpoints.choose()
+        state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
+        return step, jax.device_get(state), checkpoints.metadata(step)["data_iterator"]
+
+
+def records_of(folder: Path) -> list[dict]:
+    return [
+        {name: value for name, value in record.items() if not name.endswith("seconds")}
+        for record in read_metrics(folder)
+    ]
+
+
+def test_data_are_read_as_if_they_were_here(datasets):
+    there, here = map(read_dataset, datasets)
+    assert (there.sha256, there.catalog.sha256) == (here.sha256, here.catalog.sha256)
+    assert there.name == here.name == "data"
+    names = [path.name for path in files_below(to_path(datasets[0]))]
+    assert names == sorted(os.listdir(datasets[1]))
+
+
+def test_a_killed_run_ends_as_one_that_was_never_killed(runs):
+    there, here = map(to_path, runs)
+    (step, state, data), (wanted_step, wanted, wanted_data) = map(state_of, runs)
+    assert step == wanted_step == 150 and data == wanted_data
+    chex.assert_trees_all_equal(state, wanted)
+    assert records_of(there) == records_of(here)  # each step once, with the same numbers
+    assert saved_steps(there) == saved_steps(here)  # the newest, and the best
+    assert Run(there).step == Run(here).step
+    events = [path.name for path in files_below(there / "tensorboard")]
+    assert len(events) == 2 and all("tfevents" in name for name in events)
+    (listed,) = list_runs([to_path(f"{STORE}/runs")])
+    assert (listed.path, listed.state, listed.step) == (str(there), "done", 150)
+
+
+def test_what_is_made_of_a_run_is_the_same(runs, tmp_path):
+    there, here = runs
+    prefixmem("evaluate", there, here, "--out", f"{STORE}/compared", "--users", "100")
+    compared = to_path(f"{STORE}/compared")
+    for name, results in json.loads((compared / "comparison.json").read_text())["systems"].items():
+        for metric, found in results.items():
+            assert found["difference"] == 0, (name, metric)
+    assert (compared / "recall.png").read_bytes().startswith(b"\x89PNG")
+    for run, out in ((there, f"{STORE}/exported"), (here, tmp_path / "exported")):
+        for _ in range(2):  # the second replaces the first
+            prefixmem("export", run, "--out", out)
+    exported, files = to_path(f"{STORE}/exported"), files_below(tmp_path / "exported")
+    assert [path.name for path in files_below(exported)] == [path.name for path in files]
+    for path in files:
+        if path.name not in ("README.md", "prefixmem_files.json"):  # the run's name is in there
+            assert sha256_of(exported / path.name) == sha256_of(path), path.name
+    answers = [
+        prefixmem("recommend", run, "--history", "1,2,3", "--top", "3").stdout
+        for run in (there, here)
+    ]
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) == 4
+
+
+def test_stage_two_takes_what_stage_one_left_there(runs, tmp_path):
+    there, here = runs
+    taken = ["init.take=['llm']", "steps=1", "checkpoint.every_steps=1"]
+    for run, out in ((there, f"{STORE}/two"), (here, tmp_path / "two")):
+        prefixmem(*TRAIN, f"data.path={Run(run).config.data.path}", f"init.run={run}", *taken,
+                  "--out", out)  # fmt: skip
+    chex.assert_trees_all_equal(state_of(f"{STORE}/two")[1], state_of(tmp_path / "two")[1])
+
+
+def test_a_checkpoint_that_was_not_finished_does_not_count(runs, datasets):
+    there = to_path(f"{STORE}/unfinished")
+    options = [*TRAIN, f"data.path={datasets[0]}", "--out", there, "evaluation.select_by=None"]
+    prefixmem(*options, "steps=30")
+    before = state_of(there)
+    (there / "checkpoints" / "30" / "commit_success.txt").unlink()
+    assert saved_steps(there) == [15]
+    prefixmem(*options, "steps=30")
+    after = state_of(there)
+    assert after[0] == 30
+    chex.assert_trees_all_equal(after[1], before[1])
+
+
+def test_nothing_half_written_appears(store):
+    folder = to_path(f"{STORE}/half")
+    with pytest.raises(RuntimeError), replacing(folder / "one.txt") as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), replacing_files(folder, "export", "last") as staged:
+        (staged / "first").write_text("half")
+        raise RuntimeError
+    assert not folder.exists()
+    (folder / "theirs").write_text("precious")
+    with (
+        pytest.raises(UserError, match="holds something else than an older export"),
+        replacing_files(folder, "export", "last"),
+    ):
+        pass
+    assert [path.name for path in files_below(folder)] == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((*TRAIN, "--out", "gs://nobody/run"), "gs://nobody: no such bucket"),
+        ((*TRAIN, "--out", "s3://nobody/run"), "s3://nobody/run: expected a folder or gs://"),
+        ((*TRAIN, f"data.path={STORE}/none"), f"{STORE}/none: not a folder with items.parquet"),
+        ((*TRAIN, f"init.run={STORE}/none", "init.take=['llm']"), f"{STORE}/none: not a run directory"),
+        ((*TRAIN, "--profile", "1:2", "--out", f"{STORE}/x"), "expected one of this machine"),
+        (("evaluate", f"{STORE}/none"), f"{STORE}/none: not a run directory"),
+        (("quickstart", "--out", f"{STORE}/x"), f"{STORE}/x: expected a folder, not gs://"),
+        (("sids", "DATA", "--out", f"{STORE}/x"), f"{STORE}/x: expected a folder, not gs://"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(store, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed = prefixmem(*arguments, expect=2)
+    assert words in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
+    assert not os.listdir() and not to_path(f"{STORE}/x").exists()
