@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Trains a config, or evaluates runs, in N real processes on this machine, which find each other over
-# loopback.
+# Trains a config, or evaluates runs, or recommends to all users of a file, in N real processes on this
+# machine, which find each other over loopback.
 #   launch/local.sh CONFIG --processes N [arguments of `prefixmem train`]
 #   launch/local.sh evaluate RUN ... --processes N [arguments of `prefixmem evaluate`]
+#   launch/local.sh recommend RUN --histories FILE --out FILE --processes N [arguments of `prefixmem recommend`]
 # The first process's output is shown; the others write to LOGS/process-I.log (LOGS: a new
 # temporary folder, printed). If one fails, all are stopped. Told to end (SIGTERM), or if one of them
 # is, a training saves its state and all end with status 143. Needs `prefixmem` on the PATH.
 set -euo pipefail
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit "$1"; }
 verb=train
-case "${1:-}" in -h|--help) usage 0 ;; train|evaluate) verb=$1; shift ;; esac
+case "${1:-}" in -h|--help) usage 0 ;; train|evaluate|recommend) verb=$1; shift ;; esac
 [ $# -ge 1 ] || usage 2
 what=$1; shift
 processes=1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from prefixmem_jax.cli import verbs
+from prefixmem_jax.cli import benchmark_verbs
 from prefixmem_jax.cli.arguments import described, new_file, number_from, positive
 
 
 def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     def benchmark(name: str, run, summary: str, examples: str) -> argparse.ArgumentParser:
         added = benchmarks.add_parser(name, help=summary, **described(summary, examples))
-        added.set_defaults(verb=verbs.bench, benchmark=run)
+        added.set_defaults(verb=benchmark_verbs.bench, benchmark=run)
         added.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there")
         added.add_argument(
             "--plot", type=new_file, metavar="FILE", help="write a picture there (.png)"
@@ -20,7 +20,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
 
     memory = benchmark(
         "memory",
-        verbs.bench_memory,
+        benchmark_verbs.bench_memory,
         "The memory table alone: rows, optimizers, exchange.",
         "  prefixmem bench memory --rows 16384 1048576 --plot memory.png",
     )
@@ -41,7 +41,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     )
     step = benchmark(
         "step",
-        verbs.bench_step,
+        benchmark_verbs.bench_step,
         "A whole train step without and with the SID encoder.",
         "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU\n"
         "  prefixmem bench step --items 1000000   # and an item head over so many items",
@@ -85,7 +85,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         )
     decode = benchmark(
         "decode",
-        verbs.bench_decode,
+        benchmark_verbs.bench_decode,
         "Beam search, constrained to catalogues of several sizes and not.",
         "  prefixmem bench decode --catalogues 10000 1000000 --beams 20 100",
     )
@@ -122,7 +122,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         )
     sids = benchmark(
         "sids",
-        verbs.bench_sids,
+        benchmark_verbs.bench_sids,
         "Vectors to codes: k-means, RQ-VAE, and faiss where it is installed (faiss-cpu).",
         "  prefixmem bench sids --vectors 1000000 --codes 2048",
     )
@@ -149,7 +149,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     )
     load = benchmark(
         "load",
-        verbs.bench_load,
+        benchmark_verbs.bench_load,
         "Peak of host memory when a run starts from a Hugging Face checkpoint.",
         "  prefixmem bench load --size 2GB",
     )

@@ -14,7 +14,6 @@ from prefixmem_jax.cli.arguments import (
     new_file,
     number_from,
     positive,
-    step,
 )
 from prefixmem_jax.cli.benchmark_parser import add_benchmarks
 from prefixmem_jax.cli.data_parser import (
@@ -27,6 +26,7 @@ from prefixmem_jax.cli.data_parser import (
     add_tokenizer,
 )
 from prefixmem_jax.cli.experiment_parser import add_paper, add_sweep
+from prefixmem_jax.cli.model_parser import add_catalogue, add_evaluate, add_recommend, add_step
 from prefixmem_jax.cli.run_parser import add_resume, add_runs, add_train
 from prefixmem_jax.storage import to_path
 
@@ -194,64 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem evaluate runs/b2 --data DIR --split validation --users 1000\n"
         "  prefixmem evaluate runs/b2 --step best        # not the newest checkpoint",
     )
-    evaluation.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="+",
-        type=to_path,
-        help="run directories; the first is compared with",
-    )
-    evaluation.add_argument(
-        "--data", metavar="DIR", help="dataset folder (default: each run's own)"
-    )
-    evaluation.add_argument(
-        "--split",
-        choices=("test", "validation"),
-        default="test",
-        help="users to evaluate on (default: %(default)s)",
-    )
-    evaluation.add_argument(
-        "--heuristics", action="store_true", help="popularity, successor and item-kNN too"
-    )
-    evaluation.add_argument(
-        "--out",
-        type=to_path,
-        metavar="DIR",
-        help="for results.json and plots (default: the run; comparison/ for several runs)",
-    )
-    evaluation.add_argument(
-        "--users",
-        type=number_from(0),
-        metavar="N",
-        help="test users for retrieval, 0 for all (default: the config's)",
-    )
-    evaluation.add_argument(
-        "--beam", type=positive, metavar="N", help="beam width (default: the config's)"
-    )
-    _add_include_seen(evaluation)
-    evaluation.add_argument(
-        "--item-share",
-        type=float,
-        metavar="SHARE",
-        help="of the item head in a SID's score, 0 to 1 (default: the config's)",
-    )
-    evaluation.add_argument(
-        "--transition-share",
-        type=float,
-        metavar="SHARE",
-        help="of what stood next to what in training in a SID's probability, 0 to 1 (default: the "
-        "config's)",
-    )
-    evaluation.add_argument(
-        "--blend",
-        type=float,
-        nargs="+",
-        default=(),
-        metavar="SHARE",
-        help="of two runs: also blends of their lists, with this share of the second's",
-    )
-    _add_step(evaluation)
-    evaluation.add_argument("--distributed", action="store_true", help=distributed_help)
+    add_evaluate(evaluation, distributed_help)
 
     recommend = verb(
         "recommend",
@@ -259,32 +202,12 @@ def make_parser() -> argparse.ArgumentParser:
         "Recommend items after a history, best first, with titles and scores.",
         "  prefixmem recommend quickstart/prefixmem --history 12,55,803\n"
         "  prefixmem recommend quickstart/prefixmem      # a history a line, until end of input\n"
+        "  prefixmem recommend RUN --histories users.parquet --out best.parquet   # all users\n"
         "  prefixmem recommend runs/b2 --history 12 --top 5 --beam 100\n"
         "  prefixmem recommend runs/b2 --data DIR                  # its data lie there now\n"
         "  prefixmem recommend runs/b2 --data exported/items.jsonl # or its catalogue alone",
     )
-    recommend.add_argument("run", metavar="RUN", help="a run directory")
-    recommend.add_argument(
-        "--history",
-        metavar="ID,ID,...",
-        help="item ids, oldest first (default: read one line after the other, answer each)",
-    )
-    _add_catalogue(recommend)
-    _add_include_seen(recommend)
-    recommend.add_argument(
-        "--top",
-        type=positive,
-        default=10,
-        metavar="N",
-        help="items to show (default: %(default)s)",
-    )
-    recommend.add_argument(
-        "--beam",
-        type=positive,
-        metavar="N",
-        help="beam width, at least --top (default: the config's)",
-    )
-    _add_step(recommend)
+    add_recommend(recommend, distributed_help)
 
     exporting = verb(
         "export",
@@ -317,8 +240,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the text tokenizer (default: that of the model the run started from)",
     )
-    _add_catalogue(exporting)
-    _add_step(exporting)
+    add_catalogue(exporting)
+    add_step(exporting)
 
     importing = verb(
         "import",
@@ -371,29 +294,3 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_benchmarks(benching.add_subparsers(metavar="WHAT"))
     return parser
-
-
-def _add_catalogue(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="the same items elsewhere: a dataset folder, or items.jsonl of an export "
-        "(default: the run's own)",
-    )
-
-
-def _add_include_seen(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--include-seen",
-        action="store_true",
-        help="recommend what the history holds too (default: leave it out)",
-    )
-
-
-def _add_step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--step",
-        type=step,
-        metavar="N",
-        help="of the checkpoint to read, or `best` (default: the newest)",
-    )

@@ -240,7 +240,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def recommend(options: argparse.Namespace) -> None:
-    start()
+    if (options.histories is None) != (options.out is None):
+        raise UserError("recommend: --histories and --out go together")
+    start(options.distributed)
+    if options.histories is not None:
+        _recommend_to_all(options)
+        return
     from prefixmem_jax.recommender import recommend
     from prefixmem_jax.runs.run import Run
 
@@ -267,6 +272,32 @@ def recommend(options: argparse.Namespace) -> None:
             answer(line)
         except UserError as error:
             print(f"prefixmem: {visible(str(error))}", file=sys.stderr)
+
+
+def _recommend_to_all(options: argparse.Namespace) -> None:
+    import jax
+
+    from prefixmem_jax.data.history_files import HistoryFile
+    from prefixmem_jax.recommender import recommend_to_all
+    from prefixmem_jax.runs.run import Run
+    from prefixmem_jax.storage import absolute
+
+    run = Run(options.run, step=options.step)
+    with HistoryFile(options.histories) as histories:
+        unknown = recommend_to_all(
+            run.engine(run.catalog(options.data)),
+            f"{absolute(run.path)} {run.step}",
+            histories,
+            options.out,
+            options.top,
+            not options.include_seen,
+            options.beam,
+        )
+        if jax.process_index():
+            return
+        if unknown:
+            print(f"{unknown:,} items of the histories are not in the catalogue: left out")
+        print(visible(f"{histories.users:,} users: {options.out}"))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -310,74 +341,3 @@ def plan(options: argparse.Namespace) -> None:
     print(describe(planned))
     if options.json:
         write_json(options.json, planned.to_json())
-
-
-def bench(options: argparse.Namespace) -> None:
-    from prefixmem_jax.benchmarks.timing import bar_plot
-    from prefixmem_jax.files import write_json
-    from prefixmem_jax.planning.topology import simulate_cpu_devices
-
-    simulate_cpu_devices(8)
-    start()
-    module, measured = options.benchmark(options)
-    print(module.describe(measured))
-    if options.json:
-        write_json(options.json, measured)
-    if options.plot:
-        bar_plot(options.plot, module.panels(measured))
-
-
-def bench_memory(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import memory
-
-    return memory, memory.bench_memory(
-        options.rows, options.compared_rows, options.d_mem, options.repeats, options.batch_size
-    )
-
-
-def bench_step(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import step
-
-    return step, step.bench_step(
-        options.decoder,
-        options.rows,
-        options.d_mem,
-        options.repeats,
-        options.items,
-        options.negatives,
-        options.batch_size,
-    )
-
-
-def bench_decode(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import decode
-
-    return decode, decode.bench_decode(
-        options.decoder,
-        options.catalogues,
-        options.beams,
-        options.users,
-        options.levels,
-        options.codes,
-        options.repeats,
-    )
-
-
-def bench_sids(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import sids
-
-    return sids, sids.bench_sids(
-        options.vectors,
-        options.width,
-        options.levels,
-        options.codes,
-        options.iterations,
-        options.steps,
-    )
-
-
-def bench_load(options: argparse.Namespace):
-    from prefixmem_jax.benchmarks import load
-    from prefixmem_jax.files import parse_size
-
-    return load, load.bench_load(parse_size(options.size, "--size"))

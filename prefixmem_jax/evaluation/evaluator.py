@@ -11,7 +11,6 @@ from zipfile import BadZipFile
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from prefixmem_jax.config_files import to_json
 from prefixmem_jax.config_groups import EvaluationConfig
@@ -34,6 +33,7 @@ from prefixmem_jax.evaluation.sid_to_text import title_bleu
 from prefixmem_jax.evaluation.statistics import intervals
 from prefixmem_jax.files import reading_npz, write_json, write_npz
 from prefixmem_jax.inference.engine import Engine
+from prefixmem_jax.parallel.mesh import all_agree
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.storage import make_folder, remove_folder
 
@@ -76,7 +76,7 @@ def evaluate(
         users = np.arange(start, min(start + SHARE, len(everyone)))
         path = None if work is None else work / f"{start}.npz"
         share = None if path is None else _saved_share(path)
-        if not _all_agree(share is not None):
+        if not all_agree(share is not None):
             share = _search(engine, everyone.take(users), in_sample[users], options, name)
             if path is not None and jax.process_index() == 0:
                 make_folder(path.parent)
@@ -115,13 +115,6 @@ def _saved_share(path: Path) -> dict[str, np.ndarray] | None:
             return {name: saved[name] for name in NAMES}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-
-
-def _all_agree(flag: bool) -> bool:
-    """The first process's flag, on every process: they must take the same way."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
 def _search(

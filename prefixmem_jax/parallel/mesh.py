@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from prefixmem_jax.config_groups import MeshConfig
@@ -88,6 +88,13 @@ def all_devices() -> list[jax.Device]:
         asked = jax.config.jax_platforms
         reason = (str(error).splitlines() or ["not installed"])[0].partition(" (set ")[0]
         raise UserError(f"JAX_PLATFORMS={asked}: no such device here ({reason})") from None
+
+
+def all_agree(flag: bool) -> bool:
+    """The first process's flag, on every process: they must take the same way."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
