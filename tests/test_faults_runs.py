@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import chex
@@ -30,7 +31,7 @@ from prefixmem_jax.recommender import recommend
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
-from prefixmem_jax.training import loop
+from prefixmem_jax.training import loop, watchdog
 from prefixmem_jax.training.hooks import Hook
 from prefixmem_jax.training.loop import train
 from prefixmem_jax.training.parts import abstract_parts, from_parts
@@ -296,8 +297,8 @@ def test_a_signal_saves_after_the_step_and_can_be_gone_on_from(
 ):
     run_steps, handler = loop.run_steps, signal.getsignal(number)
 
-    def with_signal(spec, state, iterator, hooks, progress, bar):
-        return run_steps(spec, state, iterator, [*hooks, Signals(number)], progress, bar)
+    def with_signal(spec, state, iterator, hooks, *others):
+        return run_steps(spec, state, iterator, [*hooks, Signals(number)], *others)
 
     monkeypatch.setattr(loop, "run_steps", with_signal)
     with pytest.raises(Stopped) as stopped:
@@ -308,6 +309,31 @@ def test_a_signal_saves_after_the_step_and_can_be_gone_on_from(
     train(CONFIG, tmp_path / "run", DATA)
     chex.assert_trees_all_equal(state_of(tmp_path / "run")[1], trained[1])
     assert signal.getsignal(number) is handler
+
+
+class Sleeps(Hook):
+    """Hangs after step 7, for longer than anybody waits."""
+
+    def due(self, progress) -> bool:
+        return progress.step == 7
+
+    def run(self, progress) -> None:
+        time.sleep(2)
+
+
+def test_a_run_that_hangs_says_where(trained, tmp_path, monkeypatch, caplog):
+    run_steps = loop.run_steps
+
+    def with_sleep(spec, state, iterator, hooks, *others):
+        return run_steps(spec, state, iterator, [*hooks, Sleeps(1)], *others)
+
+    monkeypatch.setattr(loop, "run_steps", with_sleep)
+    monkeypatch.setattr(watchdog, "HUNG_SECONDS", 1.0)
+    train(CONFIG, tmp_path / "run", DATA)
+    path = tmp_path / "run" / "hung-process-0.txt"
+    assert [line for line in caplog.messages if "after step 7" in line and str(path) in line]
+    assert "test_faults_runs.py" in path.read_text() and "in run\n" in path.read_text()
+    chex.assert_trees_all_equal(state_of(tmp_path / "run")[1], trained[1])
 
 
 def test_a_save_that_fails_is_the_runs_failure(tmp_path, monkeypatch):

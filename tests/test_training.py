@@ -15,7 +15,7 @@ import forked
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, command_environment, prefixmem
+from conftest import QUICK, ROOT, command_environment, prefixmem
 
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import write_dataset
@@ -194,33 +194,44 @@ def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):
     chex.assert_trees_all_equal(again, first)
 
 
-def test_two_processes_give_the_losses_of_one(stage_one, tmp_path):
-    """Though they are told to end half-way; they agree on a step, save, and go on from there."""
+def test_a_run_moves_from_devices_to_processes_and_back(stage_one, tmp_path):
+    """Four devices, then two processes of two, one of which is told to end, then eight devices: the
+    losses of one device that was never interrupted.
+    """
+    config, run = QUICKSTART / "prefixmem.py", tmp_path / "moved"
     arguments = [*SMALL, f"init.run={stage_one}", "steps=60", "checkpoint.every_steps=60"]
-    prefixmem("train", QUICKSTART / "prefixmem.py", *arguments, "--out", tmp_path / "one")
-    command = [
-        ROOT / "launch" / "local.sh", QUICKSTART / "prefixmem.py", "--processes", "2",
-        *arguments, "--out", tmp_path / "two",
-    ]  # fmt: skip
-    launched = subprocess.Popen(command, env=command_environment())
-    deadline = time.monotonic() + 200
-    while not (records := read_metrics(tmp_path / "two")) and time.monotonic() < deadline:
-        assert launched.poll() is None, "the run ended before it was told to"
-        time.sleep(0.01)
-    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGTERM)  # one of them
-    assert launched.wait(100) == 143
-    (saved,) = (int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir())
-    assert records[-1]["step"] <= saved < 60
-    subprocess.run(command, check=True, env=command_environment(), timeout=300)
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    assert [r["step"] for r in one] == [r["step"] for r in two]
-    for a, b in zip(one, two, strict=True):
+    prefixmem("train", config, *arguments, "--out", tmp_path / "one")
+    alone = ["prefixmem", "train", config, *arguments, "--out", run]
+    launched = [ROOT / "launch" / "local.sh", config, "--processes", "2", *alone[3:]]
+
+    def leg(command: list, devices: int, told_at: int | None) -> None:
+        flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+        process = subprocess.Popen(command, env={**command_environment(), "XLA_FLAGS": flags})
+        if told_at is None:
+            assert process.wait(300) == 0
+            return
+        deadline = time.monotonic() + 200
+        while not any(r["step"] >= told_at for r in read_metrics(run)):
+            assert process.poll() is None, "the run ended before it was told to"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]) if command is launched else process.pid, signal.SIGTERM)
+        assert process.wait(100) == 143
+        saved = max(int(path.name) for path in (run / "checkpoints").iterdir())
+        assert told_at <= saved < 60
+
+    leg(alone, 4, told_at=5)
+    leg(launched, 2, told_at=25)
+    leg(alone, 8, told_at=None)
+    one, moved = read_metrics(tmp_path / "one"), read_metrics(run)
+    assert [r["step"] for r in one] == [r["step"] for r in moved]
+    for a, b in zip(one, moved, strict=True):
         for name in a.keys() - {"memory_rounds"}:
-            if name.endswith("seconds"):
-                continue
-            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
-    state, other = (load_state(tmp_path / name)[1] for name in ("one", "two"))
+            if not name.endswith("seconds"):
+                assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
+        assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-5)
+    state, other = (load_state(folder)[1] for folder in (tmp_path / "one", run))
     np.testing.assert_allclose(other.memory, state.memory, rtol=1e-3, atol=1e-5)
 
 

@@ -145,6 +145,9 @@ class Logging(Hook):
         record = {**summary, "gradient_norm": float(metrics["gradient_norm"]), **totals}
         for part, norm in metrics["gradient_norms"].items():
             record[f"gradient_norm/{part}"] = float(norm)
+        stats = jax.local_devices()[0].memory_stats()
+        if stats is not None:  # a CPU does not count
+            record["device_memory_bytes"] = stats["peak_bytes_in_use"]
         if "memory_rounds" in metrics:
             record["memory_rounds"] = int(metrics["memory_rounds"])
         if self.writer:

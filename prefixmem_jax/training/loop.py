@@ -42,6 +42,7 @@ from prefixmem_jax.training.parts import abstract_parts, from_parts
 from prefixmem_jax.training.state import TrainState
 from prefixmem_jax.training.step import abstract_batch, check_mesh, trace_train_step
 from prefixmem_jax.training.stopping import stops_between_steps
+from prefixmem_jax.training.watchdog import watchdog
 from prefixmem_jax.training_rows import training_source
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def train(
         for hook in hooks:
             stack.callback(hook.close)
         stack.enter_context(jax.set_mesh(mesh))
-        return run_steps(spec, state, iterator, hooks, progress, bar)
+        return run_steps(spec, state, iterator, hooks, progress, bar, run.path)
 
 
 def with_batch_size(config: Config, rows: int, mesh: Mesh) -> Config:
@@ -148,8 +149,12 @@ def run_steps(
     hooks: Sequence[Hook],
     progress: Progress,
     bar: tqdm,
+    folder: Path,
 ) -> TrainState:
     """Steps until the last; between them, the hooks that are due.
+
+    Args:
+      folder: of the run, where it says what it is at if it hangs.
 
     Raises:
       Stopped: after the step in which it was asked to; the state is saved first, if it can be.
@@ -161,12 +166,16 @@ def run_steps(
     compiled = traced.lower().compile()
     unchecked: list[tuple[int, jax.Array]] = []
     progress.skip_time()
-    with stops_between_steps() as asked_to_stop:
+    with (
+        stops_between_steps() as asked_to_stop,
+        watchdog(folder, progress.step) as signs_of_life,
+    ):
         while not progress.done:
             with progress.timing("input_seconds"):
                 batch = global_batch(next(iterator), sharding)
             state, metrics = compiled(state, batch)
             progress.step += 1
+            signs_of_life.note(progress.step)
             progress.tokens += tokens
             progress.flops += flops
             progress.state, progress.metrics = state, metrics
@@ -177,6 +186,7 @@ def run_steps(
                 if hook.due(progress) or (stop and stop.may_save and hook.before_stopping):
                     check_finite(unchecked, spec.config)
                     hook.run(progress)
+                    signs_of_life.note(progress.step)
             if stop and not progress.done:
                 raise stop
     return state

@@ -1,0 +1,122 @@
+"""Kills a training again and again, and compares what comes of it with one that was left alone.
+
+python tests/kill_often.py OUT [--kills 30] [--processes 1] [CONFIG [KEY=VALUE ...]]
+
+The moments are random: while it starts, reads its checkpoint, compiles, steps or saves. With several
+processes one of them is killed, and the launcher ends the others. Parameters, tables, optimizer,
+data and recorded numbers must end bit for bit the same.
+"""
+
+import argparse
+import collections
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+
+from prefixmem_jax.runs.checkpoint import saved_steps
+from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.run import Run
+from prefixmem_jax.training.parts import abstract_parts, from_parts
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = [
+    "recommend/small", "steps=200", "checkpoint.every_steps=20", "evaluation.every_steps=100",
+    "evaluation.validation_examples=200", "log_every_steps=5", "data.synthetic.items=5000",
+    "data.synthetic.users=5000",
+]  # fmt: skip
+
+
+def state_of(folder: Path):
+    run = Run(folder)
+    spec = run.spec(jax.devices()[:1])
+    with run.checkpoints() as checkpoints:
+        step = checkpoints.choose()
+        state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
+        return step, jax.device_get(state), checkpoints.metadata(step)["data_iterator"]
+
+
+def records_of(folder: Path) -> list[dict]:
+    return [
+        {name: value for name, value in record.items() if not name.endswith("seconds")}
+        for record in read_metrics(folder)
+    ]
+
+
+def phase_of(run: Path, before: int) -> str:
+    """What a training was at when it was killed; `before` was recorded when it began."""
+    if any(path.name for path in (run / "checkpoints").glob("*tmp*")):
+        return "saving"
+    return "training" if last_step(run) != before else "starting"
+
+
+def last_step(run: Path) -> int:
+    return max((record["step"] for record in read_metrics(run)), default=0)
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def kill_often(command: list, run: Path, kills: int, seconds: float, launcher: bool) -> None:
+    """Starts the command until it was killed so often, each after at most so many seconds."""
+    draw, phases, done = random.Random(0), collections.Counter(), 0
+    while done < kills:
+        before = last_step(run)
+        with (run.parent / "log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            until = time.monotonic() + draw.uniform(0, seconds)
+            while process.poll() is None and time.monotonic() < until:
+                time.sleep(0.02)
+            ended = process.poll()
+            if ended is not None:
+                raise SystemExit(f"it ended with {ended} after {done} kills; more steps are needed")
+            victims = children_of(process) if launcher else [process.pid]
+            if not victims:
+                continue
+            phase = phase_of(run, before)
+            subprocess.run(["kill", "-KILL", str(draw.choice(victims))], check=True)
+            status = process.wait()
+        if status not in (-signal.SIGKILL, 128 + signal.SIGKILL):
+            continue  # it was a helper of the launcher, not a training
+        done, phases[phase] = done + 1, phases[phase] + 1
+        steps = saved_steps(run)
+        print(f"kill {done}: {phase}, newest checkpoint {steps[0] if steps else None}", flush=True)
+    print(f"killed {done} times: {dict(phases)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=15, help="the longest until a kill")
+    parser.add_argument("config", nargs="*", default=CONFIG)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    launcher = options.processes > 1
+    command = ["prefixmem", "train", *options.config]
+    if launcher:
+        command = [ROOT / "launch" / "local.sh", *options.config]
+        command += ["--processes", str(options.processes)]
+    whole, killed = options.out / "whole", options.out / "killed"
+    subprocess.run([*command, "--out", whole], check=True)
+    command += ["--out", killed]
+    kill_often(command, killed, options.kills, options.seconds, launcher)
+    subprocess.run(command, check=True)
+    (step, state, data), (wanted_step, wanted, wanted_data) = state_of(killed), state_of(whole)
+    assert (step, data) == (wanted_step, wanted_data)
+    chex.assert_trees_all_equal(state, wanted)
+    assert records_of(killed) == records_of(whole)
+    numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(state))
+    print(f"step {step}: {numbers:,} numbers and {len(records_of(whole))} records are the same")
+
+
+if __name__ == "__main__":
+    main()
