@@ -41,7 +41,7 @@ def to_path(text: str | os.PathLike[str]) -> Path:
 def _check_bucket(name: str) -> None:
     """Raises UserError where a bucket cannot be read; that costs one request."""
     if find_spec("gcsfs") is None:
-        raise UserError(f"gs://{name}: needs gcsfs; install prefixmem_jax[gcs]")
+        raise UserError(f"gs://{name}: needs gcsfs: pip install '.[gcs]'")
     import fsspec
 
     # Orbax writes past it: what it remembers of folders would be out of date.
