@@ -235,6 +235,10 @@ ITEMS = dataclasses.replace(
 def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_norm(config):
     history, state = run(config, 6)
     values, norms, expected = dense_reference(config, 6)
+    before = run(config, 5)[1].params
+    for part, norm in history[-1]["update_norms"].items():
+        moved = jax.tree.map(np.subtract, state.params[part], before[part])
+        assert norm == pytest.approx(float(optax.tree.norm(moved)), rel=1e-3) and norm > 0
     np.testing.assert_allclose(losses(history), values, rtol=1e-5)
     np.testing.assert_allclose([m["gradient_norm"] for m in history], norms, rtol=1e-4)
     assert min(norms) > CONFIG.optimizer.clip_norm  # the clipping did something

@@ -143,8 +143,9 @@ class Logging(Hook):
         totals = progress.totals()
         summary = self.objective.summarize(metrics["sums"])
         record = {**summary, "gradient_norm": float(metrics["gradient_norm"]), **totals}
-        for part, norm in metrics["gradient_norms"].items():
-            record[f"gradient_norm/{part}"] = float(norm)
+        for kind in ("gradient", "update"):
+            for part, norm in metrics[f"{kind}_norms"].items():
+                record[f"{kind}_norm/{part}"] = float(norm)
         stats = jax.local_devices()[0].memory_stats()
         if stats is not None:  # a CPU does not count
             record["device_memory_bytes"] = stats["peak_bytes_in_use"]

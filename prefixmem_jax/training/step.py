@@ -68,12 +68,13 @@ def train_step(
     finite = jnp.isfinite(squared_norm) & jnp.isfinite(loss)
     scale = clip_scale(squared_norm, config.optimizer.clip_norm)
 
-    params, optimizer = _update_dense(spec, state, gradients, scale, finite)
+    params, optimizer, update_norms = _update_dense(spec, state, gradients, scale, finite)
     memory, memory_state = state.memory, state.memory_optimizer
     metrics = {
         "loss": loss,
         "gradient_norm": jnp.sqrt(squared_norm),
         "gradient_norms": norms,
+        "update_norms": update_norms,
         "finite": finite,
         "sums": sums,
     }
@@ -106,8 +107,8 @@ def _updated_average(
 @jax.named_scope("optimizer")
 def _update_dense(
     spec: ModelSpec, state: TrainState, gradients: Any, scale: jax.Array, finite: jax.Array
-) -> tuple[dict[str, Any], Any]:
-    """Dense parameters and their optimizer's state after an update, if it is finite."""
+) -> tuple[dict[str, Any], Any, dict[str, jax.Array]]:
+    """Dense parameters and their optimizer's state after an update, if it is finite; its norms."""
     trainable = spec.config.optimizer.trainable
     gradients = jax.tree.map(lambda g: g * scale, gradients)
     old = trainable_tree(state.params, trainable)
@@ -118,7 +119,8 @@ def _update_dense(
         (new, optimizer),
         (old, state.optimizer),
     )
-    return merged_with(state.params, new), optimizer
+    norms = {part: optax.tree.norm(tree) for part, tree in updates.items()}
+    return merged_with(state.params, new), optimizer, norms
 
 
 def _gradients(
