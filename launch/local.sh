@@ -28,7 +28,7 @@ port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0));
 logs=$(mktemp -d "${TMPDIR:-/tmp}/prefixmem.XXXXXX")
 export PREFIXMEM_COORDINATOR=127.0.0.1:$port PREFIXMEM_PROCESSES=$processes
 pids=()
-stop_all() { for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done; }
+stop_all() { for pid in "${pids[@]}"; do kill "${1:--TERM}" "$pid" 2>/dev/null || true; done; }
 trap stop_all EXIT
 trap 'exit 130' INT
 trap stop_all TERM
@@ -52,6 +52,8 @@ while :; do
     143) told=143 ;;
     *)
       echo "local.sh: a process failed with status $status; stopping the others (logs: $logs)" >&2
+      stop_all -KILL # told to end they would wait for the one that is gone, and keep the run's lock
+      wait
       exit "$status" ;;
   esac
 done

@@ -27,6 +27,7 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import reading_npz, replacing_files, write_npz, write_text
 from prefixmem_jax.kinds import STRICT
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.collisions import add_level, move_to_free
 from prefixmem_jax.semantic_ids.quality import measure
@@ -197,8 +198,10 @@ def _write(
     quantizer, mesh = config.quantizer, make_mesh()
     titles, keys = named
     sids = np.empty((vectors.count, quantizer.levels), np.int32)
-    for items, piece in vectors.pieces():
-        sids[items] = quantizer.encode(fitted, piece, mesh)
+    with progress_bar(vectors.count, "encoding", "item") as bar:
+        for items, piece in vectors.pieces():
+            sids[items] = quantizer.encode(fitted, piece, mesh)
+            bar.update(len(piece))
     codes, last = quantizer.codes, np.full(len(sids), -1)
     if earlier is not None:
         known = _known(read_catalog(earlier), keys, len(sids))

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -199,6 +200,29 @@ def test_pairs_say_every_titled_item_by_each_template(corpus):
         f"{sid_text(corpus, titled[-1])}{title(corpus, titled[-1])}.",
         (),
     )
+
+
+def test_a_chat_template_is_written_with_the_tokenizers_own_marks(folder, options, tmp_path):
+    """As an instruct model's: its marks are one token each, and its turn ends with its own end."""
+    tokenizer = train_tokenizer(["red soap", "blue balm No 3"], 290)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    write_tokenizer(tokenizer, tmp_path)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**described, "eos_token": "<|im_end|>"})
+    )
+    start, end = map(tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>"))
+    asked = "<|im_start|>user\nWhat is {sid}?<|im_end|>\n<|im_start|>assistant\n{title}"
+    corpus = Corpus(prepare_data(options), dataclasses.replace(options, tokenizer=str(tmp_path)))
+    documents = documents_of(Pair(templates=(asked,), predicted="text"), corpus)
+    first = documents.take(np.arange(1))
+    item = int(np.flatnonzero(corpus.texts.lengths)[0])
+    expected = asked.format(sid=sid_text(corpus, item), title=title(corpus, item))
+    said = [int(token) for token in first.tokens]
+    assert (said.count(start), said.count(end), said[-1]) == (2, 2, end)
+    ((spoken, predicted, _),) = read(corpus, first)
+    assert spoken == "^" + expected.replace("<|im_end|>", ".") + "."
+    assert predicted == title(corpus, item) + "."
 
 
 def test_titles_are_cut_at_their_budget(folder, options):

@@ -29,7 +29,7 @@ from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import Stopped, UserError
 from prefixmem_jax.recommender import recommend
 from prefixmem_jax.runs.metrics import read_metrics
-from prefixmem_jax.runs.run import Run
+from prefixmem_jax.runs.run import DataDescription, Run
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.training import loop, watchdog
 from prefixmem_jax.training.hooks import Hook
@@ -188,6 +188,17 @@ def test_two_writers(run):
             train(dataclasses.replace(CONFIG, steps=20), run, DATA)
         assert recommend(Run(run).engine(), [3], 2)
     assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_a_process_that_is_not_the_first_reads_nothing_that_is_yet_to_be_written(
+    tmp_path, monkeypatch
+):
+    run, description = Run(tmp_path / "run"), DataDescription.of(DATA, CONFIG.data)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run.claim(CONFIG, description)
+    assert not run.path.exists()
+    assert (run.config, run.data_description) == (CONFIG, description)
+    assert run.transitions is None
 
 
 def test_a_finished_run_is_extended(run, caplog):

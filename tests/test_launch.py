@@ -27,6 +27,19 @@ def test_local_launcher_stops_all_when_one_fails(tmp_path):
     assert "data.batch_size=7 does not divide by 2" in done.stderr
 
 
+def test_local_launcher_leaves_nobody_behind(tmp_path):
+    """A process whose peer is gone waits for it, whoever tells it to end, and keeps the run's lock."""
+    stand_in(
+        tmp_path, "prefixmem",
+        f"trap '' TERM; [ $PREFIXMEM_PROCESS_ID = 0 ] || {{ sleep 1; exit 7; }}; "
+        f"echo $$ > {tmp_path}/pid; exec sleep 60",
+    )  # fmt: skip
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = launch("local.sh", "c.py", "--processes", "2", "--out", "run", PATH=path)
+    assert done.returncode == 7 and "failed with status 7" in done.stderr
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
 def test_tpu_launcher_prints_what_it_would_run():
     environment = {**os.environ, "TPU_NAME": "pod", "ZONE": "us-east5-a"}
     done = subprocess.run(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.semantic_ids import collisions
 from prefixmem_jax.semantic_ids.clustering import assign, plus_plus, revive
 from prefixmem_jax.semantic_ids.collisions import add_level, move_to_free
 from prefixmem_jax.semantic_ids.quality import measure, target_levels, verdicts_on
@@ -150,6 +151,10 @@ def test_colliding_items_move_to_free_codes(items, prefixes, codes, seed):
     sids = np.column_stack([rng.integers(0, prefixes, items), rng.integers(0, codes, items)])
     distances = rng.random((items, codes)).astype(np.float32)
     moved = move_to_free(sids, codes, lambda some: distances[some])
+    with pytest.MonkeyPatch.context() as patch:  # a few prefixes at a time
+        patch.setattr(collisions, "TABLE_BYTES", 2 * codes)
+        pieces = move_to_free(sids, codes, lambda some: distances[some])
+    np.testing.assert_array_equal(pieces, moved)
     np.testing.assert_array_equal(moved[:, 0], sids[:, 0])
     for prefix in range(prefixes):
         inside = sids[:, 0] == prefix

@@ -362,8 +362,8 @@ class Run:
             make_folder(self.path)
             write_json(self.path / DATA, description.__dict__)
             write_text(self.path / CONFIG, to_json(config))
-        self.__dict__.pop("config", None)
-        self.__dict__.pop("data_description", None)
+        # Other processes need not wait until the first has written them.
+        self.config, self.data_description = config, description
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -6,13 +6,24 @@ from collections.abc import Callable
 
 import numpy as np
 
+from prefixmem_jax.progress import progress_bar
+
 # Distances of so many items to all codes at a time.
 PIECE = 1 << 12
+# Which codes of which prefixes are taken, at a time.
+TABLE_BYTES = 1 << 26
 
 
 def groups_of(sids: np.ndarray) -> np.ndarray:
-    """For every SID [N, levels] the number of the distinct one that it is, int64 [N]."""
-    return np.unique(sids, axis=0, return_inverse=True)[1].reshape(-1)
+    """For every SID [N, levels] the number of the distinct one that it is, int64 [N], in order."""
+    number, distinct = np.zeros(len(sids), np.int64), 1
+    for column in sids.T:
+        size = int(column.max(initial=0)) + 1
+        if distinct * size >= 1 << 62:
+            number = np.unique(number, return_inverse=True)[1]
+            distinct = int(number.max(initial=0)) + 1
+        number, distinct = number * size + column, distinct * size
+    return np.unique(number, return_inverse=True)[1]
 
 
 def rank_in_group(group: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
@@ -67,27 +78,45 @@ def move_to_free(
     """
     sids = sids.copy()
     fixed = np.zeros(len(sids), bool) if fixed is None else fixed
-    shared = np.bincount(groups_of(sids))[groups_of(sids)] > 1
-    if not shared.any():
-        return sids
+    group = groups_of(sids)
+    shared = np.bincount(group)[group] > 1
+    # Only prefixes in which somebody has to move, a few at a time: each is a matter of its own.
     prefix = groups_of(sids[:, :-1])
-    # Only prefixes in which somebody has to move; their table of taken codes is small.
     crowded = np.unique(prefix[shared])
     inside = np.flatnonzero(np.isin(prefix, crowded))
-    row = np.searchsorted(crowded, prefix[inside])
-    taken = np.zeros((len(crowded), codes), bool)
-    taken[row, sids[inside, -1]] = True
+    inside = inside[np.argsort(prefix[inside], kind="stable")]
+    at_a_time = max(1, TABLE_BYTES // codes)
+    starts = np.searchsorted(prefix[inside], crowded[::at_a_time])
+    with progress_bar(len(inside), "telling items apart", "item") as bar:
+        for items in np.split(inside, starts[1:]):
+            _move_within(sids, items, codes, last_distances, fixed)
+            bar.update(len(items))
+    return sids
 
-    members = np.flatnonzero(shared)
-    own = np.concatenate(
-        [last_distances(part)[np.arange(len(part)), sids[part, -1]] for part in _pieces(members)]
-    )
-    own[fixed[members]] = -1
-    first = rank_in_group(groups_of(sids[members]), own) == 0
-    moving = members[~(first | fixed[members])]
+
+def _move_within(
+    sids: np.ndarray,
+    items: np.ndarray,
+    codes: int,
+    last_distances: Callable[[np.ndarray], np.ndarray],
+    fixed: np.ndarray,
+) -> None:
+    """Moves those of `items` int64 [n], all that there are of some prefixes; changes `sids`."""
+    items = np.sort(items)
+    row, group = groups_of(sids[items, :-1]), groups_of(sids[items])
+    taken = np.zeros((int(row.max(initial=-1)) + 1, codes), bool)
+    taken[row, sids[items, -1]] = True
+    crowded = np.bincount(group)[group] > 1
+    items, row, group = items[crowded], row[crowded], group[crowded]
+    own = np.empty(len(items), np.float32)
+    for part in _pieces(np.arange(len(items))):
+        distances = last_distances(items[part])
+        own[part] = distances[np.arange(len(part)), sids[items[part], -1]]
+    own[fixed[items]] = -1
+    moves = (rank_in_group(group, own) > 0) & ~fixed[items]
+    moving, at = items[moves], row[moves]
     passed_over = np.zeros(len(moving), np.int64)
     while len(moving):
-        at = np.searchsorted(crowded, prefix[moving])
         there = ~taken[at].all(axis=1)
         moving, at, passed_over = moving[there], at[there], passed_over[there]
         wanted, distance = _nearest_free(moving, taken, at, passed_over, last_distances)
@@ -97,8 +126,7 @@ def move_to_free(
         first = passed_over < 0
         sids[moving[first], -1] = wanted[first]
         taken.reshape(-1)[places[first]] = True
-        moving, passed_over = moving[~first], passed_over[~first]
-    return sids
+        moving, at, passed_over = moving[~first], at[~first], passed_over[~first]
 
 
 def _pieces(items: np.ndarray) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prefixmem_jax.semantic_ids.collisions import groups_of
 from prefixmem_jax.semantic_ids.vectors import Vectors
 
 # Items whose neighbours are looked up, among how many, and how many neighbours.
@@ -38,11 +39,7 @@ def prefix_ids(sids: np.ndarray) -> np.ndarray:
     Returns:
       int64 [levels, N]; row l - 1 is of the prefixes of l codes, in lexicographic order.
     """
-    ids, of = [], np.zeros(len(sids), np.int64)
-    for codes in sids.T.astype(np.int64):
-        of = np.unique(of * (codes.max() + 1) + codes, return_inverse=True)[1].reshape(-1)
-        ids.append(of)
-    return np.stack(ids)
+    return np.stack([groups_of(sids[:, :length]) for length in range(1, sids.shape[1] + 1)])
 
 
 def entropy(ids: np.ndarray, weights: np.ndarray | None = None) -> float:
