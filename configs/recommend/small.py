@@ -13,5 +13,7 @@ def get_config() -> Config:
         name="prefixmem",
         steps=1000,
         checkpoint=dataclasses.replace(recipe.checkpoint, every_steps=250),
-        evaluation=dataclasses.replace(recipe.evaluation, every_steps=250),
+        evaluation=dataclasses.replace(
+            recipe.evaluation, every_steps=250, validation_examples=2000
+        ),
     )

@@ -13,6 +13,9 @@ from prefixmem_jax.semantic_ids.vectors import Vectors
 
 # Items whose neighbours are looked up, among how many, and how many neighbours.
 QUERIES, AMONG, NEIGHBOURS = 1000, 20_000, 10
+# How often training meets a prefix that a memory gains from, as far as that was measured
+# (docs/paper.md): rarer ones tell it nothing, more frequent ones the decoder learns itself.
+MET = (10, 300)
 # Vectors whose reconstruction is measured.
 RECONSTRUCTED = 50_000
 
@@ -68,7 +71,8 @@ def measure(
     Returns:
       `items`, `distinct`, `sharing` (items whose SID is not theirs alone), `largest_group`, and
       `levels`: for each, by name, numbers. Entropies are in bits. `counting_accuracy` is that of
-      the code that followed a held-out item's prefix most often in training.
+      the code that followed a held-out item's prefix most often in training; `met_often_enough`
+      the share of held-out items whose prefix before this level training meets `MET` times.
     """
     ids = prefix_ids(sids)
     sizes = np.bincount(ids[-1])
@@ -91,6 +95,8 @@ def measure(
             one["next_item_bits"] = entropy(ids[level], weights) - entropy(before, weights)
         if trained_on is not None and held_out is not None and len(held_out):
             one["counting_accuracy"] = _counting(before, ids[level], trained_on, held_out)
+            met = np.bincount(before[trained_on], minlength=before.max() + 1)[before[held_out]]
+            one["met_often_enough"] = float(np.mean((met >= MET[0]) & (met < MET[1])))
         levels.append(one)
     if decode is not None:
         _add_errors(levels, sids, vectors, decode)
@@ -205,6 +211,17 @@ def verdicts_on(measured: dict[str, Any]) -> list[Verdict]:
             "(expected 2% or fewer)",
         )
     )
+    for number, one in enumerate(measured["levels"], start=1):
+        if number > 1 and "met_often_enough" in one:
+            share = one["met_often_enough"]
+            said.append(
+                Verdict(
+                    True,
+                    f"level {number}: {share:.0%} of next items come after a prefix that training "
+                    f"meets {MET[0]} to {MET[1]} times, which is where a memory gained most "
+                    "(docs/paper.md)",
+                )
+            )
     levels = target_levels(measured)
     said.append(
         Verdict(

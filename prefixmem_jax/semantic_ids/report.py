@@ -29,6 +29,7 @@ COLUMNS = {
     "neighbour_purity_by_chance": ("by chance", ".3f"),
     "next_item_bits": ("bits of next item", ".2f"),
     "counting_accuracy": ("counting", ".3f"),
+    "met_often_enough": ("met 10-300 times", ".3f"),
 }
 
 
@@ -67,7 +68,7 @@ def _plot(path: Path, levels: list[dict[str, Any]]) -> None:
         ("share of codes", ("used", "perplexity")),
         ("error, neighbours, counting",
          ("reconstruction_error", "neighbour_purity", "neighbour_purity_by_chance",
-          "counting_accuracy")),
+          "counting_accuracy", "met_often_enough")),
     ]  # fmt: skip
     figure, axes = plt.subplots(1, len(groups), figsize=(12, 3.6), constrained_layout=True)
     numbers = range(1, len(levels) + 1)
