@@ -117,7 +117,7 @@ def _move_within(
     moving, at = items[moves], row[moves]
     passed_over = np.zeros(len(moving), np.int64)
     while len(moving):
-        there = ~taken[at].all(axis=1)
+        there = ~taken.all(axis=1)[at]
         moving, at, passed_over = moving[there], at[there], passed_over[there]
         wanted, distance = _nearest_free(moving, taken, at, passed_over, last_distances)
         # Of those that want the same code, the nearest has it; the next takes the next best.
