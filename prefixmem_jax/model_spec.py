@@ -76,12 +76,18 @@ class ModelSpec:
         )
 
     def replicated(self) -> dict[str, Any]:
-        """`params` as inference wants them: whole on every device."""
+        """`params` as inference wants them: whole on every device, and weights that the decoder
+        casts to its compute dtype wherever it uses them cast once and for all.
+        """
         everywhere = NamedSharding(self.mesh, P())
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-            self.params,
-        )
+
+        def wanted(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            part, name = path[0].key, path[-1].key
+            cast = part in ("llm", "item_head") and name != "scale"  # norms are in float32
+            dtype = self.config.model.compute_dtype if cast else leaf.dtype
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=everywhere)
+
+        return jax.tree_util.tree_map_with_path(wanted, self.params)
 
 
 def _build(config: Config, vocabulary: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:

@@ -13,7 +13,7 @@ import pytest
 from conftest import command_environment
 from models import make_run, small_config
 
-from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig
+from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig, ItemHeadConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.prepare import prepare_data
@@ -60,6 +60,28 @@ def test_each_device_holds_a_part_of_the_rows_and_all_parameters(engines):
         np.testing.assert_array_equal(np.concatenate(parts), engines[1].memory)
         for leaf in jax.tree.leaves(engine.params):
             assert len(leaf.addressable_shards) == count and leaf.is_fully_replicated
+
+
+def test_what_is_computed_in_bfloat16_is_held_in_bfloat16(tmp_path, histories):
+    """Cast once, where it would be cast at every call: not a bit is other than before."""
+    model = dataclasses.replace(CONFIG.model, compute_dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, model=model, item_head=ItemHeadConfig("own"))
+    run = make_run(tmp_path / "run", config)
+    engine = run.engine(devices=jax.devices()[:2])
+    found = engine.search(histories, 5, constrained=True)
+    dtypes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype.name
+        for path, leaf in jax.tree_util.tree_leaves_with_path(engine.params)
+    }
+    assert dtypes["llm/layers/query"] == dtypes["item_head/vectors"] == "bfloat16"
+    assert dtypes["llm/final_norm/scale"] == dtypes["sid_encoder/projection"] == "float32"
+    whole = run.load(engine.spec, engine.spec.params)
+    everywhere = jax.tree.map(lambda leaf: leaf.sharding, engine.params)
+    engine.use(jax.device_put(whole, everywhere), engine.memory)
+    assert engine.params["llm"]["layers"]["query"].dtype == "float32"
+    again = engine.search(histories, 5, constrained=True)
+    np.testing.assert_array_equal(found[0], again[0])
+    np.testing.assert_array_equal(found[1], again[1])
 
 
 def test_any_number_of_devices_finds_the_same(engines, histories):

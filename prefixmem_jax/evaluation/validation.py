@@ -25,8 +25,11 @@ class ValidationRetrieval:
         self.histories, self.targets = examples.histories(), examples.targets
         self.options, self.catalog = options, data.catalog
         self.engine = Engine(spec, None, None, data.catalog, options.batch_size, transitions)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, spec.replicated())
-        self._replicate = jax.jit(lambda params: params, out_shardings=shardings)
+        wanted = spec.replicated()
+        self._replicate = jax.jit(
+            lambda params: jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, wanted),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted),
+        )
 
     def __call__(self, params: dict[str, Any], memory: jax.Array | None) -> dict[str, float]:
         """`item_recall@10` and `item_ndcg@10` of a model's parameters."""
