@@ -143,7 +143,7 @@ def test_stage_two_takes_what_stage_one_left_there(runs, tmp_path):
     chex.assert_trees_all_equal(state_of(f"{STORE}/two")[1], state_of(tmp_path / "two")[1])
 
 
-def test_a_checkpoint_that_was_not_finished_does_not_count(runs, datasets):
+def test_a_checkpoint_that_was_not_finished_does_not_count(datasets):
     there = to_path(f"{STORE}/unfinished")
     options = [*TRAIN, f"data.path={datasets[0]}", "--out", there, "evaluation.select_by=None"]
     prefixmem(*options, "steps=30")
