@@ -117,8 +117,10 @@ def move(source: Path, target: Path) -> None:
 
 def upload(source: Path, target: Path) -> None:
     """Copies a file of this machine to a remote place; it is there when it is whole."""
-    with source.open("rb") as file, target.open("wb") as copy:
-        shutil.copyfileobj(file, copy, 1 << 24)
+    import fsspec
+
+    # A file object would be ended, and so be there, where copying to it fails half-way.
+    fsspec.filesystem("gcs").put_file(str(source), str(target))
 
 
 def remove_folder(path: Path) -> None:
