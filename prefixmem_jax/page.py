@@ -6,10 +6,12 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from prefixmem_jax.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow, and not everywhere
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto }

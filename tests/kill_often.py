@@ -18,11 +18,10 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+from ended_runs import records_of, state_of
 
 from prefixmem_jax.runs.checkpoint import saved_steps
 from prefixmem_jax.runs.metrics import read_metrics
-from prefixmem_jax.runs.run import Run
-from prefixmem_jax.training.parts import abstract_parts, from_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = [
@@ -30,22 +29,6 @@ CONFIG = [
     "evaluation.validation_examples=200", "log_every_steps=5", "data.synthetic.items=5000",
     "data.synthetic.users=5000",
 ]  # fmt: skip
-
-
-def state_of(folder: Path):
-    run = Run(folder)
-    spec = run.spec(jax.devices()[:1])
-    with run.checkpoints() as checkpoints:
-        step = checkpoints.choose()
-        state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
-        return step, jax.device_get(state), checkpoints.metadata(step)["data_iterator"]
-
-
-def records_of(folder: Path) -> list[dict]:
-    return [
-        {name: value for name, value in record.items() if not name.endswith("seconds")}
-        for record in read_metrics(folder)
-    ]
 
 
 def phase_of(run: Path, before: int) -> str:

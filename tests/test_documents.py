@@ -202,7 +202,7 @@ def test_pairs_say_every_titled_item_by_each_template(corpus):
     )
 
 
-def test_a_chat_template_is_written_with_the_tokenizers_own_marks(folder, options, tmp_path):
+def test_a_chat_template_is_written_with_the_tokenizers_own_marks(options, tmp_path):
     """As an instruct model's: its marks are one token each, and its turn ends with its own end."""
     tokenizer = train_tokenizer(["red soap", "blue balm No 3"], 290)
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])

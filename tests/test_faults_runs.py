@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import mounted, prefixmem
+from ended_runs import state_of
 
 from prefixmem_jax.cli import main
 from prefixmem_jax.config import Config
@@ -34,7 +35,6 @@ from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.training import loop, watchdog
 from prefixmem_jax.training.hooks import Hook
 from prefixmem_jax.training.loop import train
-from prefixmem_jax.training.parts import abstract_parts, from_parts
 
 CONFIG = Config(
     "faults",
@@ -53,14 +53,6 @@ CONFIG = Config(
     evaluation=EvaluationConfig(every_steps=5, validation_examples=8),
 )
 DATA = prepare_data(CONFIG.data)
-
-
-def state_of(folder: Path):
-    run = Run(folder)
-    spec = run.spec(jax.devices()[:1])
-    with run.checkpoints() as checkpoints:
-        step = checkpoints.choose()
-        return step, jax.device_get(from_parts(checkpoints.load(abstract_parts(spec), spec, step)))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +112,7 @@ def test_training_goes_on_from_the_older_checkpoint(kind, run, trained, caplog):
     DAMAGE[kind](run / "checkpoints" / "10")
     train(CONFIG, run, DATA)
     assert f"{run}/checkpoints/10 is damaged" in caplog.text
-    step, state = state_of(run)
+    step, state, _ = state_of(run)
     assert step == 10
     chex.assert_trees_all_equal(state, trained[1])
     assert len(list((run / "damaged").iterdir())) == 1

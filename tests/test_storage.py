@@ -9,9 +9,9 @@ from pathlib import Path
 
 import chex
 import forked
-import jax
 import pytest
 from conftest import command_environment, prefixmem
+from ended_runs import records_of, state_of
 from object_store import BUCKET, object_store
 
 from prefixmem_jax.data.formats.parquet import read_dataset
@@ -19,10 +19,8 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing, replacing_files, sha256_of
 from prefixmem_jax.runs.checkpoint import saved_steps
 from prefixmem_jax.runs.listing import list_runs
-from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.storage import files_below, to_path
-from prefixmem_jax.training.parts import abstract_parts, from_parts
 
 STORE = f"gs://{BUCKET}"
 TRAIN = [
@@ -71,22 +69,6 @@ def runs(datasets, tmp_path_factory) -> tuple[str, Path]:
     assert saved_steps(to_path(there))[0] < 150
     prefixmem("resume", there)
     return there, here / "one"
-
-
-def state_of(folder: str | Path):
-    run = Run(folder)
-    spec = run.spec(jax.devices()[:1])
-    with run.checkpoints() as checkpoints:
-        step = checkpoints.choose()
-        state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
-        return step, jax.device_get(state), checkpoints.metadata(step)["data_iterator"]
-
-
-def records_of(folder: Path) -> list[dict]:
-    return [
-        {name: value for name, value in record.items() if not name.endswith("seconds")}
-        for record in read_metrics(folder)
-    ]
 
 
 def test_data_are_read_as_if_they_were_here(datasets):

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import chex
 import forked
-import jax
 import numpy as np
 import pytest
 from conftest import QUICK, ROOT, command_environment, prefixmem
+from ended_runs import records_of, state_of
 
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
-from prefixmem_jax.training.parts import abstract_parts, from_parts
 
 SMALL = [
     "data.synthetic.items=300",
@@ -38,17 +37,6 @@ SMALL = [
 QUICKSTART = ROOT / "configs" / "quickstart"
 
 
-def load_state(folder: Path):
-    """Step, state and data state of a run's newest checkpoint, on the host."""
-    run = Run(folder)
-    spec = run.spec(jax.devices()[:1])
-    with run.checkpoints() as checkpoints:
-        step = checkpoints.choose()
-        state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
-        data = checkpoints.metadata(step)["data_iterator"]
-        return step, jax.device_get(state), data
-
-
 @pytest.fixture(scope="module")
 def stage_one(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("stage_one") / "classification"
@@ -59,11 +47,11 @@ def stage_one(tmp_path_factory) -> Path:
 def test_stage_one_learns_and_stage_two_takes_its_memory(stage_one, tmp_path):
     losses = [r["loss"] for r in read_metrics(stage_one) if "loss" in r]
     assert losses[-1] < losses[0]
-    before = load_state(stage_one)[1]
+    before = state_of(stage_one)[1]
     arguments = ["train", QUICKSTART / "prefixmem.py", *SMALL, f"init.run={stage_one}", "steps=1"]
     # One step whose warm-up rate is zero leaves what it was given.
     prefixmem(*arguments, "--out", tmp_path / "taken")
-    after = load_state(tmp_path / "taken")[1]
+    after = state_of(tmp_path / "taken")[1]
     assert np.array_equal(after.memory, before.memory)
     assert not np.array_equal(
         after.params["sid_encoder"]["projection"], before.params["sid_encoder"]["projection"]
@@ -143,15 +131,12 @@ def test_a_killed_run_ends_bit_identical(tmp_path):
     assert kill_at <= last < 60, (kill_at, last)
 
     prefixmem(*arguments, "--out", killed)
-    whole_step, whole, whole_data = load_state(tmp_path / "whole")
-    step, state, data = load_state(killed)
+    whole_step, whole, whole_data = state_of(tmp_path / "whole")
+    step, state, data = state_of(killed)
     assert (step, data) == (whole_step, whole_data) and step == 60
     chex.assert_trees_all_equal(state, whole)
-    timeless = [
-        [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in read_metrics(run)]
-        for run in (killed, tmp_path / "whole")
-    ]
-    assert timeless[0] == timeless[1]  # each step once, with the same numbers
+    # Each step once, with the same numbers.
+    assert records_of(killed) == records_of(tmp_path / "whole")
     kept, best = {int(path.name) for path in (killed / "checkpoints").iterdir()}, Run(killed).step
     assert kept == {60, 56, best} and best % 20 == 0  # the newest two, and the best
 
@@ -165,7 +150,7 @@ def test_a_run_that_diverges_stops_before_it_saves(tmp_path):
     done = prefixmem(*arguments, expect=2)
     last = done.stderr.strip().splitlines()[-1]
     failed = re.match(r"prefixmem: step (\d+): the loss or its gradient is not finite", last)
-    step, state, _ = load_state(tmp_path / "run")
+    step, state, _ = state_of(tmp_path / "run")
     assert step == int(failed[1]) - 1  # saved after every step, and not after this one
     chex.assert_tree_all_finite(state)
 
@@ -190,7 +175,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
 
 def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):
     prefixmem("train", stage_one / "config.json", "--out", tmp_path / "again")
-    again, first = load_state(tmp_path / "again")[1], load_state(stage_one)[1]
+    again, first = state_of(tmp_path / "again")[1], state_of(stage_one)[1]
     chex.assert_trees_all_equal(again, first)
 
 
@@ -231,7 +216,7 @@ def test_a_run_moves_from_devices_to_processes_and_back(stage_one, tmp_path):
             if not name.endswith("seconds"):
                 assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
         assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-5)
-    state, other = (load_state(folder)[1] for folder in (tmp_path / "one", run))
+    state, other = (state_of(folder)[1] for folder in (tmp_path / "one", run))
     np.testing.assert_allclose(other.memory, state.memory, rtol=1e-3, atol=1e-5)
 
 
