@@ -83,6 +83,8 @@ class DataConfig:
       format: how it is stored: a file of `data/formats`, or a module of your own.
       sid_column: column of items.parquet with the SIDs; `item_id` gives every item one code of its
         own, which makes the decoder a recommender over whole items.
+      shared_sids: what becomes of items that share a SID: they keep it, and no list can tell them
+        apart; or all but the first move to the next code of the last level that is free.
       codebook_sizes: codes per level; none means largest code + 1 of each level.
       items: of the catalogue, for `plan` where there is no data yet; none means those of the data.
       split: see `data.splits.split_dataset`.
@@ -101,6 +103,7 @@ class DataConfig:
     path: str | None = None
     format: str = "parquet"
     sid_column: str = "sid"
+    shared_sids: Literal["keep", "move"] = "keep"
     codebook_sizes: Sizes | None = None
     items: PositiveInt | None = None
     split: Literal["leave_two_out", "time", "users", "users_random", "users_and_time"] = (
@@ -152,7 +155,9 @@ class DecoderConfig:
         are float32.
       dropout: share of numbers zeroed in training: of the embeddings, and of every attention's and
         feed-forward's output.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again: `none` of a layer, which keeps all activations;
+        `full`, all of it; `dots`, all but weights' matrix products and TPUs' attention; `offload`,
+        as `dots`, with what is kept in the host's memory.
     """
 
     layers: Annotated[PositiveInt, Field(le=1000)] = 2
@@ -178,7 +183,7 @@ class DecoderConfig:
     init_std: PositiveFloat = 0.02
     compute_dtype: DType = "float32"
     dropout: Rate = 0.0
-    remat: bool = False
+    remat: Literal["none", "dots", "offload", "full"] = "none"
 
     def check(self) -> None:
         """Raises UserError where keys contradict each other."""

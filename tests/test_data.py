@@ -244,6 +244,25 @@ def test_packing_is_best_fit_in_decreasing_length(lengths, seed):
         pack(documents, max(lengths) - 1, seed)
 
 
+def test_items_that_share_a_sid_move_to_free_ones(tmp_path):
+    """Three items of a prefix that has two codes left, five of one that has none."""
+    sids = [[0, 0], [0, 3], [0, 3], [1, 1], [0, 3], [1, 1], [1, 0], [1, 2], [1, 3], [2, 2]]
+    pq.write_table(pa.table({"item_id": range(10), "sid": sids}), tmp_path / "items.parquet")
+    users = {"user_id": ["a", "b"], "item_ids": [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9]]}
+    pq.write_table(pa.table(users), tmp_path / "histories.parquet")
+    keep = DataConfig(path=str(tmp_path))
+    move = dataclasses.replace(keep, shared_sids="move")
+    assert load_catalog(keep).sids.tolist() == sids
+    moved = load_catalog(move)
+    # 3 is taken, 0 too: 1 comes next. Under code 1 all are taken.
+    expected = [[0, 0], [0, 3], [0, 1], [1, 1], [0, 2], [1, 1], [1, 0], [1, 2], [1, 3], [2, 2]]
+    assert moved.sids.tolist() == expected
+    data = prepare_data(move)
+    assert data.catalog.sids.tolist() == expected
+    assert data.vocabulary.sids.tolist() == expected
+    assert data.vocabulary.space == prepare_data(keep).vocabulary.space
+
+
 def test_items_as_sids_of_one_code(tmp_path):
     """From a file and of the synthetic dataset; `plan` counts the same tokens without either."""
     options = DataConfig(

@@ -3,6 +3,7 @@
 test_hf.py compares the decoder with torch.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -13,7 +14,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.config_groups import DecoderConfig, MeshConfig
+from prefixmem_jax.layers import attention as attention_module
+from prefixmem_jax.layers import transformer
 from prefixmem_jax.layers.attention import (
     NO_WINDOW,
     KeyValues,
@@ -22,13 +25,16 @@ from prefixmem_jax.layers.attention import (
     beam_attention,
     visible,
 )
+from prefixmem_jax.layers.splash_attention import splash_attention
 from prefixmem_jax.models.decoder import Decoder
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import constrain
 
 SMALL = DecoderConfig(
     layers=3, d_model=40, d_ff=72, query_heads=6, kv_heads=3, head_dim=16, rope_base=1e6,
     init_std=0.2, sliding_layers=(1,), sliding_window=3,
 )  # fmt: skip
-VOCABULARY = 53
+VOCABULARY = 54
 
 
 def by_loops(queries, keys, window):
@@ -174,28 +180,92 @@ def test_cached_steps_equal_the_whole_sequence(whole):
     np.testing.assert_allclose(some, found[..., 10:20], rtol=1e-6, atol=1e-6)
 
 
-def test_remat_changes_memory_and_not_gradients(whole):
+def gradients_of(tokens, positions, segments=None, longest_document=NO_WINDOW, **options):
+    """A function of the decoder's parameters."""
+    config = dataclasses.replace(SMALL, **options)
+    abstract = nnx.eval_shape(
+        lambda: Decoder(config, VOCABULARY, longest_document, rngs=nnx.Rngs(0))
+    )
+    graphdef, _ = nnx.split(abstract, nnx.Param)
+    segments = jnp.ones_like(tokens) if segments is None else segments
+
+    def loss(params):
+        logits, _ = run.__wrapped__(nnx.merge(graphdef, params), tokens, segments, positions)
+        return jnp.mean(logits**2, where=(segments > 0)[..., None])
+
+    return jax.jit(jax.grad(loss))
+
+
+def assert_same_trees(found, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, expected)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_memory_and_not_gradients(remat, whole):
     decoder, tokens, positions, _ = whole
     params = nnx.state(decoder, nnx.Param)
+    plain, again = gradients_of(tokens, positions), gradients_of(tokens, positions, remat=remat)
+    assert "remat" in str(jax.make_jaxpr(again)(params))
+    assert_same_trees(again(params), plain(params), rtol=1e-5, atol=1e-7)
 
-    def gradient(remat):
-        config = dataclasses.replace(SMALL, remat=remat)
-        abstract = nnx.eval_shape(lambda: Decoder(config, VOCABULARY, rngs=nnx.Rngs(0)))
-        graphdef, _ = nnx.split(abstract, nnx.Param)
 
-        def loss(params):
-            logits, _ = run(nnx.merge(graphdef, params), tokens, jnp.ones_like(tokens), positions)
-            return jnp.mean(logits**2)
-
-        return jax.jit(jax.grad(loss))
-
-    plain, remat = gradient(False), gradient(True)
-    assert "remat" in str(jax.make_jaxpr(remat)(params))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
-        plain(params),
-        remat(params),
+@pytest.mark.parametrize("length", [300, 9])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (4, 1)])
+def test_the_tpus_kernel_is_attention(heads, kv_heads, length):
+    """Forward and backward; lengths that no block divides; three documents and padding."""
+    query, key, value, weight = random_numbers(
+        (2, length, heads, 64), *[(2, length, kv_heads, 64)] * 2, (2, length, heads, 64)
     )
+    segments = np.minimum(np.arange(length) // (length // 3 - 1) + 1, 4) % 4
+    starts = np.searchsorted(segments[segments > 0], segments)
+    segments = np.stack([segments, np.ones(length)]).astype(np.int32)
+    positions = np.stack([np.where(segments[0] > 0, np.arange(length) - starts, 0), range(length)])
+    place = Place(jnp.asarray(positions), jnp.asarray(segments))
+    weight *= (segments > 0)[..., None, None]
+
+    def gradients(attend):
+        def loss(query, key, value):
+            return jnp.sum(weight * attend(query, key, value))
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
+
+    for window in (2, 130, NO_WINDOW):
+        found = gradients(
+            lambda *x, window=window: splash_attention(
+                *x, place.segments, window=window, scale=0.1, interpret=True
+            )
+        )
+        expected = gradients(
+            lambda q, k, v, window=window: attention(q, place, KeyValues(k, v), place, window, 0.1)
+        )
+        assert_same_trees(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("options", [{}, {"sliding_layers": (), "remat": "full"}])
+def test_a_decoder_computes_the_same_as_on_tpus(options, mesh, monkeypatch):
+    """Two kinds of layers choose between two kernels; no document is longer than said."""
+    config = {"query_heads": 4, "kv_heads": 2, **options}
+    tokens = jax.random.randint(jax.random.key(0), (8, 40), 0, VOCABULARY)
+    segments, positions = jnp.repeat(jnp.array([1, 2, 3, 0]), 10), jnp.tile(jnp.arange(10), 4)
+    segments, positions = (jnp.broadcast_to(x, tokens.shape) for x in (segments, positions))
+    decoder = Decoder(dataclasses.replace(SMALL, **config), VOCABULARY, rngs=nnx.Rngs(0))
+    params = nnx.state(decoder, nnx.Param)
+    expected = gradients_of(tokens, positions, segments, **config)(params)
+    kernels = []
+
+    def interpreted(*operands, window, **named):
+        kernels.append(window)
+        return splash_attention(*operands, window=window, interpret=True, **named)
+
+    monkeypatch.setattr(attention_module, "platform", lambda: "tpu")
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention_module, "splash_attention", interpreted)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(MeshConfig(*mesh))):
+        places = (constrain(x, "batch", None) for x in (tokens, positions, segments))
+        found = gradients_of(*places, longest_document=10, **config)(params)
+    assert set(kernels) == ({3, 10} if config.get("sliding_layers", True) else {10})
+    assert_same_trees(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(whole):

@@ -176,6 +176,13 @@ def test_drawn_subsequences_end_at_any_item_and_hold_what_fits_before_it(corpus)
         assert predicted == said[1:]
 
 
+@pytest.mark.parametrize("kind", [Items(), Items(draws=3), Interleaved(), Pair()])
+def test_no_document_is_longer_than_its_kind_says(kind, corpus):
+    """Attention looks no further back on TPUs."""
+    longest = kind.longest(corpus.config, corpus.data.vocabulary.levels)
+    assert documents_of(kind, corpus).lengths.max() <= longest <= corpus.config.sequence_length
+
+
 def test_interleaved_is_either_way_round(corpus):
     found = read(corpus, documents_of(Interleaved(sid_first=0.3), corpus))
     titled = [said for said, _, _ in found if " No " in said]

@@ -78,6 +78,7 @@ def test_memory_adds_up_and_shards(simulated):
     assert rows <= sizes["table"] < 1.2 * rows
     assert sizes["temporary"] > 0
     assert simulated.hbm_capacity is simulated.fits is simulated.roofline_seconds is None
+    assert simulated.step_seconds is simulated.mfu_bound is None
 
 
 def test_collectives_say_what_they_serve(simulated):
@@ -116,6 +117,15 @@ def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table()
     assert more["table"] > 150e6 and more["temporary"] < 0.1 * more["table"]
     assert small.fits and small.hbm_capacity == int(15.75 * 2**30)
     assert all(seconds > 0 for seconds in small.roofline_seconds.values())
+    assert {"attention", "mlp", "loss", "table", "kernels"} < set(small.step_seconds)
+    assert all(seconds > 0 for seconds in small.step_seconds.values())
+    assert 0 < small.mfu_bound < 1
+    # The exchange of rows waits for its addresses; weights are fetched before they are wanted.
+    overlapped = {part: [] for part in ("table", "mlp")}
+    for one in small.collectives:
+        if one["part"] in overlapped and "all-reduce" not in one["kind"]:
+            overlapped[one["part"]].append(one["overlapped"])
+    assert not any(overlapped["table"]) and any(overlapped["mlp"])
 
 
 @needs_tpu_compiler
@@ -146,6 +156,19 @@ def test_a_step_that_does_not_fit_says_so():
     assert found.fits is False and found.hbm_bytes["table"] > 15 * 2**30
     assert found.hbm_bytes["total"] > found.hbm_capacity
     assert "DOES NOT FIT" in describe(found)
+
+
+def test_a_ring_has_the_links_of_the_axes_it_lies_along():
+    shares = {4: 0.5, 16: 0.5, 17: 1.0, 256: 1.0, 512: 1.0}
+    assert {n: topology.link_share("v5e:16x16", n) for n in shares} == shares
+    assert topology.link_share("v5p:4x4x8", 8) == 1 / 3
+    assert topology.link_share("v5p:4x4x8", 32) == 2 / 3
+
+
+def test_arrays_of_an_unknown_type_are_an_error():
+    text = "ENTRY %main {\n  %a = q7[8]{0} add(%b, %c)\n}"
+    with pytest.raises(ValueError, match="how many bytes has q7"):
+        Program.parse(text).memory_bytes()
 
 
 def test_mistakes_are_one_line(monkeypatch):

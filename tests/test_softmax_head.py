@@ -36,7 +36,7 @@ def reference(hidden, weight, target, of_prediction, softcap, outputs, smoothing
     return np.sum(loss * of_prediction), (logits >= own).sum(-1)
 
 
-def value_and_gradients(softcap, outputs, smoothing):
+def value_and_gradients(softcap, outputs, smoothing, best=1):
     hidden, weight, target, of_prediction = inputs()
 
     @jax.jit
@@ -46,8 +46,8 @@ def value_and_gradients(softcap, outputs, smoothing):
             gathered = gather_over_fsdp(weight, "float32", None, "vocabulary")
             head = SoftmaxHead(gathered, softcap, outputs)
             batch = (constrain(jnp.asarray(x), "batch", None) for x in (target, of_prediction))
-            losses = cross_entropy(placed, head, *batch, smoothing)
-            return 3 * losses.loss, losses.rank
+            losses = cross_entropy(placed, head, *batch, smoothing, best)
+            return 3 * losses.loss, losses.hit
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, weight)
 
@@ -58,19 +58,20 @@ CASES = [(None, None, 0.0), (None, 30, 0.1), (2.0, None, 0.0), (2.0, 33, 0.3)]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("at_once", [1, 7 * OUTPUTS, 2**20])
-def test_it_is_the_reference_however_it_is_cut(case, at_once, monkeypatch):
+@pytest.mark.parametrize(("at_once", "best"), [(1, 1), (7 * OUTPUTS, 1), (2**20, 4)])
+def test_it_is_the_reference_however_it_is_cut(case, at_once, best, monkeypatch):
     monkeypatch.setattr(softmax_head, "CACHED_LOGITS", at_once)
-    (loss, rank), gradients = value_and_gradients(*case)
+    (loss, hit), gradients = value_and_gradients(*case, best)
     *arrays, target, of_prediction = inputs()
     expected, expected_rank = reference(*arrays, target, of_prediction, *case)
     np.testing.assert_allclose(loss, 3 * expected, rtol=1e-5)
     asked = of_prediction > 0
-    np.testing.assert_array_equal(rank[asked], expected_rank[asked])
+    assert 0 < (expected_rank[asked] <= best).mean() < 1
+    np.testing.assert_array_equal(hit[asked], expected_rank[asked] <= best)
 
     def plain(hidden, weight):
         flat = (hidden.reshape(-1, MODEL), weight, target.reshape(-1), of_prediction.reshape(-1))
-        return 3 * softmax_head._whole(softmax_head._Loss(*case, None), *flat)[0]
+        return 3 * softmax_head._whole(softmax_head._Loss(*case, 1, None), *flat)[0]
 
     wanted = jax.grad(plain, (0, 1))(*arrays)
     chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-5)

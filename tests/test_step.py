@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas as pl
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import (
@@ -34,7 +35,7 @@ from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding, constrain
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
-from prefixmem_jax.training.flops import matmul_flops
+from prefixmem_jax.training.flops import kernel_flops, matmul_flops
 from prefixmem_jax.training.optimizers import (
     dense_optimizer,
     learning_rate,
@@ -262,7 +263,7 @@ def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(object
 
 
 def test_tied_bfloat16_remat_steps_agree_across_meshes():
-    model = dataclasses.replace(CONFIG.model, tied_embeddings=True, remat=True)
+    model = dataclasses.replace(CONFIG.model, tied_embeddings=True, remat="full")
     config = dataclasses.replace(CONFIG, model=model)
     history, _ = run(config, 5)
     other, _ = run(on_mesh(config, 1, 2, 2), 5)
@@ -477,6 +478,20 @@ def test_flops_count_loops_and_match_the_formula():
         x, w, cpu=lambda x, w: x @ w[0], default=lambda x, w: x @ w[0] @ w[1]
     )
     assert matmul_flops(jax.make_jaxpr(chosen)(x, weights)) == 2 * 2 * 5 * 7 * 7
+
+    def by_kernel(x, w):
+        def kernel(x_ref, w_ref, out_ref):
+            out_ref[...] = x_ref[...] @ w_ref[...]
+
+        whole = pl.BlockSpec((7, 7), lambda i: (0, 0))
+        rows = pl.BlockSpec((8, 7), lambda i: (i, 0))
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        grid = (x.shape[0] // 8,)
+        called = pl.pallas_call(kernel, out, grid=grid, in_specs=[rows, whole], out_specs=rows)
+        return called(x, w) @ w
+
+    kernel = jax.make_jaxpr(by_kernel)(jnp.zeros((24, 7)), jnp.zeros((7, 7)))
+    assert 2 * kernel_flops(kernel) == matmul_flops(kernel) == 2 * 2 * 24 * 7 * 7
     counts = []
     for sizes in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):  # the same work, however it is divided
         spec = spec_of(on_mesh(CONFIG, *sizes))

@@ -37,7 +37,7 @@ def get_config() -> Config:
             tied_embeddings=True,
             rope_base=1e6,
             compute_dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000),
         mesh=MeshConfig(data=-1, fsdp=16, tensor=1),

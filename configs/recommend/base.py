@@ -21,7 +21,7 @@ def get_config() -> Config:
     return Config(
         name="recommend",
         steps=3900,
-        data=DataConfig(max_items=20, sequence_length=128, batch_size=40),
+        data=DataConfig(shared_sids="move", max_items=20, sequence_length=128, batch_size=40),
         model=DecoderConfig(
             layers=2, d_model=64, d_ff=192, query_heads=2, kv_heads=2, head_dim=32, dropout=0.3
         ),

@@ -38,7 +38,7 @@ DECODERS = {
             tied_embeddings=True,
             rope_base=1e6,
             compute_dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
         151_936,
     ),

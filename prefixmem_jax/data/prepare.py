@@ -15,6 +15,7 @@ from prefixmem_jax.data.synthetic import SyntheticProcess, make_synthetic, synth
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.kinds import find_module
 from prefixmem_jax.semantic_ids.catalog import Catalog
+from prefixmem_jax.semantic_ids.collisions import move_to_next_free
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
@@ -57,6 +58,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
             config.path, config.sid_column, config.codebook_sizes
         )
         _check_codebooks(config, dataset.catalog)
+    dataset = replace(dataset, catalog=_told_apart(config, dataset.catalog))
     split = split_dataset(dataset, config.split, config.holdout)
     return PreparedData(dataset, split, _vocabulary(config, dataset.catalog), process)
 
@@ -65,10 +67,12 @@ def load_catalog(config: DataConfig) -> Catalog:
     """The catalogue alone; no history is read."""
     if config.path is None:
         _check_synthetic(config)
-        return _recoded(config, synthetic_catalog(config.synthetic))
-    catalog = _format(config).read_catalog(config.path, config.sid_column, config.codebook_sizes)
-    _check_codebooks(config, catalog)
-    return catalog
+        catalog = _recoded(config, synthetic_catalog(config.synthetic))
+    else:
+        options = config.sid_column, config.codebook_sizes
+        catalog = _format(config).read_catalog(config.path, *options)
+        _check_codebooks(config, catalog)
+    return _told_apart(config, catalog)
 
 
 def data_vocabulary(config: DataConfig) -> Vocabulary:
@@ -96,6 +100,14 @@ def _recoded(config: DataConfig, catalog: Catalog) -> Catalog:
         return catalog
     items = len(catalog)
     return Catalog(np.arange(items)[:, None], catalog.titles, SidSpace((items,)), catalog.keys)
+
+
+def _told_apart(config: DataConfig, catalog: Catalog) -> Catalog:
+    """The catalogue with what becomes of items that share a SID."""
+    if config.shared_sids == "keep" or len(catalog.group_sizes) == len(catalog):
+        return catalog
+    sids = move_to_next_free(catalog.sids, catalog.space.codebook_sizes[-1])
+    return Catalog(sids, catalog.titles, catalog.space, catalog.keys)
 
 
 def _vocabulary(config: DataConfig, catalog: Catalog) -> Vocabulary:

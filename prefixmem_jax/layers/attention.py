@@ -1,17 +1,20 @@
-"""Attention: one entry for whole sequences and caches, one for beams that share a prompt.
+"""Attention: whole sequences by the platform's kernel, caches, and beams that share a prompt.
 
 What a query may attend to is described by data, positions and segments, never by a mask that the
-caller builds, so that a fused kernel can be chosen here. Dimension letters: see `models.decoder`.
+caller builds. Dimension letters: see `models.decoder`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from prefixmem_jax.parallel.sharding import by_heads
+from prefixmem_jax.layers.splash_attention import splash_attention
+from prefixmem_jax.parallel.sharding import by_heads, platform
 
 NO_WINDOW = 2**30  # further back than any position
 
@@ -37,6 +40,39 @@ def visible(queries: Place, keys: Place, window: jax.Array | int) -> jax.Array:
     return same_BST & (back_BST >= 0) & (back_BST < window)
 
 
+def self_attention(
+    query_BSNH: jax.Array,
+    place: Place,
+    own: KeyValues,
+    window: jax.Array | int,
+    windows: Sequence[int],
+    scale: float | None,
+) -> jax.Array:
+    """Attention among the tokens of whole sequences: [B, S, N, H].
+
+    On TPUs by the splash kernel, which keeps no [S, S] array and skips what no window reaches;
+    elsewhere as `attention`.
+
+    Args:
+      place: positions go up by one within a segment, which stands in one piece.
+      own: keys and values of the same tokens, [B, S, K, H].
+      window: one of `windows`: how many positions back a query sees, itself included; may be
+        traced.
+      scale: of queries; None means H ** -0.5.
+    """
+    if platform() != "tpu":
+        return attention(query_BSNH, place, own, place, window, scale)
+    kernels = [partial(splash_attention, window=one, scale=scale) for one in windows]
+
+    def local(heads: tuple, batch: tuple, *which: jax.Array) -> jax.Array:
+        operands = (*heads, *batch)
+        return jax.lax.switch(which[0], kernels, *operands) if which else kernels[0](*operands)
+
+    which = (jnp.argmax(jnp.asarray(windows) == window),) if len(windows) > 1 else ()
+    heads = (query_BSNH, *own)
+    return by_heads(local, heads, (place.segments,), *which, kernel=True)
+
+
 def attention(
     query_BSNH: jax.Array,
     queries: Place,
@@ -45,12 +81,11 @@ def attention(
     window: jax.Array | int,
     scale: float | None,
 ) -> jax.Array:
-    """Grouped-query attention: [B, S, N, H].
+    """Grouped-query attention to anything, a cache too: [B, S, N, H].
 
     Args:
       past: [B, T, K, H]; `keys` says where they stand.
-      window: how many positions back a query sees, itself included; may be traced.
-      scale: of queries; None means H ** -0.5.
+      window, scale: as of `self_attention`.
     """
 
     def local(heads: tuple, batch: tuple, window: jax.Array) -> jax.Array:

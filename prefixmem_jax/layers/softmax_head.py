@@ -55,12 +55,12 @@ class Losses(NamedTuple):
 
     Attributes:
       loss: float32 [], the weighted sum of their cross-entropies.
-      rank: int32 [B, S], the target's among all outputs, from 1. Equal logits count against it, or
-        a model that says nothing would score full marks.
+      hit: bool [B, S], whether the target is among the best outputs. Equal logits count against
+        it, or a model that says nothing would score full marks.
     """
 
     loss: jax.Array
-    rank: jax.Array
+    hit: jax.Array
 
 
 @jax.named_scope("loss")
@@ -70,6 +70,7 @@ def cross_entropy(
     target_BS: jax.Array,
     weight_BS: jax.Array,
     smoothing: float = 0.0,
+    best: int = 1,
 ) -> Losses:
     """Cross-entropy of targets after hidden states.
 
@@ -77,16 +78,17 @@ def cross_entropy(
       target_BS: int32; any number where the weight is 0.
       weight_BS: float32, of each prediction in the sum.
       smoothing: share of a target's probability that is spread evenly over the outputs.
+      best: how many outputs are the best; more than one cost another pass over the logits.
     """
 
     def local(
         axis: str | None, hidden: jax.Array, vectors: jax.Array, of_batch: tuple
     ) -> tuple[jax.Array, jax.Array]:
-        here = _Loss(head.softcap, head.outputs, smoothing, axis)
+        here = _Loss(head.softcap, head.outputs, smoothing, best, axis)
         target, weight = of_batch
         flat = (hidden.reshape(-1, hidden.shape[-1]), vectors, target.reshape(-1))
-        loss, rank = _summed(here, *flat, weight.reshape(-1))
-        return loss, rank.reshape(target.shape)
+        loss, hit = _summed(here, *flat, weight.reshape(-1))
+        return loss, hit.reshape(target.shape)
 
     return Losses(*by_vocabulary(local, hidden_BSD, head.weight, (target_BS, weight_BS)))
 
@@ -128,6 +130,7 @@ class _Loss(NamedTuple):
     softcap: float | None
     outputs: int | None
     smoothing: float
+    best: int
     axis: str | None
 
 
@@ -138,7 +141,7 @@ def _whole(
     target_N: jax.Array,
     weight_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of losses, and ranks int32 [N]. Vectors here are this device's own."""
+    """The weighted sum of losses, and hits bool [N]. Vectors here are this device's own."""
 
     def total(x: jax.Array) -> jax.Array:
         return x if here.axis is None else jax.lax.psum(x, here.axis)
@@ -155,14 +158,17 @@ def _whole(
     # Reductions over the outputs only, which may be divided: no gather of the target's logit.
     target_NV = number_V == target_N[:, None]
     own_N = total(jnp.sum(jnp.where(target_NV, logits_NV, 0.0), axis=1))
-    rank_N = total(jnp.sum(logits_NV >= own_N[:, None], axis=1))
+    # For the best one alone, what is as high as the highest is counted along with the sum.
+    above_N = highest_N if here.best == 1 else own_N
+    rank_N = total(jnp.sum((logits_NV >= above_N[:, None]).astype(jnp.float32), axis=1))
+    hit_N = (own_N >= above_N) & (rank_N <= here.best)
     wanted_N = own_N
     if here.smoothing:
         exists_V = True if here.outputs is None else number_V < here.outputs
         all_N = total(jnp.sum(jnp.where(exists_V, logits_NV, 0.0), axis=1))
         mean_N = all_N / (here.outputs or total(jnp.float32(size)))
         wanted_N = (1 - here.smoothing) * own_N + here.smoothing * mean_N
-    return jnp.sum(weight_N * (highest_N + jnp.log(sum_N) - wanted_N)), rank_N
+    return jnp.sum(weight_N * (highest_N + jnp.log(sum_N) - wanted_N)), hit_N
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -195,11 +201,11 @@ def _by_platform(function: Callable, here: _Loss, *operands: jax.Array) -> Any:
 
 def _in_pieces(here: _Loss, logits: int | None, *operands: jax.Array) -> tuple:
     hidden_ND, weight_DV, target_N, weight_N = operands
-    losses, rank = jax.lax.map(
+    losses, hit = jax.lax.map(
         lambda piece: _whole(here, piece[0], weight_DV, *piece[1:]),
         _pieces(logits, weight_DV.shape[1], hidden_ND, target_N, weight_N),
     )
-    return jnp.sum(losses), rank.reshape(-1)[: len(hidden_ND)]
+    return jnp.sum(losses), hit.reshape(-1)[: len(hidden_ND)]
 
 
 def _in_pieces_with_gradients(here: _Loss, logits: int | None, *operands: jax.Array) -> tuple:
@@ -208,14 +214,14 @@ def _in_pieces_with_gradients(here: _Loss, logits: int | None, *operands: jax.Ar
     whole = jax.value_and_grad(partial(_whole, here), (0, 1), has_aux=True)
 
     def one(before: jax.Array, piece: tuple) -> tuple:
-        (loss, rank), (by_hidden, by_weight) = whole(piece[0], weight_DV, *piece[1:])
-        return before + by_weight, (loss, rank, by_hidden)
+        (loss, hit), (by_hidden, by_weight) = whole(piece[0], weight_DV, *piece[1:])
+        return before + by_weight, (loss, hit, by_hidden)
 
     nothing = jax.lax.full_like(weight_DV, 0, dtype=jnp.float32)
     pieces = _pieces(logits, weight_DV.shape[1], hidden_ND, target_N, weight_N)
-    by_weight, (losses, rank, by_hidden) = jax.lax.scan(one, nothing, pieces)
+    by_weight, (losses, hit, by_hidden) = jax.lax.scan(one, nothing, pieces)
     by_hidden = by_hidden.reshape(-1, hidden_ND.shape[1])[: len(hidden_ND)]
-    results = jnp.sum(losses), rank.reshape(-1)[: len(hidden_ND)]
+    results = jnp.sum(losses), hit.reshape(-1)[: len(hidden_ND)]
     return results, (by_hidden, by_weight.astype(weight_DV.dtype))
 
 

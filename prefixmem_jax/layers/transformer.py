@@ -14,7 +14,7 @@ from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.layers.attention import KeyValues
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.parallel.parameters import normal, parameter
-from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp
+from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp, platform
 
 WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
 
@@ -55,9 +55,26 @@ def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array) -
     """Rotary position embedding, rotate-half form, computed in float32."""
     angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency_H
     cos, sin = jnp.cos(angle_BSH)[:, :, None], jnp.sin(angle_BSH)[:, :, None]
-    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x32_BSNH = x_BSNH.astype(jnp.float32)
+    if platform() == "tpu":
+        cos, sin = (jnp.concatenate(pair, axis=-1) for pair in ((cos, cos), (-sin, sin)))
+        turned = x32_BSNH * cos + _halves_swapped(x_BSNH) * sin
+    else:
+        first, second = jnp.split(x32_BSNH, 2, axis=-1)
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BSNH.dtype)
+
+
+def _halves_swapped(x_BSNH: jax.Array) -> jax.Array:
+    """Float32 [B, S, N, H], as a product with a permutation, which is exact.
+
+    Half a head is less than a TPU's vector: cut and put together it takes half a dozen passes over
+    memory, where a product goes along with the projections around it.
+    """
+    size = x_BSNH.shape[-1]
+    swap_HG = jnp.asarray(np.roll(np.eye(size), size // 2, axis=1), x_BSNH.dtype)
+    exact = {"precision": "highest", "preferred_element_type": jnp.float32}
+    return jnp.einsum("BSNH,HG->BSNG", x_BSNH, swap_HG, **exact)
 
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}

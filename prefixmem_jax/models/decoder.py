@@ -25,15 +25,26 @@ from prefixmem_jax.layers.attention import (
     Place,
     attention,
     beam_attention,
+    self_attention,
 )
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.layers.softmax_head import SoftmaxHead
+from prefixmem_jax.layers.splash_attention import ATTENDED
 from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import constrain, gather_over_fsdp, take
 
 # So few layers compile fast without a loop, and their gradients run faster.
 UNROLLED_LAYERS = 4
+# What the backward pass finds kept, by `DecoderConfig.remat`.
+_policies = jax.checkpoint_policies
+_KEPT = {
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENDED)
+    ),
+    "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 # The axis of tokens in each table of them.
 TOKEN_AXIS = {"embedding": 0, "head": 1}
 
@@ -41,8 +52,21 @@ TOKEN_AXIS = {"embedding": 0, "head": 1}
 class Decoder(nnx.Module):
     """Token embeddings, the stacked layers, the final norm and the head."""
 
-    def __init__(self, config: DecoderConfig, vocabulary_size: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        vocabulary_size: int,
+        longest_document: int = NO_WINDOW,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          longest_document: tokens that a document of a whole sequence has at most, so that no
+            attention looks further back.
+        """
         self.config = config
+        self.longest_document = longest_document
         std = config.init_std
         self.embedding = normal(
             rngs, std, (vocabulary_size, None), (config.d_model, "stored_embedded")
@@ -74,10 +98,12 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states after the final norm [B, S, D], and keys and values [L, B, S, K, H].
         """
-        scale = self.config.query_scale
+        scale, longest = self.config.query_scale, self.longest_document
+        windows = sorted({min(int(window), longest) for window in self._windows()})
 
         def attend(_: None, window: jax.Array, query: jax.Array, new: KeyValues) -> tuple:
-            return attention(query, queries, new, queries, window, scale), new
+            window = jnp.minimum(window, longest)
+            return self_attention(query, queries, new, window, windows, scale), new
 
         keys = None
         if key is not None:
@@ -160,8 +186,8 @@ class Decoder(nnx.Module):
             layer, past, window, frequency_H, key = one
             return layer(x, queries.positions, frequency_H, partial(attend, past, window), key)
 
-        if self.config.remat:
-            body = jax.checkpoint(body)
+        if self.config.remat != "none":
+            body = jax.checkpoint(body, policy=_KEPT[self.config.remat])
         layers = (self.layers, past, window_L, frequency_LH, keys)
         few = self.config.layers <= UNROLLED_LAYERS
         x_BSD, kept = jax.lax.scan(body, x_BSD, layers, unroll=self.config.layers if few else 1)
@@ -169,12 +195,17 @@ class Decoder(nnx.Module):
 
     def _by_layer(self) -> tuple[jax.Array, jax.Array]:
         """Each layer's window int32 [L] and rotary frequencies float32 [L, H / 2]."""
-        config = self.config
-        slides_L = np.isin(np.arange(config.layers), config.sliding_layers)
+        config, window_L = self.config, self._windows()
         everywhere = rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
         near = rope_frequencies(config.head_dim, config.sliding_rope_base)
-        window_L = np.where(slides_L, config.sliding_window, NO_WINDOW).astype(np.int32)
-        return jnp.asarray(window_L), jnp.asarray(np.where(slides_L[:, None], near, everywhere))
+        slides_L1 = (window_L != NO_WINDOW)[:, None]
+        return jnp.asarray(window_L), jnp.asarray(np.where(slides_L1, near, everywhere))
+
+    def _windows(self) -> np.ndarray:
+        """Each layer's window, int32 [L]."""
+        config = self.config
+        slides_L = np.isin(np.arange(config.layers), config.sliding_layers)
+        return np.where(slides_L, config.sliding_window, NO_WINDOW).astype(np.int32)
 
     @jax.named_scope("head")
     def softmax_head(self, first: int = 0, stop: int | None = None) -> SoftmaxHead:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.layers.attention import KeyValues, Place
+from prefixmem_jax.layers.attention import NO_WINDOW, KeyValues, Place
 from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.models.decoder import Decoder
@@ -31,12 +31,13 @@ class SidLM(nnx.Module):
         sid_encoder: SidEncoderConfig | None,
         vocabulary: Vocabulary,
         item_head: ItemHeadConfig | None = None,
+        longest_document: int = NO_WINDOW,
         *,
         rngs: nnx.Rngs,
     ):
         self.vocabulary = vocabulary
         self.row_dropout = 0.0 if sid_encoder is None else sid_encoder.dropout
-        self.llm = Decoder(model, vocabulary.size, rngs=rngs)
+        self.llm = Decoder(model, vocabulary.size, longest_document, rngs=rngs)
         if sid_encoder is None:
             self.sid_encoder = None
         else:

@@ -48,7 +48,12 @@ class NextToken(Objective):
     generates: ClassVar[bool] = True
 
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> SidLM:
-        return SidLM(config.model, config.sid_encoder, vocabulary, config.item_head, rngs=rngs)
+        data, levels = config.data, vocabulary.levels
+        longest = [document_length(levels, data.max_items + 1)]  # of validation and inference
+        longest += [documents.longest(data, levels) for documents in self.documents]
+        return SidLM(
+            config.model, config.sid_encoder, vocabulary, config.item_head, max(longest), rngs=rngs
+        )
 
     def abstract_batch(
         self, data: DataConfig, sharding: jax.sharding.Sharding | None = None
@@ -94,13 +99,13 @@ class NextToken(Objective):
         target_BS = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
         smoothing = 0.0 if key is None else self.label_smoothing
         head = model.softmax_head()
-        loss, rank_BS = cross_entropy(hidden_BSD, head, target_BS, mask_BS, smoothing)
+        loss, hit_BS = cross_entropy(hidden_BSD, head, target_BS, mask_BS, smoothing)
         level_BS, _ = model.vocabulary.level_and_code(target_BS)
         by_level = [(level_BS == at) * mask_BS for at in range(1, model.vocabulary.levels + 1)]
         sums = {
             "loss": loss,
             "count": jnp.sum(mask_BS),
-            "hits": jnp.stack([jnp.sum((rank_BS == 1) * at) for at in by_level]),
+            "hits": jnp.stack([jnp.sum(hit_BS * at) for at in by_level]),
             "level_count": jnp.stack([jnp.sum(at) for at in by_level]),
         }
         if model.item_head is not None:
@@ -140,9 +145,10 @@ def _item_sums(
     weight_DI = model.item_head.weight(model.sid_encoder, rows, hidden_BSD.dtype)
     if rows.names is None:
         head = SoftmaxHead(weight_DI, outputs=model.vocabulary.items)
-        sums["item_loss"], rank_BP = cross_entropy(hidden_BPD, head, items_BP, there_BP)
+        best = 1 if in_training else 10
+        sums["item_loss"], hit_BP = cross_entropy(hidden_BPD, head, items_BP, there_BP, best=best)
         if not in_training:
-            sums["item_hits"] = jnp.sum((rank_BP <= 10) * there_BP)
+            sums["item_hits"] = jnp.sum(hit_BP * there_BP)
         return sums
     # The vector of the item to come is what the memory says where that item ends.
     memory_BSD = model.sid_encoder(batch.tokens, batch.segment_ids, rows.by_position)

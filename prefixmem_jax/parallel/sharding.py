@@ -56,6 +56,12 @@ def _explicit_mesh() -> bool:
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
+def platform() -> str:
+    """What the mesh's devices are, `cpu`, `tpu` or `gpu`; without one, the default devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Moves x to the partition of these logical axes."""
     return jax.sharding.reshard(x, spec(*logical)) if _explicit_mesh() else x
@@ -86,7 +92,10 @@ def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax
 
     def gather(own: jax.Array) -> jax.Array:
         own = jax.lax.pcast(own, "data", to="reduced").astype(dtype)
-        return jax.lax.all_gather(own, "fsdp", axis=sharded[0], tiled=True, to="reduced")
+        # TPUs reduce-scatter along the first axis; along others they reduce all, and cut.
+        first = jnp.moveaxis(own, sharded[0], 0)
+        whole = jax.lax.all_gather(first, "fsdp", axis=0, tiled=True, to="reduced")
+        return jnp.moveaxis(whole, 0, sharded[0])
 
     gathered = jax.shard_map(
         gather,
@@ -139,19 +148,25 @@ def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:
     return table.at[index].get(out_sharding=sharding)
 
 
-def by_heads(function: Callable, heads: tuple, batch: tuple, window: jax.Array) -> jax.Array:
+def by_heads(
+    function: Callable, heads: tuple, batch: tuple, *shared: jax.Array, kernel: bool = False
+) -> jax.Array:
     """Runs attention on each device's own part of the batch and heads.
 
     Args:
-      function: of (heads, batch, window).
-      heads: arrays [B, any, heads, size]; batch: arrays [B, any]; window: a number.
+      function: of (heads, batch, *shared).
+      heads: arrays [B, any, heads, size]; batch: arrays [B, any]; shared: of every device alike.
+      kernel: whether it calls a kernel, which does not say what its results vary over.
     """
     if not _explicit_mesh():
-        return function(heads, batch, window)
+        return function(heads, batch, *shared)
     per_head, per_batch = spec("batch", None, "heads", None), spec("batch", None)
-    return jax.shard_map(function, in_specs=(per_head, per_batch, P()), out_specs=per_head)(
-        heads, batch, window
-    )
+    return jax.shard_map(
+        function,
+        in_specs=(per_head, per_batch, *(P() for _ in shared)),
+        out_specs=per_head,
+        check_vma=not kernel,
+    )(heads, batch, *shared)
 
 
 def by_vocabulary(

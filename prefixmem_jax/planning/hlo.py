@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
-_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\](\{[^}]*\})?")
+_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "token": 0}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -58,6 +58,7 @@ class Collective:
       count: executions in one run of the program.
       devices: how many devices exchange with each other.
       scope: the traced function's name stack (`jax.named_scope`).
+      overlapped: whether the device computes meanwhile.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Collective:
     count: int
     devices: int
     scope: str
+    overlapped: bool
 
 
 @dataclass
@@ -132,6 +134,7 @@ class Program:
                 # The TPU compiler cuts one asynchronous collective into a chain of fusions.
                 chain = re.search(r'chain_id="(\d+)"', instruction.text)
                 channel = re.search(r"channel_id=(\d+)", instruction.text)
+                overlapped = bool(chain) or instruction.opcode.endswith("-start")
                 if chain and channel:
                     if (chain[1], channel[1]) in seen:
                         continue
@@ -151,7 +154,9 @@ class Program:
                 for size, operand in pieces:
                     sent = int(count * size * share)
                     scope = self._scope(where, instruction, operand, len(sizes) > 1)
-                    collectives.append(Collective(kind, sent, size, count, devices, scope))
+                    collectives.append(
+                        Collective(kind, sent, size, count, devices, scope, overlapped)
+                    )
         return sorted(collectives, key=lambda c: -c.bytes)
 
     def _with_fused(self, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Instruction]]:
@@ -182,6 +187,18 @@ class Program:
             fusion = self.computations[where[-3]][where[-2]]
             return self._scope(where[:-2], fusion, fusion.operands[0], joined)
         return ""
+
+    def cycles(self) -> Iterator[tuple[str, int]]:
+        """The compiler's estimate for every instruction that it has one for: scope and cycles.
+
+        It has none for collectives and for kernels.
+        """
+        for name, count in self.executed():
+            for instruction in self.computations[name].values():
+                estimate = re.search(r'estimated_cycles":"(\d+)"', instruction.text)
+                if estimate:
+                    scope = re.search(r'op_name="([^"]*)"', instruction.text)
+                    yield scope[1] if scope else "", count * int(estimate[1])
 
     def memory_bytes(self) -> int:
         """Bytes that one run reads from and writes to main memory, on one device.
@@ -270,12 +287,13 @@ def _closing(text: str, start: int) -> int:
 
 def _sizes(kind: str) -> list[int]:
     """Bytes of every array of a type that is in main memory (S(1) and up are on the chip)."""
-    return [
-        math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, 4)
-        if "S(" not in layout
-        else 0
-        for dtype, dims, layout in _ARRAY.findall(kind)
-    ]
+    sizes = []
+    for dtype, dims, layout in _ARRAY.findall(kind):
+        if dtype not in _BYTES:
+            raise ValueError(f"how many bytes has {dtype}, in {kind}?")
+        size = math.prod(int(n) for n in dims.split(",") if n) * _BYTES[dtype]
+        sizes.append(0 if "S(" in layout else size)
+    return sizes
 
 
 def _size(kind: str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.prepare import data_vocabulary
@@ -16,8 +17,9 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning.hlo import Collective, Program
-from prefixmem_jax.planning.topology import Chip, mean_hops, pod_devices
-from prefixmem_jax.training.flops import matmul_flops
+from prefixmem_jax.planning.topology import Chip, link_share, mean_hops, pod_devices
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.training.flops import kernel_flops, matmul_flops
 from prefixmem_jax.training.state import abstract_state
 from prefixmem_jax.training.step import abstract_batch, check_mesh, trace_train_step
 
@@ -38,11 +40,16 @@ class Plan:
       fits: whether it compiled within the capacity; None for CPU devices.
       flops: of matrix products, recomputation included.
       collectives: largest first: `kind`, `bytes` sent by a device, `part` of the model, `count`,
-        `devices` that exchange.
+        `devices` that exchange, and whether it is `overlapped` by other work.
       collective_bytes: the same, summed by part.
       table_bytes_gathered: row bytes that a device reads from its part of the table.
       roofline_seconds: least time of `compute`, `memory` and `network`, each at the chip's
         published peak and perfectly overlapped; None for CPU devices.
+      step_seconds: what the compiler expects of each part of the model; beside it what it says
+        nothing of: `kernels` at the chip's peak, and the `collectives` that nothing overlaps, at
+        their links' peak. None for CPU devices.
+      mfu_bound: FLOPs without recomputation and without kernels', at the chip's peak, as a share
+        of all of that.
     """
 
     devices: int
@@ -55,6 +62,8 @@ class Plan:
     collective_bytes: dict[str, int]
     table_bytes_gathered: int
     roofline_seconds: dict[str, float] | None
+    step_seconds: dict[str, float] | None
+    mfu_bound: float | None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -96,7 +105,7 @@ def plan(
             raise
         sizes |= {"temporary": None, "total": _bytes_asked_for(str(error))}
         capacity = chip.hbm_bytes if chip else None
-        return Plan(len(pod), shape, sizes, capacity, False, flops, [], {}, 0, None)
+        return Plan(len(pod), shape, sizes, capacity, False, flops, [], {}, 0, None, None, None)
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -120,6 +129,11 @@ def plan(
             )
         looked_up = sum(x.size for x in addresses[:2] if x is not None)
         gathered = spec.table.bytes_served(looked_up // len(pod), len(pod))
+    seconds = mfu = None
+    if chip is not None:
+        kernels = kernel_flops(traced.jaxpr) / len(pod)
+        seconds = _step_seconds(chip, topology, kernels, program, collectives)
+        mfu = _flops_once(config, vocabulary, mesh) / chip.flops / sum(seconds.values())
     return Plan(
         devices=len(pod),
         mesh=shape,
@@ -131,7 +145,17 @@ def plan(
         collective_bytes=by_part,
         table_bytes_gathered=gathered,
         roofline_seconds=chip and _roofline(chip, topology, flops, program, collectives),
+        step_seconds=seconds,
+        mfu_bound=mfu,
     )
+
+
+def _flops_once(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> float:
+    """FLOPs of a device's share of a step that computes nothing twice; without its kernels'."""
+    model = dataclasses.replace(config.model, remat="none")
+    spec = ModelSpec.create(dataclasses.replace(config, model=model), vocabulary, mesh)
+    traced = trace_train_step(spec).jaxpr
+    return (matmul_flops(traced) - kernel_flops(traced)) / mesh.size
 
 
 def _device_bytes(tree: Any) -> int:
@@ -158,19 +182,47 @@ def _described(collective: Collective) -> dict[str, Any]:
         "part": _part(collective.scope),
         "count": collective.count,
         "devices": collective.devices,
+        "overlapped": collective.overlapped,
     }
 
 
 def _roofline(
     chip: Chip, topology: str, flops: float, program: Program, collectives: list[Collective]
 ) -> dict[str, float]:
-    """An all-to-all passes through several links: its bytes count once for each, on average."""
-    hops = mean_hops(topology)
-    link_bytes = sum(c.bytes * (hops if c.kind == "all-to-all" else 1) for c in collectives)
     return {
         "compute": flops / chip.flops,
         "memory": program.memory_bytes() / chip.hbm_bandwidth,
-        "network": link_bytes / chip.network_bandwidth,
+        "network": sum(_network_seconds(chip, topology, c) for c in collectives),
+    }
+
+
+def _network_seconds(chip: Chip, topology: str, collective: Collective) -> float:
+    """Of one collective at its links' peak.
+
+    An all-to-all passes through several links: its bytes count once for each, on average.
+    """
+    if collective.kind == "all-to-all":
+        return collective.bytes * mean_hops(topology) / chip.network_bandwidth
+    share = link_share(topology, collective.devices)
+    return collective.bytes / (share * chip.network_bandwidth)
+
+
+def _step_seconds(
+    chip: Chip,
+    topology: str,
+    kernels: float,
+    program: Program,
+    collectives: list[Collective],
+) -> dict[str, float]:
+    """See `Plan`."""
+    seconds: dict[str, float] = {}
+    for scope, cycles in program.cycles():
+        part = _part(scope)
+        seconds[part] = seconds.get(part, 0.0) + cycles / chip.clock
+    alone = [c for c in collectives if not c.overlapped]
+    return seconds | {
+        "kernels": kernels / chip.flops,
+        "collectives": sum(_network_seconds(chip, topology, c) for c in alone),
     }
 
 
@@ -192,13 +244,16 @@ def describe(plan: Plan) -> str:
         "",
         "  sent over the network:",
     ]
-    grouped: dict[tuple[str, str], list[int]] = {}
+    grouped: dict[tuple[str, str, bool], list[int]] = {}
     for collective in plan.collectives:
-        one = grouped.setdefault((collective["part"], collective["kind"]), [0, 0])
+        key = (collective["part"], collective["kind"], collective["overlapped"])
+        one = grouped.setdefault(key, [0, 0])
         one[0] += collective["bytes"]
         one[1] += collective["count"]
-    for (part, kind), (sent, count) in sorted(grouped.items(), key=lambda item: -item[1][0]):
-        lines.append(f"    {part:10s} {kind:19s} {_bytes(sent)}  in {count}")
+    for key, (sent, count) in sorted(grouped.items(), key=lambda item: -item[1][0]):
+        part, kind, overlapped = key
+        beside = ", overlapped" if overlapped else ""
+        lines.append(f"    {part:10s} {kind:19s} {_bytes(sent)}  in {count}{beside}")
     if not grouped:
         lines.append("    nothing")
     if plan.roofline_seconds is not None:
@@ -207,6 +262,15 @@ def describe(plan: Plan) -> str:
         for name, seconds in plan.roofline_seconds.items():
             mark = "<- bounds the step" if name == slowest else ""
             lines.append(f"    {name:30s} {seconds * 1e3:8.1f} ms {mark}".rstrip())
+        lines += [
+            "",
+            "  a step, by the compiler; kernels and collectives at peak rates:",
+        ]
+        for name, seconds in sorted(plan.step_seconds.items(), key=lambda item: -item[1]):
+            lines.append(f"    {name:30s} {seconds * 1e3:8.1f} ms")
+        total = sum(plan.step_seconds.values())
+        share = f"MFU at most {100 * plan.mfu_bound:.0f}%"
+        lines.append(f"    {'all':30s} {total * 1e3:8.1f} ms, {share}")
     return "\n".join(lines)
 
 

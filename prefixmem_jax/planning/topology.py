@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import operator
 import os
 import re
 from dataclasses import dataclass
@@ -21,20 +23,22 @@ class Chip:
       flops: bfloat16 FLOP/s.
       hbm_bandwidth: bytes/s.
       network_bandwidth: bytes/s over all links between chips.
+      clock: cycles a second, of the matrix units that make up `flops`.
     """
 
     hbm_bytes: int
     flops: float
     hbm_bandwidth: float
     network_bandwidth: float
+    clock: float
 
 
 _GIB = 2**30
 # cloud.google.com/tpu/docs/v5e, v5p, v6e; memory as the compiler states it.
 CHIPS = {
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 1640e9, 448e9),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 1640e9, 448e9, 1.75e9),
 }
 
 
@@ -80,6 +84,17 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]
 def mean_hops(topology: str) -> float:
     """Links that a message between two random chips of the pod's torus crosses, on average."""
     return sum(max(int(n), 1) / 4 for n in topology.partition(":")[2].split("x"))
+
+
+def link_share(topology: str, devices: int) -> float:
+    """Share of a chip's links that so many devices use that exchange along a ring.
+
+    They are taken to lie along as few of the pod's axes as hold them.
+    """
+    sizes = sorted((int(n) for n in topology.partition(":")[2].split("x")), reverse=True)
+    held = itertools.accumulate(sizes, operator.mul)
+    used = next((axes for axes, size in enumerate(held, 1) if size >= devices), len(sizes))
+    return used / len(sizes)
 
 
 def simulate_cpu_devices(devices: int) -> None:

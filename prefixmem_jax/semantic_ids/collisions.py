@@ -59,6 +59,15 @@ def add_level(sids: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
     return np.column_stack([sids, last]).astype(np.int32)
 
 
+def move_to_next_free(sids: np.ndarray, codes: int) -> np.ndarray:
+    """As `move_to_free`, for SIDs of which no vectors are known: the nearest code is the next."""
+
+    def steps(items: np.ndarray) -> np.ndarray:
+        return ((np.arange(codes) - sids[items, -1:]) % codes).astype(np.float32)
+
+    return move_to_free(sids, codes, steps)
+
+
 def move_to_free(
     sids: np.ndarray,
     codes: int,

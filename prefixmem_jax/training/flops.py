@@ -11,24 +11,37 @@ from jax.extend import core
 def matmul_flops(traced: core.ClosedJaxpr) -> int:
     """FLOPs of all `dot_general`s in a call, on all devices, loops included (2 per multiply-add).
 
-    Of a `cond` the branch with the most counts.
+    Of a `cond` the branch with the most counts; of a kernel all blocks of its grid.
     """
-    return _count(traced.jaxpr)
+    return _count(traced.jaxpr, counts=True)
 
 
-def _count(jaxpr: Any) -> int:
+def kernel_flops(traced: core.ClosedJaxpr) -> int:
+    """As `matmul_flops`, of what kernels compute alone."""
+    return _count(traced.jaxpr, counts=False)
+
+
+def _count(jaxpr: Any, counts: bool) -> int:
+    """
+    Args:
+      counts: whether products count that are not in a kernel.
+    """
     total = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        primitive = equation.primitive.name
+        if primitive == "dot_general" and counts:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
-        counts = [_count(sub) for sub in _subjaxprs(equation.params)]
+        is_kernel = primitive == "pallas_call"
+        found = [_count(sub, counts or is_kernel) for sub in _subjaxprs(equation.params)]
         # Of a choice, such as one by platform, one branch is run; count the dearest.
-        inner = max(counts) if equation.primitive.name == "cond" else sum(counts)
+        inner = max(found) if primitive == "cond" else sum(found)
         repeated = equation.params.get("length", 1)  # a scan's
-        if equation.primitive.name == "shard_map":  # what one device computes
+        if primitive == "shard_map":  # what one device computes
             repeated = equation.params["mesh"].size
+        elif is_kernel:
+            repeated = math.prod(equation.params["grid_mapping"].grid)
         total += inner * repeated
     return total
 

@@ -113,6 +113,11 @@ class DocumentsConfig(Kind, abc.ABC):
           UserError: one item is longer than `data.sequence_length`, or there is no text.
         """
 
+    def longest(self, config: DataConfig, levels: int) -> int:
+        """No document has more tokens; those of items have SIDs of so many levels."""
+        del levels
+        return config.sequence_length
+
 
 def mixture(
     kinds: Sequence[DocumentsConfig], corpus: Corpus, seed: int | Sequence[int]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.documents.document import (
     Corpus,
     Documents,
@@ -28,6 +29,9 @@ class Items(Sequences):
         documents.loss_mask[:] = 1
         documents.loss_mask[documents.offsets[1:] - 1] = 0
         return documents
+
+    def longest(self, config: DataConfig, levels: int) -> int:
+        return min(config.sequence_length, document_length(levels, config.max_items))
 
 
 def document_length(levels: int, items: int) -> int:

@@ -1,0 +1,81 @@
+"""Attention of whole sequences on TPUs: JAX's splash kernel, causal, within segments and a window.
+
+It computes the scores block by block on the chip, and leaves out blocks that no window reaches.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    LocalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+    splash_attention_kernel,
+)
+
+# Sequences are filled up to a multiple of the smallest block, and cut into the largest that divide
+# them.
+BLOCKS = (512, 256, 128)
+# What remat policies call the result.
+ATTENDED = "attended"
+
+
+def splash_attention(
+    query_BSNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    segments_BS: jax.Array,
+    *,
+    window: int,
+    scale: float | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attention.self_attention` with one window; on one device's own arrays.
+
+    Args:
+      interpret: run it without a TPU.
+    """
+    length, heads, size = query_BSNH.shape[1:]
+    missing = -length % BLOCKS[-1]
+    # What fills up is of a segment that no token has.
+    segments_BS = jnp.pad(segments_BS, ((0, 0), (0, missing)), constant_values=-1)
+    scaled = query_BSNH * (size**-0.5 if scale is None else scale)
+    by_head = [
+        jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
+        for x in (scaled, key_BSKH, value_BSKH)
+    ]
+    kernel = _kernel(length + missing, heads, window, interpret)
+    attended = jax.vmap(lambda q, k, v, segments: kernel(q, k, v, SegmentIds(segments, segments)))(
+        *by_head, segments_BS
+    )
+    return jnp.swapaxes(attended[:, :, :length], 1, 2)
+
+
+def _kernel(
+    length: int, heads: int, window: int, interpret: bool
+) -> splash_attention_kernel.SplashAttentionKernel:
+    shape = (length, length)
+    mask = CausalMask(shape) if window >= length else LocalMask(shape, (window - 1, 0), 0)
+    block = next(size for size in BLOCKS if length % size == 0)
+    sizes = BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,  # of a kernel of its own: fused, each block of keys writes all queries'
+        block_kv_dq=block,
+    )
+    return make_splash_mha(
+        MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
+        interpret=interpret,
+    )
