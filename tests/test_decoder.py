@@ -258,8 +258,8 @@ def test_a_decoder_computes_the_same_as_on_tpus(options, mesh, monkeypatch):
         kernels.append(window)
         return splash_attention(*operands, window=window, interpret=True, **named)
 
-    monkeypatch.setattr(attention_module, "platform", lambda: "tpu")
-    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention_module, "on_tpus", lambda: True)
+    monkeypatch.setattr(transformer, "on_tpus", lambda: True)
     monkeypatch.setattr(attention_module, "splash_attention", interpreted)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(MeshConfig(*mesh))):
         places = (constrain(x, "batch", None) for x in (tokens, positions, segments))

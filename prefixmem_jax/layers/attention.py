@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from prefixmem_jax.layers.splash_attention import splash_attention
-from prefixmem_jax.parallel.sharding import by_heads, platform
+from prefixmem_jax.parallel.sharding import by_heads, on_tpus
 
 NO_WINDOW = 2**30  # further back than any position
 
@@ -60,7 +60,7 @@ def self_attention(
         traced.
       scale: of queries; None means H ** -0.5.
     """
-    if platform() != "tpu":
+    if not on_tpus():
         return attention(query_BSNH, place, own, place, window, scale)
     kernels = [partial(splash_attention, window=one, scale=scale) for one in windows]
 

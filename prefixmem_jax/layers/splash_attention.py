@@ -5,17 +5,10 @@ It computes the scores block by block on the chip, and leaves out blocks that no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    LocalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha,
-    splash_attention_kernel,
-)
 
 # Sequences are filled up to a multiple of the smallest block, and cut into the largest that divide
 # them.
@@ -48,20 +41,22 @@ def splash_attention(
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
         for x in (scaled, key_BSKH, value_BSKH)
     ]
-    kernel = _kernel(length + missing, heads, window, interpret)
-    attended = jax.vmap(lambda q, k, v, segments: kernel(q, k, v, SegmentIds(segments, segments)))(
-        *by_head, segments_BS
-    )
+    attended = jax.vmap(_kernel(length + missing, heads, window, interpret))(*by_head, segments_BS)
     return jnp.swapaxes(attended[:, :, :length], 1, 2)
 
 
-def _kernel(
-    length: int, heads: int, window: int, interpret: bool
-) -> splash_attention_kernel.SplashAttentionKernel:
+def _kernel(length: int, heads: int, window: int, interpret: bool) -> Callable[..., jax.Array]:
+    """Attention of one sequence's queries, keys and values [heads, S, H] and segments [S]."""
+    # Only here: elsewhere than on TPUs nothing asks for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     shape = (length, length)
-    mask = CausalMask(shape) if window >= length else LocalMask(shape, (window - 1, 0), 0)
+    if window >= length:
+        mask = splash.CausalMask(shape)
+    else:
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
     block = next(size for size in BLOCKS if length % size == 0)
-    sizes = BlockSizes(
+    sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_kv_compute=block,
@@ -71,11 +66,12 @@ def _kernel(
         block_q_dq=block,  # of a kernel of its own: fused, each block of keys writes all queries'
         block_kv_dq=block,
     )
-    return make_splash_mha(
-        MultiHeadMask([mask] * heads),
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
+    return lambda q, k, v, segments: kernel(q, k, v, splash.SegmentIds(segments, segments))

@@ -14,7 +14,7 @@ from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.layers.attention import KeyValues
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.parallel.parameters import normal, parameter
-from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp, platform
+from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp, on_tpus
 
 WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
 
@@ -56,7 +56,7 @@ def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array) -
     angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency_H
     cos, sin = jnp.cos(angle_BSH)[:, :, None], jnp.sin(angle_BSH)[:, :, None]
     x32_BSNH = x_BSNH.astype(jnp.float32)
-    if platform() == "tpu":
+    if on_tpus():
         cos, sin = (jnp.concatenate(pair, axis=-1) for pair in ((cos, cos), (-sin, sin)))
         turned = x32_BSNH * cos + _halves_swapped(x_BSNH) * sin
     else:

@@ -32,7 +32,12 @@ from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.layers.splash_attention import ATTENDED
 from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import constrain, gather_over_fsdp, take
+from prefixmem_jax.parallel.sharding import (
+    constrain,
+    constrain_gathered,
+    gather_over_fsdp,
+    take,
+)
 
 # So few layers compile fast without a loop, and their gradients run faster.
 UNROLLED_LAYERS = 4
@@ -79,9 +84,21 @@ class Decoder(nnx.Module):
             )
 
     @jax.named_scope("embedding")
-    def embed(self, tokens_BS: jax.Array) -> jax.Array:
-        """Token embeddings [B, S, D] in the compute dtype."""
-        table = gather_over_fsdp(self.embedding[...], self.config.compute_dtype, None, "embedded")
+    def token_table(self) -> jax.Array:
+        """The embedding [V, D] in the compute dtype, gathered over fsdp.
+
+        Where input and output share it, one gather for both sends its gradient once.
+        """
+        return gather_over_fsdp(self.embedding[...], self.config.compute_dtype, None, "embedded")
+
+    @jax.named_scope("embedding")
+    def embed(self, tokens_BS: jax.Array, table: jax.Array | None = None) -> jax.Array:
+        """Token embeddings [B, S, D] in the compute dtype.
+
+        Args:
+          table: `token_table`, where it is at hand.
+        """
+        table = self.token_table() if table is None else table
         x_BSD = constrain(take(table, tokens_BS, "batch", None, "embedded"), *WHOLE)
         if self.config.scale_embedding:
             x_BSD *= jnp.asarray(self.config.d_model**0.5, x_BSD.dtype)
@@ -208,12 +225,19 @@ class Decoder(nnx.Module):
         return np.where(slides_L, config.sliding_window, NO_WINDOW).astype(np.int32)
 
     @jax.named_scope("head")
-    def softmax_head(self, first: int = 0, stop: int | None = None) -> SoftmaxHead:
-        """What scores tokens first..stop-1 (default: the whole vocabulary)."""
-        dtype = self.config.compute_dtype
+    def softmax_head(
+        self, first: int = 0, stop: int | None = None, table: jax.Array | None = None
+    ) -> SoftmaxHead:
+        """What scores tokens first..stop-1 (default: the whole vocabulary).
+
+        Args:
+          table: `token_table`, where it is at hand.
+        """
         if self.config.tied_embeddings:
-            weight = gather_over_fsdp(self.embedding[...], dtype, "vocabulary", None).T
+            table = self.token_table() if table is None else table
+            weight = constrain_gathered(table, "vocabulary", None).T
         else:
+            dtype = self.config.compute_dtype
             weight = gather_over_fsdp(self.head[...], dtype, None, "vocabulary")
         if first != 0 or stop is not None:
             weight = weight[:, first:stop]

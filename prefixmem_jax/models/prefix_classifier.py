@@ -48,6 +48,9 @@ class PrefixClassifier(nnx.Module):
             memory_BSD = self.sid_encoder(batch.tokens, batch.segment_ids, rows)
             return constrain(memory_BSD, "batch", None, None), None
 
-    def softmax_head(self) -> SoftmaxHead:
-        """What scores the next token."""
-        return SoftmaxHead(constrain(self.head[...], None, "vocabulary"))
+    def predict(
+        self, batch: Batch, rows: jax.Array | None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, SoftmaxHead]:
+        """The vectors, and what scores the next token after them."""
+        vectors_BSD, _ = self(batch, rows, key)
+        return vectors_BSD, SoftmaxHead(constrain(self.head[...], None, "vocabulary"))

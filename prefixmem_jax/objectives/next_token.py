@@ -94,11 +94,10 @@ class NextToken(Objective):
           vocabulary). With an item head item_loss, which is part of loss, item_count, and in
           validation item_hits (top-10).
         """
-        hidden_BSD, _ = model(batch, rows.by_position, key)
+        hidden_BSD, head = model.predict(batch, rows.by_position, key)
         mask_BS = self.predicted(model, batch)
         target_BS = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
         smoothing = 0.0 if key is None else self.label_smoothing
-        head = model.softmax_head()
         loss, hit_BS = cross_entropy(hidden_BSD, head, target_BS, mask_BS, smoothing)
         level_BS, _ = model.vocabulary.level_and_code(target_BS)
         by_level = [(level_BS == at) * mask_BS for at in range(1, model.vocabulary.levels + 1)]

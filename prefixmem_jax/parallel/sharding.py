@@ -56,10 +56,12 @@ def _explicit_mesh() -> bool:
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
-def platform() -> str:
-    """What the mesh's devices are, `cpu`, `tpu` or `gpu`; without one, the default devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+def on_tpus() -> bool:
+    """Whether the mesh's devices are TPUs, or without a mesh the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend() == "tpu"
+    return device.device_kind.startswith("TPU")
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -102,10 +104,17 @@ def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax
         in_specs=stored,
         out_specs=P(*whole, reduced={"data", "fsdp"}),
     )(weight)
-    wanted = spec(*logical)
-    if tuple(wanted) == whole:
-        return gathered
-    return jax.sharding.reshard(gathered, P(*wanted, reduced={"data", "fsdp"}))
+    return constrain_gathered(gathered, *logical)
+
+
+def constrain_gathered(weight: jax.Array, *logical: str | None) -> jax.Array:
+    """Moves what `gather_over_fsdp` gave to the partition of these logical axes."""
+    if not _explicit_mesh():
+        return weight
+    stored, wanted = jax.typeof(weight).sharding.spec, spec(*logical)
+    if wanted.partitions == stored.partitions:
+        return weight
+    return jax.sharding.reshard(weight, P(*wanted, reduced=stored.reduced))
 
 
 def _without_fsdp(axes: Any) -> Any:
