@@ -236,9 +236,11 @@ ITEMS = dataclasses.replace(
 def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_norm(config):
     history, state = run(config, 6)
     values, norms, expected = dense_reference(config, 6)
-    before = run(config, 5)[1].params
+    earlier = run(config, 5)[1]
+    after, before = ({**at.params, "memory": at.memory} for at in (state, earlier))
+    assert set(history[-1]["update_norms"]) == set(after)
     for part, norm in history[-1]["update_norms"].items():
-        moved = jax.tree.map(np.subtract, state.params[part], before[part])
+        moved = jax.tree.map(np.subtract, after[part], before[part])
         assert norm == pytest.approx(float(optax.tree.norm(moved)), rel=1e-3) and norm > 0
     np.testing.assert_allclose(losses(history), values, rtol=1e-5)
     np.testing.assert_allclose([m["gradient_norm"] for m in history], norms, rtol=1e-4)
@@ -258,6 +260,8 @@ def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(object
     for sizes in ((2, 1, 1), (1, 4, 1), (8, 1, 1), (1, 1, 2), (2, 2, 2)):
         other_history, other = run(on_mesh(config, *sizes), 20)
         np.testing.assert_allclose(losses(other_history), losses(history), rtol=1e-5)
+        moved = [h[-1]["update_norms"]["memory"] for h in (other_history, history)]
+        np.testing.assert_allclose(*moved, rtol=1e-3)
         np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
         assert np.linalg.norm(other.memory - state.memory) < 1e-5 * np.linalg.norm(state.memory)
 

@@ -85,7 +85,7 @@ def compiled_step(devices: int, name: str):
 
         gradients = jax.grad(loss)(fetched.rows)
         merged = TABLE.merge(fetched, gradients)
-        memory, state = TABLE.apply(
+        memory, state, _ = TABLE.apply(
             memory, state, merged, OPTIMIZERS[name], scale, jax.random.key(0)
         )
         return memory, state, read, merged.squared_norm, fetched.rounds

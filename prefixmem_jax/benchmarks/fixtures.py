@@ -153,8 +153,9 @@ def table_training(spec: ModelSpec, batches: list[Batch], dense: bool) -> Callab
             fetched.rows
         )
         merged = table.merge(fetched, gradients)
-        scale = clip_scale(merged.squared_norm, 1.0)
-        return table.apply(memory, optimizer_state, merged, optimizer, scale, jax.random.key(0))
+        scale, key = clip_scale(merged.squared_norm, 1.0), jax.random.key(0)
+        *state, _ = table.apply(memory, optimizer_state, merged, optimizer, scale, key)
+        return tuple(state)
 
     def dense_step(state: tuple, addresses: jax.Array) -> tuple:
         memory, optimizer_state = state

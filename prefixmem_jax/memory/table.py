@@ -278,7 +278,7 @@ class Table:
         optimizer: optax.GradientTransformation,
         scale: jax.Array,
         key: jax.Array,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Any, jax.Array]:
         """Applies an optax transformation to the rows in the batch and to no others.
 
         Leaves of the optimizer state with one entry per row are read and written only at these
@@ -293,14 +293,14 @@ class Table:
           key: random key of this step, for stochastic rounding of bfloat16 rows.
 
         Returns:
-          The new rows and optimizer state.
+          The new rows and optimizer state, and the squared norm of what was added to the rows.
         """
         state_spec = jax.tree.map(self.partition, state)
         by_row = row_spec()
         return jax.shard_map(
             partial(self._apply_local, optimizer, jax.tree.map(self.is_per_row, state)),
             in_specs=(by_row, state_spec, Merged(*(by_row,) * 5, P()), P(), P()),
-            out_specs=(by_row, state_spec),
+            out_specs=(by_row, state_spec, P()),
         )(memory, state, merged, scale, key)
 
     def _apply_local(
@@ -312,14 +312,14 @@ class Table:
         merged: Merged,
         scale: jax.Array,
         key: jax.Array,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Any, jax.Array]:
         """As `apply`, on one device's share; `per_row` says which leaves of the state have rows."""
         local_rows = self.padded_rows // devices()
         finite = ~jnp.isnan(scale)
 
         def update(carry: tuple, ids: jax.Array, gradients: jax.Array) -> tuple:
             """Distinct local rows of one exchange; those of a step's exchanges are disjoint."""
-            memory, new_state = carry
+            memory, new_state, squared_norm = carry
             ids = jnp.where(finite, ids, local_rows)  # out of range: nothing is written
             before = lines.read(memory, ids, self.width).astype(jnp.float32)
             at_rows = jax.tree.map(
@@ -330,6 +330,8 @@ class Table:
             )
             updates, after = optimizer.update(gradients * scale, at_rows, before)
             rows = before + updates
+            added = jnp.where((ids < local_rows)[:, None], updates, 0.0)
+            squared_norm += jnp.sum(added**2)
             if self.dtype == "bfloat16":
                 first_row = jax.lax.axis_index(axes()) * local_rows
                 rows = round_stochastically(rows, first_row + ids, key)
@@ -338,17 +340,18 @@ class Table:
                 return lines.write(leaf, ids, new) if mine else jnp.where(finite, new, old)
 
             new_state = jax.tree.map(kept, per_row, new_state, state, after)
-            return lines.write(memory, ids, rows), new_state
+            return lines.write(memory, ids, rows), new_state, squared_norm
 
-        carry = update((memory, state), merged.owned_ids, merged.owned_gradients)
-        if devices() == 1:
-            return carry
-        exchange = self._exchange(merged.ids)
+        carry = update((memory, state, 0.0), merged.owned_ids, merged.owned_gradients)
+        if devices() > 1:
+            exchange = self._exchange(merged.ids)
 
-        def later_round(loop: tuple) -> tuple:
-            carry, start, _ = loop
-            ids, more, stop, finished = exchange.gather_gradients(start, merged.gradients)
-            return update(carry, ids, more), stop, finished
+            def later_round(loop: tuple) -> tuple:
+                carry, start, _ = loop
+                ids, more, stop, finished = exchange.gather_gradients(start, merged.gradients)
+                return update(carry, ids, more), stop, finished
 
-        start = (carry, merged.sent, exchange.all_sent(merged.sent))
-        return jax.lax.while_loop(lambda loop: loop[2] == 0, later_round, start)[0]
+            start = (carry, merged.sent, exchange.all_sent(merged.sent))
+            carry, *_ = jax.lax.while_loop(lambda loop: loop[2] == 0, later_round, start)
+        memory, state, squared_norm = carry
+        return memory, state, jax.lax.psum(squared_norm, axes())

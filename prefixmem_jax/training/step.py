@@ -79,7 +79,7 @@ def train_step(
         "sums": sums,
     }
     if merged is not None:
-        memory, memory_state = table.apply(
+        memory, memory_state, squared_update = table.apply(
             memory,
             memory_state,
             merged,
@@ -87,6 +87,7 @@ def train_step(
             jnp.where(finite, scale, jnp.nan),
             key,
         )
+        update_norms["memory"] = jnp.sqrt(squared_update)
         metrics["memory_rounds"] = fetched.rounds
     average = _updated_average(config.optimizer.average_decay, state, params, finite)
     step = state.step + finite.astype(jnp.int32)
