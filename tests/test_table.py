@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
@@ -172,9 +172,11 @@ def check(devices: int, kinds: list[str], seed: int, name: str) -> list[int]:
         np.testing.assert_allclose(read, expected_read, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(squared, expected_squared, rtol=1e-5)
         assert rounds >= 1
+    # Where all addresses are equal, 144 numbers of order 1 are summed in another order: their sum,
+    # about 12, is 9e-6 off, and a twentieth of that is in Adam's first moment.
     np.testing.assert_allclose(memory, expected_memory, rtol=1e-5, atol=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state, expected_state
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state, expected_state
     )
     return [rounds for _, _, rounds in out]
 
@@ -189,6 +191,7 @@ def test_every_distribution_matches_the_dense_reference(devices, name):
         assert by_kind["all equal"] == by_kind["all empty"] == 1
 
 
+@example(devices=2, kinds=["all equal", "all equal"], seed=374)
 @settings(max_examples=12, deadline=None)
 @given(
     devices=st.sampled_from([1, 2, 4, 8]),
