@@ -172,12 +172,12 @@ def check(devices: int, kinds: list[str], seed: int, name: str) -> list[int]:
         np.testing.assert_allclose(read, expected_read, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(squared, expected_squared, rtol=1e-5)
         assert rounds >= 1
-    # Where all addresses are equal, 144 numbers of order 1 are summed in another order: their sum,
-    # about 12, is 9e-6 off, and a twentieth of that is in Adam's first moment.
     np.testing.assert_allclose(memory, expected_memory, rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state, expected_state
-    )
+    # A row's gradient is a sum of numbers of order 1, here in another order. Of n of them, partial
+    # sums of about sqrt(n) are rounded n times; a twentieth of that is in Adam's moment, twice.
+    most = max(np.unique(x[x >= 0], return_counts=True)[1].max(initial=1) for x in addresses)
+    close = {"rtol": 1e-5, "atol": max(1e-7, 0.1 * most * 2.0**-24)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), state, expected_state)
     return [rounds for _, _, rounds in out]
 
 

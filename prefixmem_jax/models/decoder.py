@@ -92,14 +92,15 @@ class Decoder(nnx.Module):
         return gather_over_fsdp(self.embedding[...], self.config.compute_dtype, None, "embedded")
 
     @jax.named_scope("embedding")
-    def embed(self, tokens_BS: jax.Array, table: jax.Array | None = None) -> jax.Array:
+    def embed(self, tokens_BS: jax.Array, token_table: jax.Array | None = None) -> jax.Array:
         """Token embeddings [B, S, D] in the compute dtype.
 
         Args:
-          table: `token_table`, where it is at hand.
+          token_table: as `token_table` gives it, where it is at hand.
         """
-        table = self.token_table() if table is None else table
-        x_BSD = constrain(take(table, tokens_BS, "batch", None, "embedded"), *WHOLE)
+        if token_table is None:
+            token_table = self.token_table()
+        x_BSD = constrain(take(token_table, tokens_BS, "batch", None, "embedded"), *WHOLE)
         if self.config.scale_embedding:
             x_BSD *= jnp.asarray(self.config.d_model**0.5, x_BSD.dtype)
         return x_BSD
@@ -226,16 +227,17 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("head")
     def softmax_head(
-        self, first: int = 0, stop: int | None = None, table: jax.Array | None = None
+        self, first: int = 0, stop: int | None = None, token_table: jax.Array | None = None
     ) -> SoftmaxHead:
         """What scores tokens first..stop-1 (default: the whole vocabulary).
 
         Args:
-          table: `token_table`, where it is at hand.
+          token_table: as `token_table` gives it, where it is at hand.
         """
         if self.config.tied_embeddings:
-            table = self.token_table() if table is None else table
-            weight = constrain_gathered(table, "vocabulary", None).T
+            if token_table is None:
+                token_table = self.token_table()
+            weight = constrain_gathered(token_table, "vocabulary", None).T
         else:
             dtype = self.config.compute_dtype
             weight = gather_over_fsdp(self.head[...], dtype, None, "vocabulary")

@@ -76,17 +76,17 @@ class SidLM(nnx.Module):
         segment_ids_BS: jax.Array,
         rows: jax.Array | None,
         last: int | None = None,
-        table: jax.Array | None = None,
+        token_table: jax.Array | None = None,
     ) -> jax.Array:
         """The decoder's input [B, P, D]: token embeddings plus the SID encoder's vectors.
 
         Args:
           rows: memory rows at the `addresses` of the last P positions, None without a table.
           last: P, None for all positions.
-          table: `Decoder.token_table`, where it is at hand.
+          token_table: `Decoder.token_table`, where it is at hand.
         """
         newest = tokens_BS if last is None else tokens_BS[:, -last:]
-        x_BPD = self.llm.embed(newest, table)
+        x_BPD = self.llm.embed(newest, token_table)
         if self.sid_encoder is not None:
             with jax.named_scope("sid_encoder"):
                 memory_BPD = self.sid_encoder(tokens_BS, segment_ids_BS, rows, last)
@@ -98,19 +98,19 @@ class SidLM(nnx.Module):
         batch: Batch,
         rows: jax.Array | None,
         key: jax.Array | None = None,
-        table: jax.Array | None = None,
+        token_table: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """Hidden states [B, S, D] of whole sequences, and their keys and values.
 
         Args:
           rows: memory rows at `addresses`, None without a table.
           key: for dropout; None for none.
-          table: `Decoder.token_table`, where it is at hand.
+          token_table: `Decoder.token_table`, where it is at hand.
         """
         if key is not None:
             key, row_key = jax.random.split(key)
             rows = drop_rows(rows, self.row_dropout, row_key)
-        x_BSD = self.embed(batch.tokens, batch.segment_ids, rows, table=table)
+        x_BSD = self.embed(batch.tokens, batch.segment_ids, rows, token_table=token_table)
         return self.llm(x_BSD, Place(batch.positions, batch.segment_ids), key)
 
     def softmax_head(self) -> SoftmaxHead:
@@ -121,6 +121,6 @@ class SidLM(nnx.Module):
         self, batch: Batch, rows: jax.Array | None, key: jax.Array | None = None
     ) -> tuple[jax.Array, SoftmaxHead]:
         """Hidden states as `__call__`, and what scores the next token after them."""
-        table = self.llm.token_table()
-        hidden_BSD, _ = self(batch, rows, key, table)
-        return hidden_BSD, self.llm.softmax_head(table=table)
+        token_table = self.llm.token_table()
+        hidden_BSD, _ = self(batch, rows, key, token_table)
+        return hidden_BSD, self.llm.softmax_head(token_table=token_table)
