@@ -200,7 +200,7 @@ def assert_same_trees(found, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, expected)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "offload", "full"])
 def test_remat_changes_memory_and_not_gradients(remat, whole):
     decoder, tokens, positions, _ = whole
     params = nnx.state(decoder, nnx.Param)
