@@ -46,6 +46,7 @@ from prefixmem_jax.training.state import TrainState, abstract_state, init_sharde
 from prefixmem_jax.training.step import (
     check_mesh,
     compile_train_step,
+    flops_once,
     trace_train_step,
     validation_step,
 )
@@ -501,6 +502,10 @@ def test_flops_count_loops_and_match_the_formula():
         spec = spec_of(on_mesh(CONFIG, *sizes))
         counts.append(matmul_flops(trace_train_step(spec).jaxpr))
     assert counts[0] == counts[1] == counts[2] > 0
+    again = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="full"))
+    spec = spec_of(again)
+    traced = trace_train_step(spec)
+    assert matmul_flops(traced.jaxpr) > flops_once(spec, traced) == counts[0]
 
 
 def test_nothing_in_the_step_has_the_size_of_the_table_but_the_table():

@@ -1,6 +1,7 @@
 """Runs as users start them: stages that feed each other, kills, other configs, two processes."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -12,16 +13,20 @@ from pathlib import Path
 
 import chex
 import forked
+import jax
 import numpy as np
 import pytest
 from conftest import QUICK, ROOT, command_environment, prefixmem
 from ended_runs import records_of, state_of
 
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.training.flops import PEAK_FLOPS
+from prefixmem_jax.training.loop import train
 
 SMALL = [
     "data.synthetic.items=300",
@@ -239,3 +244,15 @@ def test_metrics_reach_tensorboard_and_jsonl(stage_one):
     assert list((stage_one / "tensorboard").glob("events.*"))
     config = json.loads((stage_one / "config.json").read_text())
     assert config["steps"] == 20 and config["model"]["d_model"] == 32
+    assert "mfu" not in last  # a CPU's peak is not known
+
+
+def test_logs_say_what_share_of_the_peak_is_used(tmp_path, monkeypatch):
+    """Of a device whose peak is said to be known; the first interval has none: it compiles."""
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    train(load_config(str(QUICKSTART / "classification.py"), [*SMALL, "steps=15"]), tmp_path)
+    first, *others = [r for r in read_metrics(tmp_path) if "loss" in r]
+    assert "mfu" not in first and len(others) == 2
+    for before, after in itertools.pairwise([first, *others]):
+        flops, seconds = (after[name] - before[name] for name in ("flops", "seconds"))
+        assert after["mfu"] == pytest.approx(flops / seconds / 1e9 / jax.device_count())

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.prepare import data_vocabulary
@@ -18,10 +17,14 @@ from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning.hlo import Collective, Program
 from prefixmem_jax.planning.topology import Chip, link_share, mean_hops, pod_devices
-from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.training.flops import kernel_flops, matmul_flops
 from prefixmem_jax.training.state import abstract_state
-from prefixmem_jax.training.step import abstract_batch, check_mesh, trace_train_step
+from prefixmem_jax.training.step import (
+    abstract_batch,
+    check_mesh,
+    flops_once,
+    trace_train_step,
+)
 
 # Parts of the model, by the named scopes that the code opens.
 PARTS = ("table", "sid_encoder", "embedding", "attention", "mlp", "head", "loss", "optimizer")
@@ -133,7 +136,7 @@ def plan(
     if chip is not None:
         kernels = kernel_flops(traced.jaxpr) / len(pod)
         seconds = _step_seconds(chip, topology, kernels, program, collectives)
-        mfu = _flops_once(config, vocabulary, mesh) / chip.flops / sum(seconds.values())
+        mfu = flops_once(spec, traced) / len(pod) / chip.flops / sum(seconds.values())
     return Plan(
         devices=len(pod),
         mesh=shape,
@@ -148,14 +151,6 @@ def plan(
         step_seconds=seconds,
         mfu_bound=mfu,
     )
-
-
-def _flops_once(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> float:
-    """FLOPs of a device's share of a step that computes nothing twice; without its kernels'."""
-    model = dataclasses.replace(config.model, remat="none")
-    spec = ModelSpec.create(dataclasses.replace(config, model=model), vocabulary, mesh)
-    traced = trace_train_step(spec).jaxpr
-    return (matmul_flops(traced) - kernel_flops(traced)) / mesh.size
 
 
 def _device_bytes(tree: Any) -> int:

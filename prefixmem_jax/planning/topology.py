@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.training.flops import PEAK_FLOPS
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Chip:
 _GIB = 2**30
 # cloud.google.com/tpu/docs/v5e, v5p, v6e; memory as the compiler states it.
 CHIPS = {
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 1640e9, 448e9, 1.75e9),
+    "v5e": Chip(int(15.75 * _GIB), PEAK_FLOPS["TPU v5 lite"], 819e9, 200e9, 1.5e9),
+    "v5p": Chip(int(95.74 * _GIB), PEAK_FLOPS["TPU v5"], 2765e9, 600e9, 1.75e9),
+    "v6e": Chip(int(31.25 * _GIB), PEAK_FLOPS["TPU v6 lite"], 1640e9, 448e9, 1.75e9),
 }
 
 

@@ -5,7 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 from jax.extend import core
+
+# bfloat16 FLOP/s without sparsity, as published (cloud.google.com/tpu/docs, nvidia.com), by the
+# beginning of what JAX calls a device.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """A device's published bfloat16 FLOP/s; None where they are not known, as of CPUs."""
+    names = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def matmul_flops(traced: core.ClosedJaxpr) -> int:

@@ -41,6 +41,8 @@ class Progress:
       state, metrics: of the last step, on the devices.
       tokens, flops, seconds: spent on training steps so far, since the run's first.
       input_seconds, saving_seconds: of these, waiting for batches, and held up by checkpoints.
+      seconds_at_peak: that a step would take at the devices' peak, nothing computed twice; None
+        where their peak is not known.
       best: of the validations so far, the larger the better; None before the first.
       since_best: validations since; patience: how many end the run, 0 for none.
     """
@@ -52,6 +54,7 @@ class Progress:
     seconds: float = 0.0
     input_seconds: float = 0.0
     saving_seconds: float = 0.0
+    seconds_at_peak: float | None = None
     best: float | None = None
     since_best: int = 0
     patience: int = 0
@@ -136,7 +139,7 @@ class Logging(Hook):
         super().__init__(spec.config.log_every_steps)
         self.objective = spec.config.objective
         self.writer, self.bar = writer, bar
-        self.before = (0.0, 0.0)
+        self.before: tuple[int, float, float] | None = None
 
     def run(self, progress: Progress) -> None:
         metrics = jax.device_get(progress.metrics)  # waits for the step
@@ -151,13 +154,17 @@ class Logging(Hook):
             record["device_memory_bytes"] = stats["peak_bytes_in_use"]
         if "memory_rounds" in metrics:
             record["memory_rounds"] = int(metrics["memory_rounds"])
+        now = progress.step, totals["seconds"], totals["input_seconds"]
+        steps, passed, waited = (x - y for x, y in zip(now, self.before or now, strict=True))
+        if passed and progress.seconds_at_peak is not None:
+            record["mfu"] = steps * progress.seconds_at_peak / passed
         if self.writer:
             self.writer.write(progress.step, record)
         rate = totals["tokens"] / max(totals["seconds"], 1e-9)
         text = f"loss {summary['loss']:.3f}, {rate:,.0f} tokens/s"
-        now = totals["input_seconds"], totals["seconds"]
-        waited, passed = (x - y for x, y in zip(now, self.before, strict=True))
-        if waited > WAITED_LONG * passed and self.before[1]:
+        if "mfu" in record:
+            text += f", {record['mfu']:.0%} MFU"
+        if waited > WAITED_LONG * passed:
             text += f", {waited / passed:.0%} of the time waiting for data"
         self.before = now
         self.bar.set_postfix_str(text, refresh=False)

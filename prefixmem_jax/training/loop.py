@@ -27,7 +27,7 @@ from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.runs.metrics import MetricsWriter
 from prefixmem_jax.runs.run import TRANSITIONS, DataDescription, Run
 from prefixmem_jax.storage import is_remote
-from prefixmem_jax.training.flops import matmul_flops
+from prefixmem_jax.training.flops import matmul_flops, peak_flops
 from prefixmem_jax.training.hooks import (
     Checkpointing,
     Hook,
@@ -40,7 +40,12 @@ from prefixmem_jax.training.hooks import (
 from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.parts import abstract_parts, from_parts
 from prefixmem_jax.training.state import TrainState
-from prefixmem_jax.training.step import abstract_batch, check_mesh, trace_train_step
+from prefixmem_jax.training.step import (
+    abstract_batch,
+    check_mesh,
+    flops_once,
+    trace_train_step,
+)
 from prefixmem_jax.training.stopping import stops_between_steps
 from prefixmem_jax.training.watchdog import watchdog
 from prefixmem_jax.training_rows import training_source
@@ -163,6 +168,8 @@ def run_steps(
     tokens = jax.tree.leaves(abstract_batch(spec))[0].size
     traced = trace_train_step(spec)
     flops = matmul_flops(traced.jaxpr)
+    if (peak := peak_flops(jax.devices()[0])) is not None:
+        progress.seconds_at_peak = flops_once(spec, traced) / (peak * spec.mesh.size)
     compiled = traced.lower().compile()
     unchecked: list[tuple[int, jax.Array]] = []
     progress.skip_time()

@@ -6,6 +6,7 @@ of what learns and of the memory's fetched rows, one clipped update of both.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from prefixmem_jax.memory.table import Fetched, Lookup, spread
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.training.flops import kernel_flops, matmul_flops
 from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memory_optimizer
 from prefixmem_jax.training.state import TrainState, abstract_state
 from prefixmem_jax.training.trainable import merged_with, only_trainable, trainable_tree
@@ -191,6 +193,19 @@ def trace_train_step(spec: ModelSpec) -> jax.stages.Traced:
     with jax.set_mesh(spec.mesh):
         jitted = jax.jit(lambda state, batch: train_step(spec, state, batch), donate_argnums=0)
         return jitted.trace(state, batch)
+
+
+def flops_once(spec: ModelSpec, traced: jax.stages.Traced) -> int:
+    """FLOPs of matrix products in a step that computes nothing twice; without its kernels'.
+
+    Args:
+      traced: the spec's step, which computes again what `model.remat` says.
+    """
+    if spec.config.model.remat != "none":
+        model = replace(spec.config.model, remat="none")
+        config = replace(spec.config, model=model)
+        traced = trace_train_step(ModelSpec.create(config, spec.vocabulary, spec.mesh))
+    return matmul_flops(traced.jaxpr) - kernel_flops(traced.jaxpr)
 
 
 def compile_train_step(spec: ModelSpec) -> jax.stages.Compiled:
