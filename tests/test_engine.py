@@ -11,16 +11,20 @@ import jax
 import numpy as np
 import pytest
 from conftest import command_environment
-from models import make_run, small_config
+from models import SID_ENCODER, make_run, small_config
+from scipy import sparse
 
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig, ItemHeadConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.transitions import Transitions
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.inference import engine as engine_module
 from prefixmem_jax.inference.engine import seen_groups
+from prefixmem_jax.inference.programs import run_on_all_devices, trace_search
 from prefixmem_jax.recommender import recommend
-from prefixmem_jax.runs.run import Run
+from prefixmem_jax.runs.run import TRANSITIONS, Run
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 CONFIG = small_config(DecoderConfig(layers=1), 0, evaluation=EvaluationConfig(batch_size=8))
@@ -109,6 +113,45 @@ def test_any_number_of_devices_ranks_and_writes_the_same(engines, histories, run
     written = [engine.describe_items(range(9), 6) for engine in (together, alone)]
     np.testing.assert_array_equal(*written)
     assert written[0].shape == (9, 6) and len(np.unique(written[0])) > 1
+
+
+def test_the_search_that_is_planned_is_the_one_that_runs(tmp_path, monkeypatch):
+    """With all that a search can have; of the trie, the plan's is the largest there can be."""
+    config = dataclasses.replace(
+        CONFIG,
+        sid_encoder=dataclasses.replace(SID_ENCODER, target_levels=(1, 3, 4), orders=4),
+        item_head=ItemHeadConfig("memory"),
+        evaluation=EvaluationConfig(batch_size=7, beam=5, transition_share=0.1),
+    )
+    run = make_run(tmp_path, config)
+    items = config.data.synthetic.items
+    near = sparse.csr_array(np.random.default_rng(0).random((items, items)))
+    Transitions(near, 0.5).save(run.path / TRANSITIONS)
+    engine = run.engine()
+    seen = {}
+
+    def noting(program, *operands):
+        if not seen:
+            seen.update(shapes=jax.tree.map(lambda x: (x.shape, x.dtype), operands))
+        return run_on_all_devices(program, *operands)
+
+    engine._items_read()
+    monkeypatch.setattr(engine_module, "run_on_all_devices", noting)
+    most = config.data.max_items
+    histories = [x[:most] for x in run.data().split.test.take(np.arange(8)).histories()]
+    engine.search(histories, 5, constrained=True, exclude_seen=True)
+    traced, users = trace_search(engine.spec)
+    assert users == 8  # a multiple of the devices
+    planned = jax.tree.map(lambda info: (info.shape, info.dtype), traced.args_info[0])
+    *planned, (shared,), by_user = planned
+    *ran, (used,), used_by_user = seen["shapes"]
+    assert planned == ran and by_user == used_by_user
+    assert shared._replace(trie=None) == used._replace(trie=None)
+    for largest, level in zip(shared.trie, used.trie, strict=True):
+        assert largest.widest >= level.widest
+        for name in ("first_child", "code"):
+            (size, dtype), (used_size, used_dtype) = getattr(largest, name), getattr(level, name)
+            assert size >= used_size and dtype == used_dtype
 
 
 def test_seen_items_are_left_out(engines):

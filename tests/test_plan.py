@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, DecoderConfig, MeshConfig
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning import topology
 from prefixmem_jax.planning.hlo import Program
@@ -126,6 +127,29 @@ def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table()
         if one["part"] in overlapped and "all-reduce" not in one["kind"]:
             overlapped[one["part"]].append(one["overlapped"])
     assert not any(overlapped["table"]) and any(overlapped["mlp"])
+
+
+def test_a_search_is_planned(simulated):
+    """Parameters whole on every device, rows divided as in training, users among the devices."""
+    searched = plan(config_for(8, mesh=MeshConfig(2, 2, 2)), devices=8, verb="recommend")
+    sizes = searched.hbm_bytes
+    assert "optimizer" not in sizes and searched.users == 64
+    # In training fsdp and tensor divide all but norms and the SID encoder's projection.
+    assert 3.5 < sizes["parameters"] / simulated.hbm_bytes["parameters"] < 4
+    assert sizes["table"] == simulated.hbm_bytes["table"]
+    assert searched.table_bytes_gathered > 0 and searched.collective_bytes["table"] > 0
+    assert searched.collective_bytes["table"] == sum(searched.collective_bytes.values())
+    assert "64 users" in describe(searched)
+    with pytest.raises(UserError, match="does not generate SIDs; expected --verb train"):
+        plan(dataclasses.replace(config_for(8), objective=Classification()), verb="recommend")
+
+
+@needs_tpu_compiler
+def test_searches_have_plans_for_pods():
+    """With the attention kernel that TPUs have."""
+    searched = plan(config_for(4, length=SHORT), "v5e:2x2", verb="recommend")
+    assert searched.fits and searched.step_seconds["kernels"] > 0
+    assert "users/s" in describe(searched)
 
 
 @needs_tpu_compiler

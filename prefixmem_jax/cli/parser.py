@@ -264,13 +264,22 @@ def make_parser() -> argparse.ArgumentParser:
     planning = verb(
         "plan",
         verbs.plan,
-        "Compile a config's train step for a TPU pod that you do not have yet: memory, FLOPs, "
-        "network traffic and what bounds the step, per chip.",
+        "Compile a config's train step, or its search, for a TPU pod that you do not have yet: "
+        "memory, FLOPs, network traffic and what bounds the step, per chip.",
         "  prefixmem plan qwen3_1p7b/prefixmem --topology v5e:4x4\n"
         "  prefixmem plan qwen3_1p7b/prefixmem --topology v5e:16x16 data.batch_size=1024\n"
+        "  prefixmem plan qwen3_1p7b/prefixmem --topology v5e:2x4 --verb recommend \\\n"
+        "    evaluation.batch_size=1024\n"
         "  prefixmem plan quickstart/baseline --devices 8 --json plan.json",
     )
     planning.add_argument("config", metavar="CONFIG", help=config_help)
+    planning.add_argument(
+        "--verb",
+        dest="planned",
+        choices=("train", "recommend"),
+        default="train",
+        help="a train step, or a search for evaluation.batch_size users (default: train)",
+    )
     where = planning.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--topology", metavar="POD", help="such as v5e:16x16, v6e:8x8, v5p:4x4x8 (extra [tpu])"

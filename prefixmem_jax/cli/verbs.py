@@ -336,8 +336,9 @@ def plan(options: argparse.Namespace) -> None:
     use_cpu(options.devices or 1)
     from prefixmem_jax.planning.plan import describe, plan
 
-    print("compiling the train step; this can take minutes ...", file=sys.stderr)
-    planned = plan(config, options.topology, options.devices, options.slices)
+    print("compiling; this can take minutes ...", file=sys.stderr)
+    where = options.topology, options.devices, options.slices
+    planned = plan(config, *where, options.planned)
     print(describe(planned))
     if options.json:
         write_json(options.json, planned.to_json())

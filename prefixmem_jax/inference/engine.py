@@ -8,37 +8,37 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.documents.items import document_length, prompt_documents
 from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.data.transitions import Transitions, needed
-from prefixmem_jax.inference.beam_search import Beams, beam_search
-from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, read_items, rows_for
-from prefixmem_jax.inference.sampling import generate
-from prefixmem_jax.inference.transition_prior import TransitionTable, transition_prior
-from prefixmem_jax.memory.table import Table
+from prefixmem_jax.inference.cached_sid_lm import read_items
+from prefixmem_jax.inference.programs import (
+    BY_USER,
+    NEIGHBOURS,
+    Program,
+    SharedBySearches,
+    room_for_seen,
+    run_on_all_devices,
+    search,
+    target_ranks,
+    write,
+)
+from prefixmem_jax.inference.transition_prior import TransitionTable
 from prefixmem_jax.model_spec import ModelSpec
-from prefixmem_jax.models.sid_lm import SidLM
-from prefixmem_jax.parallel.mesh import AXES
-from prefixmem_jax.parallel.sharding import row_spec
 from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 MANY_USERS = 2000
 ITEMS_AT_ONCE = 1 << 16
-NEIGHBOURS = 64  # of an item that are looked at, the most frequent
-BY_USER = P(AXES)
 
 
 class Engine:
@@ -116,8 +116,8 @@ class Engine:
                 transition_share = options.transition_share
             shared = self._catalogue_and_shares(item_share, transition_share)
         else:
-            shared = (None,) * 6
-        with_transitions = shared[-1] is not None
+            shared = SharedBySearches()
+        with_transitions = shared.transitions is not None
         for users, prompts in self._prompts(histories, progress):
             excluded = None
             if exclude_seen:
@@ -132,7 +132,7 @@ class Engine:
                 recent = np.pad(
                     recent, ((0, len(prompts.tokens) - len(recent)), (0, 0)), constant_values=-1
                 )
-            result = self._per_user(_search, shared, (prompts, excluded, recent), beams=beams)
+            result = self._per_user(search, (shared,), (prompts, excluded, recent), beams=beams)
             codes[users], scores[users] = (x[: len(users)] for x in result)
         return codes, scores
 
@@ -146,7 +146,7 @@ class Engine:
         """
         ranks = np.zeros((len(histories), self.catalog.space.levels), np.int32)
         for users, batch in self._prompts(histories, progress, targets):
-            ranks[users] = self._per_user(_target_ranks, (), (batch,))[: len(users)]
+            ranks[users] = self._per_user(target_ranks, (), (batch,))[: len(users)]
         return ranks
 
     def describe_items(
@@ -160,20 +160,21 @@ class Engine:
         histories = [np.array([item]) for item in items]
         for users, prompts in self._prompts(histories, "", rooms=[1]):
             result = self._per_user(
-                _write, (), (prompts,), new_tokens=new_tokens, end_tokens=tuple(end_tokens)
+                write, (), (prompts,), new_tokens=new_tokens, end_tokens=tuple(end_tokens)
             )
             written[users] = result[: len(users)]
         return written
 
-    def _catalogue_and_shares(self, item_share: float, transition_share: float) -> tuple:
-        """What every user's search shares: `_search`'s arguments trie to transition_share."""
+    def _catalogue_and_shares(self, item_share: float, transition_share: float) -> SharedBySearches:
         items = table = transitions = None
         if self.spec.config.item_head is not None:
             items = self._put(np.float32(item_share), P())
         if transition_share > 0:
             table = needed(self._transitions)
             transitions = self._put(np.float32(transition_share), P())
-        return self._trie, self._groups, items, self._items_read(), table, transitions
+        return SharedBySearches(
+            self._trie, self._groups, items, self._items_read(), table, transitions
+        )
 
     def _items_read(self) -> jax.Array | None:
         """The item head's vectors [items, D] where it reads the memory, on every device."""
@@ -197,9 +198,9 @@ class Engine:
           Its result for all users, on the host of every process.
         """
         spec = self.spec
-        program = _Program(spec.graphdef, spec.table, spec.mesh, function, tuple(static.items()))
+        program = Program(spec.graphdef, spec.table, spec.mesh, function, tuple(static.items()))
         placed = self._put(users, BY_USER)
-        result = _on_all_devices(program, self.params, self.memory, shared, placed)
+        result = run_on_all_devices(program, self.params, self.memory, shared, placed)
         if jax.process_count() == 1:
             return jax.device_get(result)
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), result)
@@ -259,81 +260,6 @@ class Engine:
         return sorted(by_room.items())
 
 
-class _Program(NamedTuple):
-    """What is compiled: equal ones are one program, of however many engines."""
-
-    graphdef: nnx.GraphDef
-    table: Table | None
-    mesh: Mesh
-    function: Callable
-    static: tuple[tuple[str, Any], ...]
-
-
-@partial(jax.jit, static_argnames="program")
-def _on_all_devices(program: _Program, params: Any, memory: Any, shared: Any, users: Any) -> Any:
-    def local(params, memory, shared, users):
-        rows_at = None
-        if program.table is not None:
-            rows_at = partial(program.table.gather_by_exchange, memory)
-        model = nnx.merge(program.graphdef, nnx.State(params))
-        return program.function(model, rows_at, *shared, *users, **dict(program.static))
-
-    return jax.shard_map(
-        local,
-        mesh=program.mesh,
-        in_specs=(P(), row_spec(), P(), BY_USER),
-        out_specs=BY_USER,
-    )(params, memory, shared, users)
-
-
-def _search(
-    model: SidLM,
-    rows_at: RowsAt | None,
-    trie: list | None,
-    groups: jax.Array | None,
-    share: jax.Array | None,
-    items: jax.Array | None,
-    table: TransitionTable | None,
-    transition_share: jax.Array | None,
-    prompts: Batch,
-    excluded: jax.Array | None,
-    recent: jax.Array | None,
-    *,
-    beams: int,
-) -> Beams:
-    transitions = None
-    if table is not None:
-        transitions = transition_prior(table, recent, excluded, groups, trie, transition_share)
-    return beam_search(
-        CachedSidLM(model, rows_at, items),
-        prompts,
-        beams,
-        trie,
-        excluded,
-        None if share is None else groups,
-        share,
-        transitions,
-    )
-
-
-def _target_ranks(model: SidLM, rows_at: RowsAt | None, batch: Batch) -> jax.Array:
-    tokens, segments, levels = batch.tokens, batch.segment_ids, model.vocabulary.levels
-    hidden, _ = model(batch, rows_for(model, rows_at, tokens, segments))
-    first = jnp.sum(segments > 0, axis=1) - levels
-    target = jnp.maximum(first[:, None] + jnp.arange(levels), 1)
-    hidden = jnp.take_along_axis(hidden, target[..., None] - 1, axis=1)
-    logits = model.softmax_head().logits(hidden)
-    codes = jnp.take_along_axis(tokens, target, axis=1)
-    true = jnp.take_along_axis(logits, codes[..., None], axis=-1)
-    return jnp.sum(logits >= true, axis=-1, dtype=jnp.int32)
-
-
-def _write(
-    model: SidLM, rows_at: RowsAt | None, prompts: Batch, *, new_tokens: int, end_tokens: tuple
-) -> jax.Array:
-    return generate(model, rows_at, prompts, new_tokens, end_tokens)
-
-
 def last_items(histories: Sequence[np.ndarray], most: int) -> np.ndarray:
     """Their last items, the newest at the end: int32 [users, most]; -1 before the first."""
     found = np.full((len(histories), most), -1, np.int32)
@@ -351,9 +277,8 @@ def seen_groups(catalog: Catalog, histories: Sequence[np.ndarray], room: int) ->
             catalog.group_of_item[np.unique(np.asarray(history, np.int64))], return_counts=True
         )
         by_user.append(groups[seen == catalog.group_sizes[groups]])
-    # A length of one size, or of few, since each is compiled.
     most = max([room, *map(len, by_user)])
-    most = 1 << (most - 1).bit_length()
+    most = room_for_seen(most)
     padded = np.full((len(by_user), most), -1, np.int32)
     for row, groups in zip(padded, by_user, strict=True):
         row[: len(groups)] = groups

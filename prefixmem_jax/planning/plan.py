@@ -1,18 +1,20 @@
-"""What a train step needs of a pod, found by compiling it for that pod without having one."""
+"""What training and inference need of a pod, found by compiling them for one that is not there."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.prepare import data_vocabulary
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.inference.programs import trace_search
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning.hlo import Collective, Program
@@ -32,13 +34,14 @@ PARTS = ("table", "sid_encoder", "embedding", "attention", "mlp", "head", "loss"
 
 @dataclass(frozen=True)
 class Plan:
-    """One device's share of one train step; bytes and FLOPs are per step.
+    """One device's share of one step: a train step, or a search for one batch of users; bytes and
+    FLOPs are per step.
 
     Attributes:
-      devices: in the pod; mesh: their axes.
-      hbm_bytes: `parameters` (dense), `table` (rows), `optimizer` (state of both), `temporary`
-        (everything else while the step runs) and their `total`; where the program is too large,
-        `temporary` is None and `total` what the compiler asked for, if it said so.
+      devices: in the pod; mesh: their axes; users: that one search is for, None for training.
+      hbm_bytes: `parameters` (dense), `table` (rows), in training `optimizer` (state of both),
+        `temporary` (everything else while the step runs) and their `total`; where the program is
+        too large, `temporary` is None and `total` what the compiler asked for, if it said so.
       hbm_capacity: what the compiler may use; None for CPU devices.
       fits: whether it compiled within the capacity; None for CPU devices.
       flops: of matrix products, recomputation included.
@@ -57,6 +60,7 @@ class Plan:
 
     devices: int
     mesh: dict[str, int]
+    users: int | None
     hbm_bytes: dict[str, int | None]
     hbm_capacity: int | None
     fits: bool | None
@@ -73,11 +77,16 @@ class Plan:
 
 
 def plan(
-    config: Config, topology: str | None = None, devices: int | None = None, slices: int = 1
+    config: Config,
+    topology: str | None = None,
+    devices: int | None = None,
+    slices: int = 1,
+    verb: Literal["train", "recommend"] = "train",
 ) -> Plan:
-    """Compiles the whole train step for a TPU pod, or for this process's CPU devices.
+    """Compiles a whole step for a TPU pod, or for this process's CPU devices.
 
     Args:
+      verb: `recommend` plans the search for one batch of users (`inference.programs`).
       topology: such as `v5e:16x16`, see `planning.topology`; `slices` of them.
       devices: number of local devices to use instead.
     """
@@ -88,18 +97,9 @@ def plan(
         pod = jax.devices()[:devices]
         if len(pod) < (devices or 1):
             raise UserError(f"--devices {devices}: JAX has {len(pod)} in this process")
-    mesh = make_mesh(config.mesh, pod)
-    vocabulary = data_vocabulary(config.data)
-    check_mesh(config, vocabulary, mesh)
-    spec = ModelSpec.create(config, vocabulary, mesh)
-    state, batch = abstract_state(spec), abstract_batch(spec)
-    traced = trace_train_step(spec)
-    flops = matmul_flops(traced.jaxpr) / len(pod)
-    sizes = {
-        "parameters": _device_bytes(state.params),
-        "table": _device_bytes(state.memory),
-        "optimizer": _device_bytes((state.optimizer, state.memory_optimizer, state.step)),
-    }
+    planned = (_training if verb == "train" else _search)(config, pod)
+    spec, traced, sizes = planned.spec, planned.traced, dict(planned.sizes)
+    flops, mesh = matmul_flops(traced.jaxpr) / len(pod), spec.mesh
     shape = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     try:
         compiled = traced.lower().compile()
@@ -108,7 +108,8 @@ def plan(
             raise
         sizes |= {"temporary": None, "total": _bytes_asked_for(str(error))}
         capacity = chip.hbm_bytes if chip else None
-        return Plan(len(pod), shape, sizes, capacity, False, flops, [], {}, 0, None, None, None)
+        cannot = (planned.users, sizes, capacity, False, flops, [], {}, 0, None, None, None)
+        return Plan(len(pod), shape, *cannot)
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -126,20 +127,16 @@ def plan(
         by_part[part] = by_part.get(part, 0) + collective.bytes
     gathered = 0
     if spec.table is not None:
-        with jax.set_mesh(mesh):
-            addresses = jax.eval_shape(
-                lambda params, batch: spec.model(params).memory_addresses(batch), spec.params, batch
-            )
-        looked_up = sum(x.size for x in addresses[:2] if x is not None)
-        gathered = spec.table.bytes_served(looked_up // len(pod), len(pod))
+        gathered = spec.table.bytes_served(planned.looked_up // len(pod), len(pod))
     seconds = mfu = None
     if chip is not None:
         kernels = kernel_flops(traced.jaxpr) / len(pod)
         seconds = _step_seconds(chip, topology, kernels, program, collectives)
-        mfu = flops_once(spec, traced) / len(pod) / chip.flops / sum(seconds.values())
+        mfu = planned.flops_once / len(pod) / chip.flops / sum(seconds.values())
     return Plan(
         devices=len(pod),
         mesh=shape,
+        users=planned.users,
         hbm_bytes=sizes,
         hbm_capacity=chip and chip.hbm_bytes,
         fits=None if chip is None else total <= chip.hbm_bytes,
@@ -151,6 +148,57 @@ def plan(
         step_seconds=seconds,
         mfu_bound=mfu,
     )
+
+
+class _Planned(NamedTuple):
+    """What is to be compiled; `looked_up` are memory addresses of a step, on all devices."""
+
+    spec: ModelSpec
+    traced: jax.stages.Traced
+    users: int | None
+    sizes: dict[str, int]
+    looked_up: int
+    flops_once: int
+
+
+def _training(config: Config, pod: Sequence[jax.Device]) -> _Planned:
+    mesh = make_mesh(config.mesh, pod)
+    vocabulary = data_vocabulary(config.data)
+    check_mesh(config, vocabulary, mesh)
+    spec = ModelSpec.create(config, vocabulary, mesh)
+    state, batch = abstract_state(spec), abstract_batch(spec)
+    sizes = {
+        "parameters": _device_bytes(state.params),
+        "table": _device_bytes(state.memory),
+        "optimizer": _device_bytes((state.optimizer, state.memory_optimizer, state.step)),
+    }
+    looked_up = 0
+    if spec.table is not None:
+        with jax.set_mesh(mesh):
+            addresses = jax.eval_shape(
+                lambda params, batch: spec.model(params).memory_addresses(batch), spec.params, batch
+            )
+        looked_up = sum(x.size for x in addresses[:2] if x is not None)
+    traced = trace_train_step(spec)
+    return _Planned(spec, traced, None, sizes, looked_up, flops_once(spec, traced))
+
+
+def _search(config: Config, pod: Sequence[jax.Device]) -> _Planned:
+    if not config.objective.generates:
+        raise UserError(f"plan: {config.name} does not generate SIDs; expected --verb train")
+    spec = ModelSpec.create(config, data_vocabulary(config.data), make_mesh(devices=pod))
+    sizes = {
+        "parameters": _device_bytes(spec.replicated()),
+        "table": _device_bytes(spec.memory),
+    }
+    traced, users = trace_search(spec)
+    looked_up = 0
+    if spec.table is not None:
+        levels, options = spec.vocabulary.levels, config.evaluation
+        tokens = 1 + levels * config.data.max_items + (levels - 1) * options.beam
+        looked_up = users * tokens * config.sid_encoder.tables
+    flops = matmul_flops(traced.jaxpr) - kernel_flops(traced.jaxpr)
+    return _Planned(spec, traced, users, sizes, looked_up, flops)
 
 
 def _device_bytes(tree: Any) -> int:
@@ -224,7 +272,8 @@ def _step_seconds(
 def describe(plan: Plan) -> str:
     """The plan as text for people."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    lines = [f"{plan.devices} devices ({mesh}); each, in one step:", ""]
+    step = "one step" if plan.users is None else f"a search for {plan.users} users on all of them"
+    lines = [f"{plan.devices} devices ({mesh}); each, in {step}:", ""]
     for name, size in plan.hbm_bytes.items():
         lines.append(f"  memory, {name:11s} {_bytes(size)}")
     if plan.hbm_capacity is not None:
@@ -266,6 +315,8 @@ def describe(plan: Plan) -> str:
         total = sum(plan.step_seconds.values())
         share = f"MFU at most {100 * plan.mfu_bound:.0f}%"
         lines.append(f"    {'all':30s} {total * 1e3:8.1f} ms, {share}")
+        if plan.users is not None:
+            lines.append(f"    at most {plan.users / total:,.0f} users/s")
     return "\n".join(lines)
 
 

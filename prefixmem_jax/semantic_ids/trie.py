@@ -50,6 +50,21 @@ class TrieLevel:
         return jnp.asarray(self.code)[child].astype(jnp.int32), child, valid
 
 
+def largest_levels(items: int, codebook_sizes: Sequence[int]) -> list[TrieLevel]:
+    """`Trie.levels` of the most that a trie of so many items can have, of zeros."""
+    levels, nodes = [], 1
+    for size in codebook_sizes:
+        children = min(items, nodes * size)
+        code = np.zeros(children, _code_dtype(size))
+        levels.append(TrieLevel(np.zeros(nodes + 1, np.int32), code, min(size, items)))
+        nodes = children
+    return levels
+
+
+def _code_dtype(codebook_size: int) -> type:
+    return np.uint16 if codebook_size <= 1 << 16 else np.int32
+
+
 class Trie:
     """All distinct SIDs, and how many items share each.
 
@@ -85,7 +100,7 @@ class Trie:
             new[1:] |= sids[1:, level] != sids[:-1, level]
             children = np.bincount(node_of_sid[new])
             first_child = np.concatenate([[0], np.cumsum(children)]).astype(np.int32)
-            code = sids[new, level].astype(np.uint16 if size <= 1 << 16 else np.int32)
+            code = sids[new, level].astype(_code_dtype(size))
             self.levels.append(TrieLevel(first_child, code, int(children.max())))
             node_of_sid = np.cumsum(new) - 1
 
