@@ -171,6 +171,35 @@ def test_what_a_log_has_twice_counts_once(tmp_path):
     assert "(2 left out, 2 of them the same user, item and time again)" in found.describe()
 
 
+@pytest.mark.parametrize("timed", [True, False])
+def test_people_under_two_ids_are_a_leak(tmp_path, timed):
+    """Where a hundredth of the users may be: one of 99 is too many, and of a hundred not."""
+    rng = np.random.default_rng(0)
+    header = ["user_id", "item_id", "timestamp"][: 2 + timed]
+
+    def converted(users, copies, change=lambda row: row):
+        log = [
+            [f"u{u}", f"i{i}", t]
+            for u in range(users)
+            for t, i in enumerate(rng.integers(40, size=6))
+        ]
+        log += [change([f"again{u}", i, t]) for u, i, t in log if u in copies]
+        log += [[f"new{u}", f"i{u}", t] for u in range(5) for t in range(4)]  # too short to tell
+        rows = [row[: len(header)] for row in log]
+        (tmp_path / "log.csv").write_text(csv(rows, header))
+        return run(tmp_path, ["log.csv"], [])
+
+    with pytest.raises(UserError, match=r"1 of 99 users with 5 or more .* such as u7 and againu7"):
+        converted(98, {"u7"})
+    assert not (tmp_path / "out").exists()
+    assert converted(99, {"u7"}).users == 105
+    # Another item, or another time where there are times, and it is somebody else.
+    others = [lambda row: [row[0], "other" if row[2] == 3 else row[1], row[2]]]
+    others += [lambda row: [*row[:2], row[2] + (row[2] == 5)]] * timed
+    for change in others:
+        assert converted(9, {"u7"}, change).users == 15
+
+
 def test_a_log_alone_in_its_own_order(tmp_path):
     (tmp_path / "log.csv").write_text(csv([row[:2] for row in LOG], ["user_id", "item_id"]))
     run(tmp_path, ["log.csv"], [])

@@ -20,6 +20,10 @@ from prefixmem_jax.files import replacing_files
 from prefixmem_jax.kinds import STRICT
 from prefixmem_jax.text import shortened
 
+# Two people rarely have so long a history in common; the share of users who may.
+LONG_HISTORY = 5
+MOST_COPIES = 0.01
+
 
 @dataclass(frozen=True)
 class ConversionConfig:
@@ -88,7 +92,9 @@ def convert(config: ConversionConfig, paths: Sequence[Path], out: Path) -> Conve
         kept_items, items = np.unique(items, return_inverse=True)
     kept_users, users = np.unique(users, return_inverse=True)
     by = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
+    items, times = items[by], None if times is None else times[by]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
+    _check_leaks(raw.name, offsets, items, times, user_ids.take(kept_users))
     titles = _aligned(raw, keys, "titles")
     columns = {"item_id": np.arange(len(kept_items)), "key": keys.take(kept_items)}
     if titles is not None:
@@ -96,9 +102,9 @@ def convert(config: ConversionConfig, paths: Sequence[Path], out: Path) -> Conve
     sids = _aligned(raw, keys, "sids")
     if sids is not None:
         columns["sid"] = sids.take(kept_items)
-    histories = {"user_id": user_ids.take(kept_users), "item_ids": _lists(offsets, items[by])}
+    histories = {"user_id": user_ids.take(kept_users), "item_ids": _lists(offsets, items)}
     if times is not None:
-        histories["timestamps"] = _lists(offsets, times[by])
+        histories["timestamps"] = _lists(offsets, times)
     with replacing_files(out, "dataset", ITEMS) as folder:
         pq.write_table(pa.table(columns), folder / ITEMS)
         pq.write_table(pa.table(histories), folder / HISTORIES)
@@ -151,6 +157,41 @@ def _once(users: np.ndarray, items: np.ndarray, times: np.ndarray | None) -> np.
         again = [np.diff(values[order]) == 0 for values in (times, users, items)]
         keep[order[1:][np.logical_and.reduce(again)]] = False
     return keep
+
+
+def _check_leaks(
+    name: str, offsets: np.ndarray, items: np.ndarray, times: np.ndarray | None, ids: pa.Array
+) -> None:
+    """Raises UserError where many users are there under two ids: one in training, one in the test.
+
+    Args:
+      items, times: by user, oldest first; user u's from offsets[u] on.
+    """
+    lengths = np.diff(offsets)
+    digest = np.zeros(len(items), np.uint64)
+    place = np.arange(len(items)) - np.repeat(offsets[:-1], lengths)
+    for values in (items, place, np.zeros_like(items) if times is None else times):
+        digest = _mixed(digest ^ values.astype(np.uint64))
+    history = np.add.reduceat(digest, offsets[:-1])
+    long = np.flatnonzero(lengths >= LONG_HISTORY)
+    _, first, number = np.unique(history[long], return_index=True, return_inverse=True)
+    copies = long[first[number] != np.arange(len(long))]
+    if len(copies) > MOST_COPIES * len(long):
+        original = long[first[number[np.searchsorted(long, copies[0])]]]
+        one, other = (shortened(ids[int(user)].as_py()) for user in (original, copies[0]))
+        raise UserError(
+            f"{name}: {len(copies):,} of {len(long):,} users with {LONG_HISTORY} or more "
+            f"interactions have the whole history of another one, such as {one} and {other}; "
+            "expected each person once, or the test's answers are in the training"
+        )
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Bits of uint64 numbers, well mixed (splitmix64)."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _core(users: np.ndarray, items: np.ndarray, least: int) -> np.ndarray:
