@@ -13,9 +13,14 @@ from test_beam_search import brute_force
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.data.transitions import Transitions, successor_counts
+from prefixmem_jax.data.transitions import FADED, Transitions, following_counts
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.heuristics import transition_heuristic, tuned_transitions
+from prefixmem_jax.evaluation.heuristics import (
+    BACKS,
+    FADES,
+    transition_heuristic,
+    tuned_transitions,
+)
 from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.inference.engine import last_items
@@ -35,15 +40,22 @@ def data():
 
 
 def test_they_are_counted_within_training_sequences_only(data):
-    counts = np.zeros((150, 150))
-    train = data.split.train
-    for start, stop in zip(train.starts, train.stops, strict=True):
-        for at in range(start, stop - 1):
-            counts[data.split.items[at], data.split.items[at + 1]] += 1
-    np.testing.assert_array_equal(successor_counts(data.split, 150).toarray(), counts)
+    train, by_fade = data.split.train, {}
+    for fade in FADES:
+        counts = by_fade[fade] = np.zeros((150, 150))
+        for start, stop in zip(train.starts, train.stops, strict=True):
+            own = data.split.items[start:stop]
+            for at, item in enumerate(own):
+                for away, later in enumerate(own[at + 1 :]):
+                    if fade**away >= FADED:
+                        counts[item, later] += fade**away
+        found = following_counts(data.split, 150, fade).toarray()
+        np.testing.assert_allclose(found, counts)
+    assert (by_fade[0.5] > by_fade[0.0]).any()
     tuned = tuned_transitions(data)
     near = tuned.near.toarray()
-    assert any(np.array_equal(near, counts + back * counts.T) for back in (0, 0.5, 1))
+    tried = [(counts, back) for counts in by_fade.values() for back in BACKS]
+    assert sum(np.allclose(near, counts + back * counts.T) for counts, back in tried) == 1
     history = data.split.test.history(3)
     expected = sum(
         tuned.decay**since * near[item] for since, item in enumerate(history[::-1].tolist())

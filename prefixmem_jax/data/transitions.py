@@ -1,4 +1,4 @@
-"""What followed what in training: counts of neighbouring items.
+"""What followed what in training: counts of items that stood near each other.
 
 They remember exactly what a model that learns by gradients remembers in part: recommendations may
 mix in what they say (`evaluation.transition_share`).
@@ -16,6 +16,8 @@ from scipy import sparse
 from prefixmem_jax.data.splits import Split
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import reading_npz, write_npz
+
+FADED = 0.1  # what counts less is not counted
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,21 @@ def needed(transitions: Transitions | None) -> Transitions:
     return transitions
 
 
-def successor_counts(split: Split, items: int) -> sparse.csr_array:
-    """How often each item came right after each in training: float64 [items, items]."""
-    at = split.followed_at()
-    before, after = split.items[at], split.items[at + 1]
-    counts = sparse.csr_array((np.ones(len(at)), (before, after)), shape=(items, items))
-    counts.sum_duplicates()
+def following_counts(split: Split, items: int, fade: float = 0.0) -> sparse.csr_array:
+    """How often each item came after each in training: float64 [items, items].
+
+    Args:
+      fade: how much less an item counts than one that came a place earlier, down to `FADED`; 0:
+        only what came right after.
+    """
+    at = split.train.indices()
+    stop = np.repeat(split.train.stops, split.train.lengths)
+    counts = sparse.csr_array((items, items))
+    weight, away = 1.0, 1
+    while weight >= FADED and len(at):
+        here = at + away < stop
+        at, stop = at[here], stop[here]
+        pairs = split.items[at], split.items[at + away]
+        counts += sparse.csr_array((np.full(len(at), weight), pairs), shape=(items, items))
+        weight, away = weight * fade, away + 1
     return counts

@@ -31,7 +31,7 @@ from prefixmem_jax.parallel.sharding import row_spec
 from prefixmem_jax.semantic_ids.trie import TrieLevel, largest_levels
 
 BY_USER = P(AXES)
-NEIGHBOURS = 64  # of an item that are looked at, the most frequent
+NEIGHBOURS = 128  # of an item that are looked at, the most frequent
 
 
 class Program(NamedTuple):

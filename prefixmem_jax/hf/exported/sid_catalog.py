@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import cached_file
 
 ITEMS, TRANSITIONS = "items.jsonl", "transitions.npz"
-NEIGHBOURS = 64  # of an item that are looked at, the most frequent
+NEIGHBOURS = 128  # of an item that are looked at, the most frequent
 # `generate` fills beams that found nothing (more beams than SIDs) with scores of -1e9 or less.
 EXHAUSTED = -1e8
 
