@@ -17,10 +17,11 @@ from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 
 
-def brute_force(model, rows_at, catalog, histories, candidates):
+def brute_force(model, rows_at, catalog, histories, candidates, temperature=1.0):
     """Log-probabilities [users, n] of candidate SIDs, a whole sequence for each.
 
     Args:
+      temperature: what logits are divided by.
       candidates: [n, levels], or [users, n, levels] where every user has others.
     """
     vocabulary, users = model.vocabulary, len(histories)
@@ -36,6 +37,7 @@ def brute_force(model, rows_at, catalog, histories, candidates):
     for user, prompt in enumerate(given):
         for level in range(1, vocabulary.levels + 1):
             at = logits[user, :, len(prompt) + level - 2, slice(*vocabulary.token_range(level))]
+            at = at / temperature
             at = at - np.log(np.exp(at).sum(axis=1, keepdims=True))
             total[user] += at[np.arange(count), candidates[user, :, level - 1]]
     return total

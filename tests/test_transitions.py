@@ -142,7 +142,7 @@ def test_any_number_of_devices_finds_the_same(data, tmp_path):
     np.testing.assert_array_equal(one[0], eight[0])
     np.testing.assert_allclose(one[1], eight[1], rtol=1e-5)
     without, _ = run.engine(data.catalog, jax.devices()[:1]).search(
-        histories, 9, True, exclude_seen=True, transition_share=0.0
+        histories, 9, True, exclude_seen=True, options=EvaluationConfig()
     )
     assert (without != one[0]).any()
 

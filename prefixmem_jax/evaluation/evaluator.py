@@ -138,8 +138,7 @@ def _search(
             constrained,
             label(f"{suffix} beam search"),
             exclude_seen=constrained and options.exclude_seen,
-            item_share=options.item_share,
-            transition_share=options.transition_share,
+            options=options,
         )
     del results["unconstrained_scores"]
     greedy, _ = engine.search(histories, 1, constrained=False)
@@ -169,6 +168,7 @@ def evaluate_run(
         "exclude_seen": options.exclude_seen,
         "item_share": options.item_share,
         "transition_share": options.transition_share,
+        "temperature": options.temperature,
         "dataset_sha256": data.dataset.sha256,
         "catalogue_sha256": data.catalog.sha256,
         "config": json.loads(to_json(dataclasses.replace(run.config, evaluation=options))),

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.documents.items import document_length, prompt_documents
 from prefixmem_jax.data.packing import one_per_row
@@ -91,8 +92,7 @@ class Engine:
         constrained: bool,
         progress: str = "",
         exclude_seen: bool = False,
-        item_share: float | None = None,
-        transition_share: float | None = None,
+        options: EvaluationConfig | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best next SIDs after each history.
 
@@ -100,8 +100,8 @@ class Engine:
           histories: item ids, oldest first; cut to the last `max_items`.
           constrained: only SIDs of the catalogue.
           exclude_seen: leave out SIDs of which the history holds every item (constrained only).
-          item_share: of the item head, if there is one (constrained only); None: the config's.
-          transition_share: of the training's transitions (constrained only); None: the config's.
+          options: how codes, items and transitions are put together (constrained only); None: the
+            config's.
 
         Returns:
           codes int32 [users, beams, levels] and scores float32 [users, beams], best first; see
@@ -109,14 +109,9 @@ class Engine:
         """
         codes = np.full((len(histories), beams, self.catalog.space.levels), -1, np.int32)
         scores = np.full((len(histories), beams), -np.inf, np.float32)
+        shared = SharedBySearches()
         if constrained:
-            options = self.spec.config.evaluation
-            item_share = options.item_share if item_share is None else item_share
-            if transition_share is None:
-                transition_share = options.transition_share
-            shared = self._catalogue_and_shares(item_share, transition_share)
-        else:
-            shared = SharedBySearches()
+            shared = self._catalogue(options or self.spec.config.evaluation)
         with_transitions = shared.transitions is not None
         for users, prompts in self._prompts(histories, progress):
             excluded = None
@@ -165,15 +160,17 @@ class Engine:
             written[users] = result[: len(users)]
         return written
 
-    def _catalogue_and_shares(self, item_share: float, transition_share: float) -> SharedBySearches:
+    def _catalogue(self, options: EvaluationConfig) -> SharedBySearches:
+        """What a search over it goes by."""
         items = table = transitions = None
         if self.spec.config.item_head is not None:
-            items = self._put(np.float32(item_share), P())
-        if transition_share > 0:
+            items = self._put(np.float32(options.item_share), P())
+        if options.transition_share > 0:
             table = needed(self._transitions)
-            transitions = self._put(np.float32(transition_share), P())
+            transitions = self._put(np.float32(options.transition_share), P())
+        temperature = self._put(np.float32(options.temperature), P())
         return SharedBySearches(
-            self._trie, self._groups, items, self._items_read(), table, transitions
+            self._trie, self._groups, items, self._items_read(), table, transitions, temperature
         )
 
     def _items_read(self) -> jax.Array | None:

@@ -70,6 +70,7 @@ class SharedBySearches(NamedTuple):
       item_share: see `EvaluationConfig`; items: the vectors [items, D] of an item head that reads
         the memory.
       transitions, transition_share: what followed in training, and its share.
+      temperature: see `EvaluationConfig`.
     """
 
     trie: list[TrieLevel] | None = None
@@ -78,6 +79,7 @@ class SharedBySearches(NamedTuple):
     items: jax.Array | None = None
     transitions: TransitionTable | None = None
     transition_share: jax.Array | None = None
+    temperature: jax.Array | float = 1.0
 
 
 def search(
@@ -115,6 +117,7 @@ def search(
         None if shared.item_share is None else shared.groups,
         shared.item_share,
         transitions,
+        shared.temperature,
     )
 
 
@@ -142,7 +145,8 @@ def trace_search(spec: ModelSpec) -> tuple[jax.stages.Traced, int]:
     shared, excluded, recent = SharedBySearches(), None, None
     if items:
         levels = largest_levels(items, vocabulary.space.codebook_sizes)
-        shared = SharedBySearches(jax.tree.map(lambda x: everywhere(x.dtype, *x.shape), levels))
+        levels = jax.tree.map(lambda x: everywhere(x.dtype, *x.shape), levels)
+        shared = SharedBySearches(levels, temperature=everywhere(np.float32))
         if options.exclude_seen:
             excluded = a_user(room_for_seen(room))
         if spec.config.item_head is not None or options.transition_share > 0:
