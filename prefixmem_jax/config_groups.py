@@ -365,8 +365,6 @@ class EvaluationConfig:
       transition_share: of what stood next to the history's last items in training
         (`data.transitions`) in the probability of a SID, in a search over the catalogue. Beyond the
         paper. 0: they are not counted.
-      temperature: of the model's probabilities in a search over the catalogue: its logits are
-        divided by it before codes, items and transitions are put together.
     """
 
     every_steps: PositiveInt = 100
@@ -379,7 +377,6 @@ class EvaluationConfig:
     batch_size: PositiveInt = 64
     item_share: Share = 0.7
     transition_share: Share = 0.0
-    temperature: PositiveFloat = 1.0
 
     @property
     def retrieves(self) -> bool:

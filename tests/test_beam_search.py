@@ -17,11 +17,10 @@ from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 
 
-def brute_force(model, rows_at, catalog, histories, candidates, temperature=1.0):
+def brute_force(model, rows_at, catalog, histories, candidates):
     """Log-probabilities [users, n] of candidate SIDs, a whole sequence for each.
 
     Args:
-      temperature: what logits are divided by.
       candidates: [n, levels], or [users, n, levels] where every user has others.
     """
     vocabulary, users = model.vocabulary, len(histories)
@@ -37,7 +36,6 @@ def brute_force(model, rows_at, catalog, histories, candidates, temperature=1.0)
     for user, prompt in enumerate(given):
         for level in range(1, vocabulary.levels + 1):
             at = logits[user, :, len(prompt) + level - 2, slice(*vocabulary.token_range(level))]
-            at = at / temperature
             at = at - np.log(np.exp(at).sum(axis=1, keepdims=True))
             total[user] += at[np.arange(count), candidates[user, :, level - 1]]
     return total

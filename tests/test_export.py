@@ -395,9 +395,7 @@ def test_an_item_head_and_transitions_go_along(sid_encoder, vectors, transition_
         0,
         sid_encoder=sid_encoder,
         item_head=ItemHeadConfig(vectors=vectors),
-        evaluation=EvaluationConfig(
-            item_share=0.4, transition_share=transition_share, temperature=1.5
-        ),
+        evaluation=EvaluationConfig(item_share=0.4, transition_share=transition_share),
     )
     run = make_run(tmp_path / "run", config)
     if transition_share:

@@ -157,10 +157,9 @@ def test_a_step_that_draws_holds_nothing_of_every_item(data):
 
 
 @pytest.mark.parametrize(
-    ("vectors", "share", "temperature"),
-    [("own", 0.0, 1.0), ("own", 0.4, 2.0), ("memory", 0.4, 1.0), ("memory", 1.0, 0.7)],
+    ("vectors", "share"), [("own", 0.0), ("own", 0.4), ("memory", 0.4), ("memory", 1.0)]
 )
-def test_a_wide_search_ranks_by_both(vectors, share, temperature):
+def test_a_wide_search_ranks_by_both(vectors, share):
     head = ItemHeadConfig(vectors)
     model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, head)
     read = None
@@ -174,17 +173,14 @@ def test_a_wide_search_ranks_by_both(vectors, share, temperature):
     cached = CachedSidLM(model, rows_at, read)
     groups = jnp.asarray(catalog.group_of_item, jnp.int32)
     search = jax.jit(
-        lambda p, beams: beam_search(
-            cached, p, beams, catalog.trie.levels, None, groups, share, temperature=temperature
-        ),
+        lambda p, beams: beam_search(cached, p, beams, catalog.trie.levels, None, groups, share),
         static_argnums=1,
     )
     found, narrow = (jax.device_get(search(given, beams)) for beams in (60, 4))
-    by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids, temperature)
-    items = np.asarray(cached.item_logits(cached.start(given)[1]), np.float64)
-    items = log_softmax(items[:, :40] / temperature)
+    by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
+    items = log_softmax(np.asarray(cached.item_logits(cached.start(given)[1]), np.float64))
     for user in range(3):
-        mass = np.bincount(catalog.group_of_item, np.exp(items[user]))
+        mass = np.bincount(catalog.group_of_item, np.exp(items[user, :40]))
         expected = (1 - share) * by_codes[user] + share * np.log(mass)
         order = np.argsort(-expected)
         count = len(order)

@@ -52,10 +52,11 @@ def test_they_are_counted_within_training_sequences_only(data):
         found = following_counts(data.split, 150, fade).toarray()
         np.testing.assert_allclose(found, counts)
     assert (by_fade[0.5] > by_fade[0.0]).any()
-    tuned = tuned_transitions(data)
-    near = tuned.near.toarray()
-    tried = [(counts, back) for counts in by_fade.values() for back in BACKS]
-    assert sum(np.allclose(near, counts + back * counts.T) for counts, back in tried) == 1
+    for fades in ((0.0,), FADES):
+        tuned = tuned_transitions(data, fades)
+        near = tuned.near.toarray()
+        tried = [(by_fade[fade], back) for fade in fades for back in BACKS]
+        assert sum(np.allclose(near, counts + back * counts.T) for counts, back in tried) == 1
     history = data.split.test.history(3)
     expected = sum(
         tuned.decay**since * near[item] for since, item in enumerate(history[::-1].tolist())

@@ -58,12 +58,6 @@ def add_evaluate(evaluation: argparse.ArgumentParser, distributed_help: str) -> 
         "config's)",
     )
     evaluation.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="of the model's probabilities in a search over the catalogue (default: the config's)",
-    )
-    evaluation.add_argument(
         "--blend",
         type=float,
         nargs="+",

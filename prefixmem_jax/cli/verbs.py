@@ -216,7 +216,6 @@ def evaluate(options: argparse.Namespace) -> None:
         options.include_seen,
         options.item_share,
         options.transition_share,
-        options.temperature,
         options.heuristics,
         options.blend,
         options.out,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,6 @@ def evaluate_runs(
     include_seen: bool = False,
     item_share: float | None = None,
     transition_share: float | None = None,
-    temperature: float | None = None,
     heuristics: bool = False,
     blends: Sequence[float] = (),
     out: Path | None = None,
@@ -72,8 +70,8 @@ def evaluate_runs(
 
     Args:
       data: dataset folder in place of each run's own, with the same catalogue.
-      users, beam, item_share, transition_share, temperature: in place of each run's
-        `evaluation.users` and so on.
+      users, beam, item_share, transition_share: in place of each run's `evaluation.users` and so
+        on.
       include_seen: do not leave out what a history holds, whatever the runs' configs say.
       heuristics: evaluate the heuristics too, on the first run's users.
       blends: of two runs: shares of the second run's lists in blends with the first's.
@@ -101,9 +99,7 @@ def evaluate_runs(
     for name, share in shares.items():
         if share is not None and not 0 <= share <= 1:
             raise UserError(f"--{name.replace('_', '-')}: expected 0 to 1, got {share}")
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise UserError(f"--temperature: expected a number above 0, got {temperature}")
-    changes: dict[str, Any] = {"users": users, "beam": beam, "temperature": temperature, **shares}
+    changes: dict[str, Any] = {"users": users, "beam": beam, **shares}
     changes = {key: value for key, value in changes.items() if value is not None}
     if include_seen:
         changes["exclude_seen"] = False

@@ -168,7 +168,6 @@ def evaluate_run(
         "exclude_seen": options.exclude_seen,
         "item_share": options.item_share,
         "transition_share": options.transition_share,
-        "temperature": options.temperature,
         "dataset_sha256": data.dataset.sha256,
         "catalogue_sha256": data.catalog.sha256,
         "config": json.loads(to_json(dataclasses.replace(run.config, evaluation=options))),

@@ -65,25 +65,22 @@ def successor_heuristic(data: PreparedData) -> Scorer:
     return score
 
 
-FADES, DECAYS, BACKS = (0.0, 0.5, 0.85), (0.3, 0.5, 0.7, 0.9), (0.5, 0.0, 1.0)
+FADES, DECAYS, BACKS = (0.0, 0.5, 0.85), (0.3, 0.5, 0.7, 0.9), (0.0, 0.5, 1.0)
 
 
-def tuned_transitions(data: PreparedData) -> Transitions:
+def tuned_transitions(data: PreparedData, fades: Iterable[float] = (0.0,)) -> Transitions:
     """Times that an item came after another + back * times that it came before it, and a decay.
 
-    What came right after counts most (`following_counts`). Fade and decay, then back, are those of
-    `FADES`, `DECAYS` and `BACKS` with the best Recall@10 on validation.
+    Fade (see `following_counts`), decay and back are those of `fades`, `DECAYS` and `BACKS` with
+    the best Recall@10 on validation.
     """
-    after = {fade: following_counts(data.split, len(data.catalog), fade) for fade in FADES}
+    after = {fade: following_counts(data.split, len(data.catalog), fade) for fade in fades}
 
     def of(fade: float, decay: float, back: float) -> Transitions:
         return Transitions((after[fade] + back * after[fade].T).tocsr(), decay)
 
-    def best(grid: Iterable[tuple]) -> tuple:
-        return _best(((_by_transitions(of(*options), data), options) for options in grid), data)
-
-    fade, decay, _ = best(itertools.product(FADES, DECAYS, BACKS[:1]))
-    return of(*best((fade, decay, back) for back in BACKS))
+    grid = itertools.product(after, DECAYS, BACKS)
+    return of(*_best(((_by_transitions(of(*options), data), options) for options in grid), data))
 
 
 def transition_heuristic(data: PreparedData) -> Scorer:
@@ -92,7 +89,7 @@ def transition_heuristic(data: PreparedData) -> Scorer:
     An item scores the sum over the history of decay ** (items since) * (times it came after + back
     * times it came before), see `tuned_transitions`; items without any come after, by popularity.
     """
-    return _by_transitions(tuned_transitions(data), data)
+    return _by_transitions(tuned_transitions(data, FADES), data)
 
 
 def _by_transitions(transitions: Transitions, data: PreparedData) -> Scorer:

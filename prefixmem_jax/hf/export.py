@@ -95,7 +95,6 @@ def write_folder(
         "beam": config.evaluation.beam,
         "item_share": config.evaluation.item_share,
         "transition_share": config.evaluation.transition_share,
-        "temperature": config.evaluation.temperature,
     }
     _write_configs(folder, model, vocabulary, stock, sids, dtype or "float32")
     for name in STOCK_CODE if model.is_stock else CODE:

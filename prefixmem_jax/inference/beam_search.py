@@ -62,7 +62,6 @@ def beam_search(
     group_of_item: jax.Array | None = None,
     item_share: jax.Array | float = 0.0,
     transitions: TransitionPrior | None = None,
-    temperature: jax.Array | float = 1.0,
 ) -> Beams:
     """Decodes the next item after each prompt.
 
@@ -75,22 +74,18 @@ def beam_search(
         scores count too (constrained only).
       item_share: their share in a SID's score, 0 to 1.
       transitions: probabilities that a SID's is mixed with (constrained only).
-      temperature: what the model's logits are divided by.
     """
     logits, state = model.start(prompts)
     prior = None
     if trie is not None and group_of_item is not None:
-        items = model.item_logits(state) / temperature
-        prior = item_prior(items, group_of_item, trie, item_share)
+        prior = item_prior(model.item_logits(state), group_of_item, trie, item_share)
     users = logits.shape[0]
     scores = jnp.zeros((users, 1))
     codes = jnp.zeros((users, 1, 0), jnp.int32)
     nodes = jnp.zeros((users, 1), jnp.int32)
     logits = logits[:, None]
     for level in range(1, model.levels + 1):
-        candidates = extend(
-            scores, nodes, logits / temperature, None if trie is None else trie[level - 1]
-        )
+        candidates = extend(scores, nodes, logits, None if trie is None else trie[level - 1])
         if prior is not None:
             gained = candidates.scores - scores[..., None]
             gained = (1 - prior.share) * gained + prior.share * prior.gains(

@@ -168,9 +168,8 @@ class Engine:
         if options.transition_share > 0:
             table = needed(self._transitions)
             transitions = self._put(np.float32(options.transition_share), P())
-        temperature = self._put(np.float32(options.temperature), P())
         return SharedBySearches(
-            self._trie, self._groups, items, self._items_read(), table, transitions, temperature
+            self._trie, self._groups, items, self._items_read(), table, transitions
         )
 
     def _items_read(self) -> jax.Array | None:

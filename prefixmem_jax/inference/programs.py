@@ -31,7 +31,7 @@ from prefixmem_jax.parallel.sharding import row_spec
 from prefixmem_jax.semantic_ids.trie import TrieLevel, largest_levels
 
 BY_USER = P(AXES)
-NEIGHBOURS = 128  # of an item that are looked at, the most frequent
+NEIGHBOURS = 64  # of an item that are looked at, the most frequent
 
 
 class Program(NamedTuple):
@@ -70,7 +70,6 @@ class SharedBySearches(NamedTuple):
       item_share: see `EvaluationConfig`; items: the vectors [items, D] of an item head that reads
         the memory.
       transitions, transition_share: what followed in training, and its share.
-      temperature: see `EvaluationConfig`.
     """
 
     trie: list[TrieLevel] | None = None
@@ -79,7 +78,6 @@ class SharedBySearches(NamedTuple):
     items: jax.Array | None = None
     transitions: TransitionTable | None = None
     transition_share: jax.Array | None = None
-    temperature: jax.Array | float = 1.0
 
 
 def search(
@@ -117,7 +115,6 @@ def search(
         None if shared.item_share is None else shared.groups,
         shared.item_share,
         transitions,
-        shared.temperature,
     )
 
 
@@ -146,7 +143,7 @@ def trace_search(spec: ModelSpec) -> tuple[jax.stages.Traced, int]:
     if items:
         levels = largest_levels(items, vocabulary.space.codebook_sizes)
         levels = jax.tree.map(lambda x: everywhere(x.dtype, *x.shape), levels)
-        shared = SharedBySearches(levels, temperature=everywhere(np.float32))
+        shared = SharedBySearches(levels)
         if options.exclude_seen:
             excluded = a_user(room_for_seen(room))
         if spec.config.item_head is not None or options.transition_share > 0:

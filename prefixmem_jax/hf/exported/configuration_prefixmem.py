@@ -13,7 +13,7 @@ class PrefixMemConfig(PretrainedConfig):
         `recommend` goes by: how many `items` there are, of how many at the end of a history
         (`max_items`) the model makes use, the width of the beam search (`beam`), and the shares in
         its scores of whole items (`item_share`) and of what stood next to what in training
-        (`transition_share`), and the `temperature` of the model's own.
+        (`transition_share`).
       prefix_memory: `target_levels`, `orders`, `items`, `heads`, `rows`, `d_mem`, `address` and the
         hash's `multipliers` [levels * (1 + items)][heads]; the rest says how it was trained. None:
         there is no memory.

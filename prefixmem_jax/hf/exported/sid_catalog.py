@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils import cached_file
 
 ITEMS, TRANSITIONS = "items.jsonl", "transitions.npz"
-NEIGHBOURS = 128  # of an item that are looked at, the most frequent
+NEIGHBOURS = 64  # of an item that are looked at, the most frequent
 # `generate` fills beams that found nothing (more beams than SIDs) with scores of -1e9 or less.
 EXHAUSTED = -1e8
 
@@ -207,23 +207,20 @@ class Catalog:
         search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
         with torch.no_grad():
             prompt, prior, share = torch.tensor([tokens], device=model.device), None, 0.0
-            temperature = model.config.semantic_ids.get("temperature", 1.0)
             if getattr(model.config, "item_head", None) is not None:
                 items = torch.tensor([space.encode(sid) for sid in self.sids], device=model.device)
-                log_probs = model.item_log_probs(prompt, items) / temperature
-                prior = self.log_masses(torch.log_softmax(log_probs, dim=-1))
+                prior = self.log_masses(model.item_log_probs(prompt, items))
                 share = model.config.semantic_ids["item_share"]
             counted = self.transition_masses(history[-self.max_items :], set(gone))
             counted_share = model.config.semantic_ids.get("transition_share", 0.0)
-            processor = SidLogitsProcessor(
-                space, self, prior, share, gone, counted, counted_share, temperature
-            )
             output = model.generate(
                 prompt,
                 attention_mask=torch.ones(1, len(tokens), dtype=torch.int64, device=model.device),
                 max_new_tokens=space.levels,
                 do_sample=False,
-                logits_processor=LogitsProcessorList([processor]),
+                logits_processor=LogitsProcessorList(
+                    [SidLogitsProcessor(space, self, prior, share, gone, counted, counted_share)]
+                ),
                 return_dict_in_generate=True,
                 output_scores=True,
                 **(search if beams > 1 else {}),
@@ -274,7 +271,7 @@ class SidLogitsProcessor(LogitsProcessor):
     With `prior`, `Catalog.log_masses` of one prompt, they are mixed with what items say: share of
     it, 1 - share of the codes. `excluded` are leaves of the catalogue that must not be written.
     With `counted`, `Catalog.transition_masses` of that prompt, SIDs' probabilities are mixed with
-    them: counted_share of these. Scores are divided by the temperature before anything else.
+    them: counted_share of these.
     """
 
     def __init__(
@@ -286,7 +283,6 @@ class SidLogitsProcessor(LogitsProcessor):
         excluded=(),
         counted=None,
         counted_share=0.0,
-        temperature=1.0,
     ):
         self.space = space
         self.catalog = catalog
@@ -295,7 +291,6 @@ class SidLogitsProcessor(LogitsProcessor):
         self.excluded = torch.tensor(list(excluded), dtype=torch.int64)
         self.counted = counted
         self.counted_share = counted_share
-        self.temperature = temperature
         self.totals = {}
         self.prompt = None
 
@@ -323,8 +318,7 @@ class SidLogitsProcessor(LogitsProcessor):
             self.prompt = input_ids.shape[1]
         level = (input_ids.shape[1] - self.prompt) % self.space.levels
         start, stop = self.space.starts[level : level + 2]
-        scored = scores[:, start:stop].float() / self.temperature
-        scored = torch.log_softmax(scored, dim=-1).to(scores.dtype)
+        scored = torch.log_softmax(scores[:, start:stop].float(), dim=-1).to(scores.dtype)
         if self.catalog is not None:
             before = input_ids[:, input_ids.shape[1] - level :].cpu()
             codes = before - torch.tensor(self.space.starts[:level], dtype=torch.int64)
