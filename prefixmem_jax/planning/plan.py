@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -132,7 +132,7 @@ def plan(
     if chip is not None:
         kernels = kernel_flops(traced.jaxpr) / len(pod)
         seconds = _step_seconds(chip, topology, kernels, program, collectives)
-        mfu = planned.flops_once / len(pod) / chip.flops / sum(seconds.values())
+        mfu = planned.flops_once() / len(pod) / chip.flops / sum(seconds.values())
     return Plan(
         devices=len(pod),
         mesh=shape,
@@ -151,14 +151,20 @@ def plan(
 
 
 class _Planned(NamedTuple):
-    """What is to be compiled; `looked_up` are memory addresses of a step, on all devices."""
+    """What is to be compiled.
+
+    Attributes:
+      looked_up: memory addresses of a step, on all devices.
+      flops_once: counts the FLOPs of a step that computes nothing twice, without its kernels'; it
+        may have to trace such a step.
+    """
 
     spec: ModelSpec
     traced: jax.stages.Traced
     users: int | None
     sizes: dict[str, int]
     looked_up: int
-    flops_once: int
+    flops_once: Callable[[], int]
 
 
 def _training(config: Config, pod: Sequence[jax.Device]) -> _Planned:
@@ -180,7 +186,7 @@ def _training(config: Config, pod: Sequence[jax.Device]) -> _Planned:
             )
         looked_up = sum(x.size for x in addresses[:2] if x is not None)
     traced = trace_train_step(spec)
-    return _Planned(spec, traced, None, sizes, looked_up, flops_once(spec, traced))
+    return _Planned(spec, traced, None, sizes, looked_up, lambda: flops_once(spec, traced))
 
 
 def _search(config: Config, pod: Sequence[jax.Device]) -> _Planned:
@@ -197,8 +203,14 @@ def _search(config: Config, pod: Sequence[jax.Device]) -> _Planned:
         levels, options = spec.vocabulary.levels, config.evaluation
         tokens = 1 + levels * config.data.max_items + (levels - 1) * options.beam
         looked_up = users * tokens * config.sid_encoder.tables
-    flops = matmul_flops(traced.jaxpr) - kernel_flops(traced.jaxpr)
-    return _Planned(spec, traced, users, sizes, looked_up, flops)
+    return _Planned(
+        spec,
+        traced,
+        users,
+        sizes,
+        looked_up,
+        lambda: matmul_flops(traced.jaxpr) - kernel_flops(traced.jaxpr),
+    )
 
 
 def _device_bytes(tree: Any) -> int:
