@@ -57,6 +57,9 @@ def export_run(
         text tokens, or a decoder that no Hugging Face architecture computes.
     """
     run.check_generates()
+    if not run.config.objective.exports:
+        kind = kind_name(type(run.config.objective))
+        raise UserError(f"{run.path}: a {kind} run has no decoder that Hugging Face knows")
     config, shard_bytes = run.config, parse_size(max_shard_size, "--max-shard-size")
     text_model = tokenizer or run.text_model
     if config.data.text_tokens and text_model is None:

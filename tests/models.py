@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.inference.cached_sid_lm import RowsAt, rows_for
 from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.models.decoder import Decoder
+from prefixmem_jax.models.encoder_decoder import EncoderDecoder
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.runs.checkpoint import Checkpoints
@@ -59,6 +61,17 @@ FAMILIES = {
 }
 
 
+def make_decoder(config: DecoderConfig, vocabulary: Vocabulary, rngs: nnx.Rngs) -> Decoder:
+    return Decoder(config, vocabulary.size, rngs=rngs)
+
+
+def make_encoder_decoder(
+    config: DecoderConfig, vocabulary: Vocabulary, rngs: nnx.Rngs
+) -> EncoderDecoder:
+    """With more encoder layers than decoder layers, and room for more answers than are asked for."""
+    return EncoderDecoder(config, 3, vocabulary.size, vocabulary.levels, 2, rngs=rngs)
+
+
 def make_model(
     sizes: tuple[int, ...],
     items: int,
@@ -66,6 +79,7 @@ def make_model(
     seed: int,
     decoder: DecoderConfig = DECODER,
     item_head: ItemHeadConfig | None = None,
+    make_llm: Callable = make_decoder,
 ) -> tuple[SidLM, RowsAt | None, Catalog, np.random.Generator]:
     """A model without a run, the rows of its memory, a random catalogue, and what drew it."""
     space = SidSpace(sizes)
@@ -85,7 +99,9 @@ def make_model(
             d_mem=8,
         )
     vocabulary = Vocabulary(space, items=items)
-    model = SidLM(decoder, sid_encoder, vocabulary, item_head, rngs=nnx.Rngs(seed))
+    rngs = nnx.Rngs(seed)
+    llm = make_llm(decoder, vocabulary, rngs)
+    model = SidLM(llm, sid_encoder, vocabulary, item_head, rngs=rngs)
     if with_sid_encoder:  # strong enough to change every ranking
         table = sid_encoder.table(space)
         rows_at = partial(table.gather, 20 * table.init(jax.random.key(seed)))
@@ -108,6 +124,8 @@ def whole_logits(model: SidLM, rows_at: RowsAt | None, sequences: Sequence) -> n
     batch = Batch.zeros(len(lengths), lengths.max())
     filled = np.arange(lengths.max()) < lengths[:, None]
     batch.tokens[filled] = np.concatenate(sequences)
+    for back in range(model.vocabulary.levels):  # the last item's codes are asked for
+        batch.loss_mask[np.arange(len(lengths)), lengths - 2 - back] = 1
     batch = batch._replace(
         segment_ids=filled.astype(np.int32), positions=np.cumsum(filled, axis=1) - filled
     )

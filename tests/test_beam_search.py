@@ -10,7 +10,7 @@ import pytest
 from conftest import real_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, make_model, prompts, whole_logits
+from models import DECODER, FAMILIES, make_encoder_decoder, make_model, prompts, whole_logits
 
 from prefixmem_jax.data.formats.parquet import read_catalog
 from prefixmem_jax.inference.beam_search import beam_search
@@ -45,7 +45,7 @@ def every_sid(sizes):
     return np.array(list(itertools.product(*map(range, sizes))), np.int32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "encoder_decoder"])
 @example((4, 3, 5), 25, True, True, [4, 1, 0], 5)  # whatever else is drawn
 @settings(max_examples=2, deadline=None)
 @given(
@@ -59,8 +59,9 @@ def every_sid(sizes):
 def test_wide_beams_equal_scoring_everything(
     family, sizes, items, with_sid_encoder, constrained, lengths, seed
 ):
+    llm = {"make_llm": make_encoder_decoder} if family == "encoder_decoder" else {}
     model, rows_at, catalog, rng = make_model(
-        sizes, items, with_sid_encoder, seed, FAMILIES[family]
+        sizes, items, with_sid_encoder, seed, FAMILIES.get(family, DECODER), **llm
     )
     candidates = catalog.group_sids if constrained else every_sid(sizes)
     histories = [rng.integers(0, items, length) for length in lengths]

@@ -19,9 +19,11 @@ from prefixmem_jax.config_groups import (
     OptimizerConfig,
     SyntheticConfig,
 )
+from prefixmem_jax.data.documents.catalogue import Catalogue
 from prefixmem_jax.data.documents.document import Corpus, mixture
 from prefixmem_jax.data.documents.interleaved import Interleaved
 from prefixmem_jax.data.documents.items import Items
+from prefixmem_jax.data.documents.next_item import NextItem
 from prefixmem_jax.data.documents.pair import Pair
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.packing import pack
@@ -176,7 +178,36 @@ def test_drawn_subsequences_end_at_any_item_and_hold_what_fits_before_it(corpus)
         assert predicted == said[1:]
 
 
-@pytest.mark.parametrize("kind", [Items(), Items(draws=3), Interleaved(), Pair()])
+def test_next_items_are_drawn_behind_as_much_history_as_validation_has(corpus):
+    split = corpus.data.split
+    longer = dataclasses.replace(corpus, config=dataclasses.replace(corpus.config, max_items=3))
+    found = read(longer, documents_of(NextItem(draws=200), longer))
+    expected = set()
+    for start, stop in zip(split.train.starts, split.train.stops, strict=True):
+        for at in range(start + 1, stop):
+            items = split.items[max(start, at - 3) : at + 1]
+            said = "^" + "".join(sid_text(corpus, item) for item in items)
+            expected.add((said, sid_text(corpus, items[-1])))
+    assert {(said, predicted) for said, predicted, _ in found} == expected
+    assert len(found) == 200 * (split.train.lengths > 1).sum()
+
+
+def test_the_catalogue_has_every_item_once_and_counts_for_less(corpus):
+    documents = documents_of(Catalogue(loss_weight=0.25), corpus)
+    items = range(len(corpus.data.catalog))
+    assert read(corpus, documents) == [
+        ("^" + sid_text(corpus, item), sid_text(corpus, item).partition(">")[2], ())
+        for item in items
+    ]
+    assert set(documents.loss_mask.tolist()) == {0.0, 0.25}
+    halves = [dataclasses.replace(corpus, part=part, parts=2) for part in (0, 1)]
+    said = [read(half, documents_of(Catalogue(), half)) for half in halves]
+    assert sorted(said[0] + said[1]) == sorted(read(corpus, documents))
+
+
+@pytest.mark.parametrize(
+    "kind", [Items(), Items(draws=3), NextItem(), Catalogue(), Interleaved(), Pair()]
+)
 def test_no_document_is_longer_than_its_kind_says(kind, corpus):
     """Attention looks no further back on TPUs."""
     longest = kind.longest(corpus.config, corpus.data.vocabulary.levels)
@@ -289,6 +320,8 @@ def test_what_does_not_fit_is_one_line(corpus, options, folder, tmp_path):
     refused("has 300 tokens, data.text_tokens=299; expected 300 or more", Pair(), text_tokens=299)
     refused("no tokenizer there; expected tokenizer.json", Pair(), tokenizer=str(folder))
     refused("sequence_length=6 is too short: one item needs", Interleaved(), sequence_length=6)
+    refused("too short: an item and the next one need 7 tokens", NextItem(), sequence_length=6)
+    refused("sequence_length=3 is too short: one item needs 4", Catalogue(), sequence_length=3)
     refused("sequence_length=6 is too short: a title and its SID", Pair(), sequence_length=6)
     refused("'{title}': expected {title} and {sid}, each once", Pair(templates=("{title}",)))
     refused("expected {title} and {sid}", Pair(templates=("{sid}{sid}{title}",)))

@@ -17,6 +17,7 @@ from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.inference.beam_search import Candidates, beam_search, keep_best
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
+from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie, TrieLevel
@@ -53,7 +54,9 @@ def bench_decode(
       tries: by catalogue size, SIDs, bytes and the most children at each level.
     """
     vocabulary = Vocabulary(SidSpace((codes,) * levels))
-    model = SidLM(DECODERS[decoder], None, vocabulary, rngs=nnx.Rngs(0))
+    rngs = nnx.Rngs(0)
+    llm = Decoder(DECODERS[decoder], vocabulary.size, rngs=rngs)
+    model = SidLM(llm, None, vocabulary, rngs=rngs)
     graphdef, params = nnx.split(model, nnx.Param)
     rng = np.random.default_rng(0)
     tries = {

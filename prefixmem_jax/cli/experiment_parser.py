@@ -24,9 +24,19 @@ def add_sweep(sweeping: argparse.ArgumentParser, config_help: str) -> None:
 def add_paper(paper: argparse.ArgumentParser, overrides_help: str) -> None:
     paper.add_argument(
         "table",
-        choices=("main", "rows", "initialisation", "decoders", "encoders", "addresses", "all"),
+        choices=(
+            "main",
+            "rows",
+            "initialisation",
+            "tiger",
+            "decoders",
+            "encoders",
+            "addresses",
+            "all",
+        ),
         metavar="TABLE",
-        help="main, rows (of the memory), initialisation, decoders, encoders, addresses, or all",
+        help="main, rows (of the memory), initialisation, tiger, decoders, encoders, addresses, or "
+        "all",
     )
     paper.add_argument(
         "--scale", choices=("tiny", "gpu"), default="tiny", help="tiny (default) or gpu"

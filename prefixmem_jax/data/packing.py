@@ -11,10 +11,15 @@ from prefixmem_jax.data.documents.document import Documents
 from prefixmem_jax.errors import UserError
 
 
-def pack(documents: Documents, length: int, seed: int | Sequence[int]) -> Batch:
+def pack(
+    documents: Documents, length: int, seed: int | Sequence[int], most: int | None = None
+) -> Batch:
     """Packs documents into rows of `length` tokens, as many in each as fit.
 
     By best fit in decreasing length; `seed` fixes the order among equals and that of the rows.
+
+    Args:
+      most: no row has more documents; None: as many as there is room for.
     """
     _check(documents, length)
     rng = np.random.default_rng(seed)
@@ -44,8 +49,9 @@ def pack(documents: Documents, length: int, seed: int | Sequence[int]) -> Batch:
             length - space,
             segments[chosen],
         )
-        by_space[space - need].append(chosen)
-        spaces |= 1 << (space - need)
+        if segments[chosen] != most:
+            by_space[space - need].append(chosen)
+            spaces |= 1 << (space - need)
 
     shuffled = np.empty(len(segments), np.int64)
     shuffled[rng.permutation(len(segments))] = np.arange(len(segments))

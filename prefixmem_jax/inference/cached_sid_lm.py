@@ -87,10 +87,10 @@ class CachedSidLM:
         length = jnp.sum(prompts.segment_ids > 0, axis=1)
         hidden = jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)
         logits = self._code_logits(hidden, 1)[:, 0]
-        own = jax.tree.map(lambda kept: kept[:, :, :1, None][:, :, :, :0], cache)
+        prompt, own = self.model.llm.for_beams(cache)
         place = Place(prompts.positions, prompts.segment_ids)
         recent = last_tokens(prompts.tokens, length, self.model.reach)
-        return logits, SearchState(cache, place, own, hidden, recent)
+        return logits, SearchState(prompt, place, own, hidden, recent)
 
     def item_logits(self, state: SearchState) -> jax.Array:
         """Scores of whole items after each prompt, by the item head."""

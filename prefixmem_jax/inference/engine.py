@@ -18,7 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.batch import Batch, batches
-from prefixmem_jax.data.documents.items import document_length, prompt_documents
+from prefixmem_jax.data.documents.items import (
+    ask_for_last_item,
+    document_length,
+    prompt_documents,
+)
 from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.data.transitions import Transitions, needed
 from prefixmem_jax.inference.cached_sid_lm import read_items
@@ -233,6 +237,8 @@ class Engine:
                 if targets is not None:
                     cut = [np.append(h, targets[u]) for h, u in zip(cut, users, strict=True)]
                 documents = prompt_documents(cut, self.item_tokens, vocabulary, room + extra)
+                if targets is not None:
+                    ask_for_last_item(documents, vocabulary.levels)
                 length = document_length(vocabulary.levels, room + extra)
                 for start, batch in enumerate(batches(one_per_row(documents, length), size)):
                     own = users[start * size : (start + 1) * size]

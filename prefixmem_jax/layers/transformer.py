@@ -77,6 +77,18 @@ def _halves_swapped(x_BSNH: jax.Array) -> jax.Array:
     return jnp.einsum("BSNH,HG->BSNG", x_BSNH, swap_HG, **exact)
 
 
+def to_heads(x_BSD: jax.Array, weight: nnx.Param) -> jax.Array:
+    """Projected by a weight [D, N, H]: [B, S, N, H]."""
+    weight_DNH = gather_over_fsdp(weight[...], x_BSD.dtype, None, "heads", None)
+    return einsum("BSD,DNH->BSNH", x_BSD, weight_DNH, out=("batch", None, "heads", None))
+
+
+def from_heads(x_BSNH: jax.Array, weight: nnx.Param) -> jax.Array:
+    """Projected back by a weight [N, H, D]: [B, S, D]."""
+    weight_NHD = gather_over_fsdp(weight[...], x_BSNH.dtype, "heads", None, None)
+    return einsum("BSNH,NHD->BSD", x_BSNH, weight_NHD, out=WHOLE)
+
+
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
@@ -106,49 +118,57 @@ class Layer(nnx.Module):
         self,
         x_BSD: jax.Array,
         positions_BS: jax.Array,
-        frequency_H: jax.Array,
+        frequency_H: jax.Array | None,
         attend: Attend,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """The layer's output, and what `attend` keeps.
 
         Args:
+          frequency_H: rotary frequencies; None for no rotation.
           key: for dropout; None for none.
         """
         keys = (None, None) if key is None else jax.random.split(key)
-        rate = self.config.dropout
-        attended, kept = self._attention(
-            self.attention_norm(x_BSD), positions_BS, frequency_H, attend
-        )
+        x_BSD, kept = self.attended(x_BSD, positions_BS, frequency_H, attend, keys[0])
+        return self.fed_forward(x_BSD, keys[1]), kept
+
+    def attended(
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        frequency_H: jax.Array | None,
+        attend: Attend,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """Its first half."""
+        y, kept = self._attention(self.attention_norm(x_BSD), positions_BS, frequency_H, attend)
         if self.config.post_norms:
-            attended = self.attention_post_norm(attended)
-        x_BSD = x_BSD + dropout(attended, rate, keys[0], *WHOLE)
+            y = self.attention_post_norm(y)
+        return x_BSD + dropout(y, self.config.dropout, key, *WHOLE), kept
+
+    def fed_forward(self, x_BSD: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Its second half."""
         y = self._feed_forward(self.mlp_norm(x_BSD))
         if self.config.post_norms:
             y = self.mlp_post_norm(y)
-        return x_BSD + dropout(y, rate, keys[1], *WHOLE), kept
+        return x_BSD + dropout(y, self.config.dropout, key, *WHOLE)
 
     @jax.named_scope("attention")
     def _attention(
-        self, x_BSD: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array, attend: Attend
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        frequency_H: jax.Array | None,
+        attend: Attend,
     ) -> tuple[jax.Array, KeyValues]:
-        dtype, heads = x_BSD.dtype, ("batch", None, "heads", None)
-        query, key, value = (
-            einsum(
-                "BSD,DNH->BSNH",
-                x_BSD,
-                gather_over_fsdp(w[...], dtype, None, "heads", None),
-                out=heads,
-            )
-            for w in (self.query, self.key, self.value)
-        )
+        query, key, value = (to_heads(x_BSD, w) for w in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query = rotate(query, positions_BS, frequency_H)
-        key = rotate(key, positions_BS, frequency_H)
+        if frequency_H is not None:
+            query = rotate(query, positions_BS, frequency_H)
+            key = rotate(key, positions_BS, frequency_H)
         attended, kept = attend(query, KeyValues(key, value))
-        output = gather_over_fsdp(self.output[...], dtype, "heads", None, None)
-        return einsum("BSNH,NHD->BSD", attended, output, out=WHOLE), kept
+        return from_heads(attended, self.output), kept
 
     @jax.named_scope("mlp")
     def _feed_forward(self, x_BSD: jax.Array) -> jax.Array:

@@ -28,33 +28,15 @@ from prefixmem_jax.layers.attention import (
     self_attention,
 )
 from prefixmem_jax.layers.dropout import dropout
-from prefixmem_jax.layers.softmax_head import SoftmaxHead
-from prefixmem_jax.layers.splash_attention import ATTENDED
+from prefixmem_jax.layers.remat import recomputed
 from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies
-from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import (
-    constrain,
-    constrain_gathered,
-    gather_over_fsdp,
-    take,
-)
+from prefixmem_jax.models.token_tables import TokenTables
 
 # So few layers compile fast without a loop, and their gradients run faster.
 UNROLLED_LAYERS = 4
-# What the backward pass finds kept, by `DecoderConfig.remat`.
-_policies = jax.checkpoint_policies
-_KEPT = {
-    "full": _policies.nothing_saveable,
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENDED)
-    ),
-    "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-}
-# The axis of tokens in each table of them.
-TOKEN_AXIS = {"embedding": 0, "head": 1}
 
 
-class Decoder(nnx.Module):
+class Decoder(TokenTables):
     """Token embeddings, the stacked layers, the final norm and the head."""
 
     def __init__(
@@ -72,50 +54,29 @@ class Decoder(nnx.Module):
         """
         self.config = config
         self.longest_document = longest_document
-        std = config.init_std
-        self.embedding = normal(
-            rngs, std, (vocabulary_size, None), (config.d_model, "stored_embedded")
-        )
+        self.make_embedding(vocabulary_size, rngs)
         self.layers = nnx.vmap(lambda r: Layer(config, rngs=r))(rngs.fork(split=config.layers))
         self.final_norm = RMSNorm(config.d_model, config)
-        if not config.tied_embeddings:
-            self.head = normal(
-                rngs, std, (config.d_model, "stored_model"), (vocabulary_size, "vocabulary")
-            )
-
-    @jax.named_scope("embedding")
-    def token_table(self) -> jax.Array:
-        """The embedding [V, D] in the compute dtype, gathered over fsdp.
-
-        Where input and output share it, one gather for both sends its gradient once.
-        """
-        return gather_over_fsdp(self.embedding[...], self.config.compute_dtype, None, "embedded")
-
-    @jax.named_scope("embedding")
-    def embed(self, tokens_BS: jax.Array, token_table: jax.Array | None = None) -> jax.Array:
-        """Token embeddings [B, S, D] in the compute dtype.
-
-        Args:
-          token_table: as `token_table` gives it, where it is at hand.
-        """
-        if token_table is None:
-            token_table = self.token_table()
-        x_BSD = constrain(take(token_table, tokens_BS, "batch", None, "embedded"), *WHOLE)
-        if self.config.scale_embedding:
-            x_BSD *= jnp.asarray(self.config.d_model**0.5, x_BSD.dtype)
-        return x_BSD
+        self.make_head(vocabulary_size, rngs)
 
     def __call__(
-        self, x_BSD: jax.Array, queries: Place, key: jax.Array | None = None
+        self,
+        x_BSD: jax.Array,
+        queries: Place,
+        key: jax.Array | None = None,
+        *,
+        asked_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """Runs whole sequences, embedded.
 
         Args:
           key: for dropout; None for none.
+          asked_BS: where the next token is asked for, which an encoder-decoder wants to know.
 
         Returns:
           Hidden states after the final norm [B, S, D], and keys and values [L, B, S, K, H].
         """
+        del asked_BS
         scale, longest = self.config.query_scale, self.longest_document
         windows = sorted({min(int(window), longest) for window in self._windows()})
 
@@ -159,6 +120,12 @@ class Decoder(nnx.Module):
             return attention(query, queries, past, keys, window, scale), past
 
         return self._run(x_BSD, queries, attend, cache)
+
+    def for_beams(self, cache: KeyValues) -> tuple[KeyValues, KeyValues]:
+        """What all beams share of `__call__`'s cache, [L, B, T, K, H], and what each has of its own
+        already: nothing, [L, B, 1, 0, K, H].
+        """
+        return cache, jax.tree.map(lambda kept: kept[:, :, :1, None][:, :, :, :0], cache)
 
     def extend_beams(
         self,
@@ -204,8 +171,7 @@ class Decoder(nnx.Module):
             layer, past, window, frequency_H, key = one
             return layer(x, queries.positions, frequency_H, partial(attend, past, window), key)
 
-        if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=_KEPT[self.config.remat])
+        body = recomputed(body, self.config.remat)
         layers = (self.layers, past, window_L, frequency_LH, keys)
         few = self.config.layers <= UNROLLED_LAYERS
         x_BSD, kept = jax.lax.scan(body, x_BSD, layers, unroll=self.config.layers if few else 1)
@@ -224,23 +190,3 @@ class Decoder(nnx.Module):
         config = self.config
         slides_L = np.isin(np.arange(config.layers), config.sliding_layers)
         return np.where(slides_L, config.sliding_window, NO_WINDOW).astype(np.int32)
-
-    @jax.named_scope("head")
-    def softmax_head(
-        self, first: int = 0, stop: int | None = None, token_table: jax.Array | None = None
-    ) -> SoftmaxHead:
-        """What scores tokens first..stop-1 (default: the whole vocabulary).
-
-        Args:
-          token_table: as `token_table` gives it, where it is at hand.
-        """
-        if self.config.tied_embeddings:
-            if token_table is None:
-                token_table = self.token_table()
-            weight = constrain_gathered(token_table, "vocabulary", None).T
-        else:
-            dtype = self.config.compute_dtype
-            weight = gather_over_fsdp(self.head[...], dtype, None, "vocabulary")
-        if first != 0 or stop is not None:
-            weight = weight[:, first:stop]
-        return SoftmaxHead(weight, self.config.logit_softcap)

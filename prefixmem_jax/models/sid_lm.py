@@ -1,16 +1,17 @@
-"""A decoder that speaks SIDs: an LLM with a SID encoder attached to its input embedding."""
+"""An LLM that speaks SIDs: a SID encoder attached to its input embedding."""
 
 from __future__ import annotations
 
 import jax
 from flax import nnx
 
-from prefixmem_jax.config_groups import DecoderConfig, ItemHeadConfig
+from prefixmem_jax.config_groups import ItemHeadConfig
 from prefixmem_jax.data.batch import Batch
-from prefixmem_jax.layers.attention import NO_WINDOW, KeyValues, Place
+from prefixmem_jax.layers.attention import KeyValues, Place
 from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.models.decoder import Decoder
+from prefixmem_jax.models.encoder_decoder import Encoded, EncoderDecoder
 from prefixmem_jax.models.item_head import build_item_head
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -21,32 +22,32 @@ OUTPUT_STD = 0.01
 
 
 class SidLM(nnx.Module):
-    """Parts: `llm` (the decoder), if there is one `sid_encoder` (its dense parameters), and
-    `item_head` if that has vectors of its own.
+    """Parts: `llm` (a decoder, or an encoder-decoder), if there is one `sid_encoder` (its dense
+    parameters), and `item_head` if that has vectors of its own.
     """
 
     def __init__(
         self,
-        model: DecoderConfig,
+        llm: Decoder | EncoderDecoder,
         sid_encoder: SidEncoderConfig | None,
         vocabulary: Vocabulary,
         item_head: ItemHeadConfig | None = None,
-        longest_document: int = NO_WINDOW,
         *,
         rngs: nnx.Rngs,
     ):
+        d_model = llm.config.d_model
         self.vocabulary = vocabulary
         self.row_dropout = 0.0 if sid_encoder is None else sid_encoder.dropout
-        self.llm = Decoder(model, vocabulary.size, longest_document, rngs=rngs)
+        self.llm = llm
         if sid_encoder is None:
             self.sid_encoder = None
         else:
-            self.sid_encoder = sid_encoder.build(vocabulary, model.d_model, OUTPUT_STD, rngs)
+            self.sid_encoder = sid_encoder.build(vocabulary, d_model, OUTPUT_STD, rngs)
         self.item_weight = 0.0 if item_head is None else item_head.weight
         if item_head is None:
             self.item_head = None
         else:
-            self.item_head = build_item_head(item_head, vocabulary, model.d_model, rngs)
+            self.item_head = build_item_head(item_head, vocabulary, d_model, rngs)
 
     @property
     def reach(self) -> int:
@@ -99,7 +100,7 @@ class SidLM(nnx.Module):
         rows: jax.Array | None,
         key: jax.Array | None = None,
         token_table: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues]:
+    ) -> tuple[jax.Array, KeyValues | Encoded]:
         """Hidden states [B, S, D] of whole sequences, and their keys and values.
 
         Args:
@@ -111,7 +112,8 @@ class SidLM(nnx.Module):
             key, row_key = jax.random.split(key)
             rows = drop_rows(rows, self.row_dropout, row_key)
         x_BSD = self.embed(batch.tokens, batch.segment_ids, rows, token_table=token_table)
-        return self.llm(x_BSD, Place(batch.positions, batch.segment_ids), key)
+        place = Place(batch.positions, batch.segment_ids)
+        return self.llm(x_BSD, place, key, asked_BS=batch.loss_mask)
 
     def softmax_head(self) -> SoftmaxHead:
         """What scores the next token after hidden states."""

@@ -24,6 +24,7 @@ class Classification(NextToken):
     """
 
     generates: ClassVar[bool] = False
+    exports: ClassVar[bool] = False
 
     def check(self, config: Any) -> None:
         if config.sid_encoder is None:

@@ -24,6 +24,7 @@ from prefixmem_jax.layers.softmax_head import (
     sampled_cross_entropy,
 )
 from prefixmem_jax.memory.table import Lookup
+from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.models.item_head import item_places
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.objectives.objective import Objective
@@ -46,14 +47,19 @@ class NextToken(Objective):
     )
     label_smoothing: Rate = field(default=0.0, kw_only=True)
     generates: ClassVar[bool] = True
+    exports: ClassVar[bool] = True
+
+    @property
+    def documents_per_row(self) -> int | None:
+        """The most that are packed together; None: as many as fit."""
+        return None
 
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> SidLM:
         data, levels = config.data, vocabulary.levels
         longest = [document_length(levels, data.max_items + 1)]  # of validation and inference
         longest += [documents.longest(data, levels) for documents in self.documents]
-        return SidLM(
-            config.model, config.sid_encoder, vocabulary, config.item_head, max(longest), rngs=rngs
-        )
+        llm = Decoder(config.model, vocabulary.size, max(longest), rngs=rngs)
+        return SidLM(llm, config.sid_encoder, vocabulary, config.item_head, rngs=rngs)
 
     def abstract_batch(
         self, data: DataConfig, sharding: jax.sharding.Sharding | None = None
@@ -63,7 +69,7 @@ class NextToken(Objective):
     def training_rows(self, corpus: Corpus, seed: int) -> Batch:
         drawn = seed if corpus.parts == 1 else [seed, corpus.part]
         documents = mixture(self.documents, corpus, drawn)
-        return pack(documents, corpus.config.sequence_length, drawn)
+        return pack(documents, corpus.config.sequence_length, drawn, self.documents_per_row)
 
     @property
     def rows_depend_on(self) -> Any:

@@ -27,8 +27,10 @@ class Objective(Kind, ABC):
     """
 
     package: ClassVar[str] = "prefixmem_jax.objectives"
-    # Whether the model is a `SidLM`, which can recommend, be evaluated and be exported.
+    # Whether the model is a `SidLM`, which can recommend and be evaluated.
     generates: ClassVar[bool] = False
+    # Whether its LLM is a decoder too, which Hugging Face folders hold.
+    exports: ClassVar[bool] = False
 
     def check(self, config: Any) -> None:
         """Raises UserError where another group of the `config.Config` does not go with it."""

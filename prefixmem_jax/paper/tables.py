@@ -13,8 +13,11 @@ from pathlib import Path
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import InitConfig, OptimizerConfig
+from prefixmem_jax.data.documents.catalogue import Catalogue
+from prefixmem_jax.data.documents.items import Items
 from prefixmem_jax.data.generator import GeneratorConfig
 from prefixmem_jax.objectives.classification import Classification
+from prefixmem_jax.objectives.tiger import Tiger
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.sid_encoders.sid_transformer import SidTransformerConfig
 
@@ -112,6 +115,21 @@ def _classifier(factor: float = 1.0):
     return make
 
 
+def _catalogue_classifier(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+    del folders
+    objective = Classification(documents=(Items(), Catalogue()))
+    return replace(base, objective=objective, sid_encoder=memory)
+
+
+def _tiger(with_memory: bool):
+    def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+        del folders
+        objective = Tiger(encoder_layers=base.model.layers, answers=8)
+        return replace(base, objective=objective, sid_encoder=memory if with_memory else None)
+
+    return make
+
+
 def _decoder(factor: float, with_memory: bool):
     """Another width of the decoder."""
 
@@ -174,6 +192,24 @@ ROWS = {
         ("classification_large",),
         _metrics(None, 64.0, r100=11.8, hits=65.1),
     ),
+    "classification_catalogue": Row(
+        "stage 1: classification, the catalogue's SIDs too", _catalogue_classifier
+    ),
+    "prefixmem_classification_catalogue": Row(
+        "PrefixMem from classification with the catalogue's SIDs",
+        _pretrained("classification_catalogue"),
+        ("classification_catalogue",),
+    ),
+    "tiger": Row("TIGER", _tiger(False), paper=_metrics(27.6, 27.4, r10=1.01)),
+    "tiger_prefixmem": Row(
+        "TIGER with PrefixMem", _tiger(True), paper=_metrics(46.3, 60.6, r10=1.35)
+    ),
+    "prefixmem_tiger": Row(
+        "PrefixMem from TIGER",
+        _pretrained("tiger_prefixmem"),
+        ("tiger_prefixmem",),
+        _metrics(None, 61.2, r100=12.3),
+    ),
     "small": Row("half as wide, flat tokens (Qwen3-0.6B)", _decoder(0.5, False),
                  paper=_metrics(None, 32.1, r100=8.4)),
     "prefixmem_small": Row("half as wide, PrefixMem (Qwen3-0.6B)", _decoder(0.5, True),
@@ -207,8 +243,9 @@ TABLES = {
     "rows": ("baseline", "prefixmem_quarter", "prefixmem", "prefixmem_large"),
     "initialisation": (
         "baseline", "prefixmem", "prefixmem_classification", "prefixmem_classification_large",
-        "prefixmem_small_llm",
+        "prefixmem_classification_catalogue", "prefixmem_tiger", "prefixmem_small_llm",
     ),
+    "tiger": ("tiger", "tiger_prefixmem"),
     "decoders": (
         "baseline", "prefixmem", "small", "prefixmem_small", "large", "prefixmem_on_large",
     ),

@@ -151,6 +151,25 @@ def take_positions(x_BSD: jax.Array, index_BP: jax.Array) -> jax.Array:
     )(x_BSD, index_BP)
 
 
+def put_positions(x_BPD: jax.Array, index_BP: jax.Array, length: int) -> jax.Array:
+    """The inverse of `take_positions`: [B, length, D], zero where nothing is put.
+
+    Indices of `length` and more put nothing; those below must differ within a row.
+    """
+
+    def put(x: jax.Array, index: jax.Array) -> jax.Array:
+        row = jnp.arange(len(x))[:, None]
+        return jnp.zeros((len(x), length, x.shape[-1]), x.dtype).at[row, index].set(x, mode="drop")
+
+    if not _explicit_mesh():
+        return put(x_BPD, index_BP)
+    return jax.shard_map(
+        put,
+        in_specs=(spec("batch", None, None), spec("batch", None)),
+        out_specs=spec("batch", None, None),
+    )(x_BPD, index_BP)
+
+
 def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:
     """Rows of a table [n, ...] at index [...], with the partition of these logical axes."""
     sharding = spec(*logical) if _explicit_mesh() else None
@@ -158,24 +177,28 @@ def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def by_heads(
-    function: Callable, heads: tuple, batch: tuple, *shared: jax.Array, kernel: bool = False
+    function: Callable,
+    heads: tuple,
+    batch: tuple,
+    *shared: jax.Array,
+    by_head: tuple = (),
+    kernel: bool = False,
 ) -> jax.Array:
     """Runs attention on each device's own part of the batch and heads.
 
     Args:
-      function: of (heads, batch, *shared).
-      heads: arrays [B, any, heads, size]; batch: arrays [B, any]; shared: of every device alike.
+      function: of (heads, batch, *by_head, *shared).
+      heads: arrays [B, any, heads, size]; batch: arrays [B, any].
+      shared: of every device alike; by_head: arrays [heads, any, any].
       kernel: whether it calls a kernel, which does not say what its results vary over.
     """
     if not _explicit_mesh():
-        return function(heads, batch, *shared)
+        return function(heads, batch, *by_head, *shared)
     per_head, per_batch = spec("batch", None, "heads", None), spec("batch", None)
+    also = (*(spec("heads", None, None) for _ in by_head), *(P() for _ in shared))
     return jax.shard_map(
-        function,
-        in_specs=(per_head, per_batch, *(P() for _ in shared)),
-        out_specs=per_head,
-        check_vma=not kernel,
-    )(heads, batch, *shared)
+        function, in_specs=(per_head, per_batch, *also), out_specs=per_head, check_vma=not kernel
+    )(heads, batch, *by_head, *shared)
 
 
 def by_vocabulary(

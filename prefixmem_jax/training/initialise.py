@@ -16,8 +16,8 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.hf.load import load_parts, load_rows
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder, has_safetensors
 from prefixmem_jax.model_spec import ModelSpec
-from prefixmem_jax.models.decoder import TOKEN_AXIS
 from prefixmem_jax.models.new_tokens import add_tokens, directions, read_codebooks
+from prefixmem_jax.models.token_tables import TOKEN_AXIS
 from prefixmem_jax.runs.checkpoint import Checkpoints, abstract_memory_part, has_checkpoint
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.storage import to_path

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from prefixmem_jax.config_groups import Trainable
-from prefixmem_jax.models.decoder import TOKEN_AXIS
+from prefixmem_jax.models.token_tables import TOKEN_AXIS
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 

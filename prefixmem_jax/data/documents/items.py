@@ -25,7 +25,7 @@ class Items(Sequences):
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         data = corpus.data
         ranges = self.ranges(corpus, data.vocabulary.levels, rng)
-        documents = _of_items(data.split.items, ranges, data.item_tokens, data.vocabulary)
+        documents = documents_of(data.split.items, ranges, data.item_tokens, data.vocabulary)
         documents.loss_mask[:] = 1
         documents.loss_mask[documents.offsets[1:] - 1] = 0
         return documents
@@ -45,10 +45,16 @@ def example_documents(
     """The last `max_items` items of each history, then the target; only the target is predicted."""
     starts = np.maximum(examples.starts, examples.targets_at - max_items)
     ranges = Ranges(starts, examples.targets_at + 1)
-    documents = _of_items(examples.items, ranges, item_tokens, vocabulary)
-    for back in range(vocabulary.levels):
-        documents.loss_mask[documents.offsets[1:] - 2 - back] = 1
+    documents = documents_of(examples.items, ranges, item_tokens, vocabulary)
+    ask_for_last_item(documents, vocabulary.levels)
     return documents
+
+
+def ask_for_last_item(documents: Documents, levels: int) -> None:
+    """Makes each document's last item what is to be predicted, and nothing else."""
+    documents.loss_mask[:] = 0
+    for back in range(levels):
+        documents.loss_mask[documents.offsets[1:] - 2 - back] = 1
 
 
 def prompt_documents(
@@ -57,15 +63,20 @@ def prompt_documents(
     vocabulary: Vocabulary,
     max_items: int,
 ) -> Documents:
-    """The last `max_items` items of each history, to go on from; BOS alone where it is empty."""
+    """The last `max_items` items of each history, to go on from; BOS alone where it is empty.
+
+    What comes after the last token is to be predicted.
+    """
     kept = [np.asarray(history, np.int64)[-max_items:] for history in histories]
     stops = np.cumsum([len(history) for history in kept], dtype=np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), stops])[: len(kept)]
     items = np.concatenate([np.zeros(0, np.int64), *kept])
-    return _of_items(items, Ranges(starts, stops), item_tokens, vocabulary)
+    documents = documents_of(items, Ranges(starts, stops), item_tokens, vocabulary)
+    documents.loss_mask[documents.offsets[1:] - 1] = 1
+    return documents
 
 
-def _of_items(
+def documents_of(
     items: np.ndarray, ranges: Ranges, item_tokens: np.ndarray, vocabulary: Vocabulary
 ) -> Documents:
     """A document for each range of items; nothing to be predicted."""

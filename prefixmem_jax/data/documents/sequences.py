@@ -34,15 +34,15 @@ class Sequences(DocumentsConfig):
         Raises:
           UserError: one item is longer than a packed row.
         """
-        most = most_items(corpus.config, item_length)
+        most = most_items(corpus.config, corpus.config.max_items, item_length)
         if self.draws:
             return subsequences(corpus.train, most, self.draws, rng)
         return windows(corpus.train, most)
 
 
-def most_items(config: DataConfig, item_length: int) -> int:
-    """How many items a document holds."""
-    most = min(config.max_items, (config.sequence_length - 1) // item_length)
+def most_items(config: DataConfig, most: int, item_length: int) -> int:
+    """How many items a document holds, `most` if there is room."""
+    most = min(most, (config.sequence_length - 1) // item_length)
     if most < 1:
         raise UserError(
             f"data.sequence_length={config.sequence_length} is too short: one item needs "
