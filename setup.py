@@ -51,7 +51,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs"],
         "sids": ["scikit-learn"],
-        "benchmarks": ["faiss-cpu"],
+        "benchmarks": ["faiss-cpu", "torch"],
         "test": [
             "chex>=0.1.90",
             "gcp-storage-emulator",

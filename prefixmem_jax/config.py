@@ -36,7 +36,8 @@ class Config:
 
     Attributes:
       objective: what the run learns: `next_token` trains the decoder, with the SID encoder if there
-        is one (stage 2, baseline); `classification` the SID encoder alone (stage 1).
+        is one (stage 2, baseline); `classification` the SID encoder alone (stage 1); `tiger` an
+        encoder-decoder of `model`'s shape, with the SID encoder or without.
       sid_encoder: what is added to the input embedding at SID positions, or none.
       item_head: what scores whole items beside their codes, or none.
     """

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import command_environment, prefixmem
@@ -46,6 +47,19 @@ def test_bench_step_writes_the_overhead(tmp_path):
     assert found["tokens"] == 4 * 128
     assert found["sid_encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
     assert found["item_head_overhead"] == pytest.approx(seconds["item_head"] / seconds["with"] - 1)
+
+
+def test_bench_step_beside_torch_trains_the_same_number_of_parameters(tmp_path):
+    done = prefixmem(
+        "bench", "step", "--rows", 512, "--repeats", 3, "--batch-size", 4, "--peer",
+        "--json", tmp_path / "s.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "s.json").read_text())
+    peer, ours = found["peer"], one_device_model("quickstart", None, 4, 128, 256).params
+    assert peer["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(ours))
+    ratio = peer["seconds"] / found["step_seconds"]["without"]
+    assert found["peer_ratio"] == pytest.approx(ratio) and ratio > 0
+    assert f"ours has {ratio:.2f} times its tokens/s" in done.stdout
 
 
 def test_loading_takes_the_parameters_and_little_more(tmp_path):

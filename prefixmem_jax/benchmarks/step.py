@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from prefixmem_jax.benchmarks import torch_peer
 from prefixmem_jax.benchmarks.fixtures import one_device_model, random_batches, training
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.config_groups import ItemHeadConfig
@@ -24,6 +25,7 @@ def bench_step(
     items: int = 0,
     negatives: int = 1024,
     batch_size: int | None = None,
+    peer: bool = False,
 ) -> dict[str, Any]:
     """Times a train step of a decoder without and with the SID encoder, on one device.
 
@@ -31,6 +33,7 @@ def bench_step(
       items: of a catalogue for an item head over the memory, which is then timed too; 0: none.
       negatives: that it draws in a step.
       batch_size: sequences in a step; None: what goes with the decoder.
+      peer: also time Hugging Face's decoder of the same shape (`torch_peer`), afterwards.
 
     Returns:
       machine, decoder, rows (per table), d_mem, tokens (per step).
@@ -38,6 +41,8 @@ def bench_step(
       sid_encoder_overhead, item_head_overhead: seconds that each adds, as a share of the step
         without it.
       tokens_per_second: of all.
+      peer: what `torch_peer.measure` found; peer_ratio: our tokens per second without the SID
+        encoder over its.
     """
     usual, length, codes = SHAPES[decoder]
     batch = batch_size or usual
@@ -70,6 +75,12 @@ def bench_step(
     if items:
         overhead = seconds["item_head"] / seconds["with"] - 1
         measured |= {"items": items, "negatives": negatives, "item_head_overhead": overhead}
+    if peer:
+        without = models["without"]
+        shape = (without.vocabulary.size, batch, length)
+        del calls, batches
+        found = torch_peer.measure(without.config.model, *shape, repeats)
+        measured |= {"peer": found, "peer_ratio": found["seconds"] / seconds["without"]}
     return measured
 
 
@@ -96,6 +107,15 @@ def describe(measured: dict[str, Any]) -> str:
                 if "items" in measured
                 else []
             ),
+            *(
+                [
+                    f"  Hugging Face's decoder under torch.compile: "
+                    f"{measured['peer']['seconds'] * 1e3:.1f} ms; ours has "
+                    f"{measured['peer_ratio']:.2f} times its tokens/s"
+                ]
+                if "peer" in measured
+                else []
+            ),
         ]
     )
 
@@ -105,4 +125,6 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     shown = {"without": "without SID encoder", "with": "with SID encoder"}
     shown["item_head"] = "and item head"
     named = {shown[name]: value for name, value in measured["step_seconds"].items()}
+    if "peer" in measured:
+        named["torch.compile"] = measured["peer"]["seconds"]
     return [(f"train step, {measured['decoder']}", named)]

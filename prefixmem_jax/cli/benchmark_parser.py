@@ -69,6 +69,11 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         default="quickstart",
         help="whose shape (default: %(default)s)",
     )
+    step.add_argument(
+        "--peer",
+        action="store_true",
+        help="also time Hugging Face's decoder of the same shape under torch.compile (needs torch)",
+    )
     for added, size in ((memory, 40), (step, None)):
         added.add_argument(
             "--batch-size",

@@ -41,6 +41,7 @@ def bench_step(options: argparse.Namespace):
         options.items,
         options.negatives,
         options.batch_size,
+        options.peer,
     )
 
 
