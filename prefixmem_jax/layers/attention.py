@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from prefixmem_jax.layers.splash_attention import splash_attention
-from prefixmem_jax.parallel.sharding import by_heads, on_tpus
+from prefixmem_jax.parallel.sharding import by_heads, on_cpus, on_tpus
 
 NO_WINDOW = 2**30  # further back than any position
+CACHED_SCORES = 2**20
 
 
 class Place(NamedTuple):
@@ -50,8 +51,8 @@ def self_attention(
 ) -> jax.Array:
     """Attention among the tokens of whole sequences: [B, S, N, H].
 
-    On TPUs by the splash kernel, which keeps no [S, S] array and skips what no window reaches;
-    elsewhere as `attention`.
+    On TPUs by the splash kernel, which keeps no [S, S] array and skips what no window reaches; on
+    CPUs a few rows at a time, computed again by the backward pass; elsewhere as `attention`.
 
     Args:
       place: positions go up by one within a segment, which stands in one piece.
@@ -61,7 +62,8 @@ def self_attention(
       scale: of queries; None means H ** -0.5.
     """
     if not on_tpus():
-        return attention(query_BSNH, place, own, place, window, scale)
+        function = _in_cache if on_cpus() else attention
+        return function(query_BSNH, place, own, place, window, scale)
     kernels = [partial(splash_attention, window=one, scale=scale) for one in windows]
 
     def local(heads: tuple, batch: tuple, *which: jax.Array) -> jax.Array:
@@ -88,10 +90,36 @@ def attention(
       window, scale: as of `self_attention`.
     """
 
-    def local(heads: tuple, batch: tuple, window: jax.Array) -> jax.Array:
-        (query, key, value), (queries, keys) = heads, batch
-        mask = visible(queries, keys, window)[:, None]
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+    local = partial(_attention, scale)
+    return by_heads(local, (query_BSNH, *past), (queries, keys), jnp.asarray(window))
+
+
+def _attention(
+    scale: float | None, heads: tuple, batch: tuple[Place, Place], window: jax.Array
+) -> jax.Array:
+    (query, key, value), (queries, keys) = heads, batch
+    mask = visible(queries, keys, window)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+
+
+def _in_cache(
+    query_BSNH: jax.Array,
+    queries: Place,
+    past: KeyValues,
+    keys: Place,
+    window: jax.Array | int,
+    scale: float | None,
+) -> jax.Array:
+    """As `attention`, of so many rows at a time that their scores stay in a CPU's cache."""
+
+    def local(heads: tuple, batch: tuple[Place, Place], window: jax.Array) -> jax.Array:
+        rows, queries, count, _ = heads[0].shape
+        most = max(1, CACHED_SCORES // (count * queries * heads[1].shape[1]))
+        pieces = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
+        one = jax.checkpoint(partial(_attention, scale))
+        divided = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (heads, batch))
+        found = jax.lax.map(lambda piece: one(*piece, window), divided)
+        return found.reshape(heads[0].shape)
 
     return by_heads(local, (query_BSNH, *past), (queries, keys), jnp.asarray(window))
 

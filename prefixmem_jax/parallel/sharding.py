@@ -58,10 +58,17 @@ def _explicit_mesh() -> bool:
 
 def on_tpus() -> bool:
     """Whether the mesh's devices are TPUs, or without a mesh the default ones."""
+    return _device_kind().startswith("tpu")
+
+
+def on_cpus() -> bool:
+    """Whether they are CPUs."""
+    return _device_kind() == "cpu"
+
+
+def _device_kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend() == "tpu"
-    return device.device_kind.startswith("TPU")
+    return (jax.default_backend() if device is None else device.device_kind).lower()
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -69,10 +76,21 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.sharding.reshard(x, spec(*logical)) if _explicit_mesh() else x
 
 
-def einsum(equation: str, *operands: jax.Array, out: tuple[str | None, ...], **options: Any):
-    """`jnp.einsum` whose result has the partition of the logical axes `out`."""
-    sharding = spec(*out) if _explicit_mesh() else None
-    return jnp.einsum(equation, *operands, out_sharding=sharding, **options)
+def einsum(
+    equation: str, x: jax.Array, weight: jax.Array, out: tuple[str | None, ...], **options: Any
+) -> jax.Array:
+    """`jnp.einsum` of tokens BS... with a weight; the result, BS... too, has the partition `out`.
+
+    Where they are not divided, tokens are one axis: contracting two for the weight's gradient, XLA
+    copies both operands on CPUs, which takes as long as the products.
+    """
+    if device_count() > 1:
+        return jnp.einsum(equation, x, weight, out_sharding=spec(*out), **options)
+    sharding = spec(out[0], *out[2:]) if _explicit_mesh() else None
+    flat = x.reshape(-1, *x.shape[2:])
+    y = jnp.einsum(equation.replace("BS", "T"), flat, weight, out_sharding=sharding, **options)
+    y = y.reshape(*x.shape[:2], *y.shape[1:], out_sharding=spec(*out) if _explicit_mesh() else None)
+    return y
 
 
 def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax.Array:
