@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from prefixmem_jax.evaluation import comparison
 from prefixmem_jax.evaluation.report import plot_recall, text_table, write_comparison
 from prefixmem_jax.files import write_json
 from prefixmem_jax.parallel.mesh import all_devices, initialize_processes
+from prefixmem_jax.parallel.rendezvous import meet
 from prefixmem_jax.planning import plan as planning
 from prefixmem_jax.planning import topology
 from prefixmem_jax.recommender import recommend
@@ -262,6 +264,12 @@ def test_a_wrong_description_of_the_processes_is_refused(
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 JOIN = """
 import sys
 from prefixmem_jax import cli
@@ -271,22 +279,97 @@ sys.exit(cli.main(["evaluate", "RUN", "--distributed"]))
 """
 
 
-@pytest.mark.parametrize("number", ["0", "1"])
-def test_processes_that_nobody_joins_end_in_time(number):
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        ("0", "process 1 of 2 did not come within 2 s (they count from 0)"),
+        ("1", "the first process did not answer at 127.0.0.1:"),
+    ],
+)
+def test_a_process_that_nobody_joins_ends_in_time_and_says_who_is_missing(number, words, free_port):
     started = time.monotonic()
     process = command(
         JOIN,
-        PREFIXMEM_COORDINATOR=f"127.0.0.1:{40000 + os.getpid() % 10000}",
+        PREFIXMEM_COORDINATOR=f"127.0.0.1:{free_port}",
         PREFIXMEM_PROCESSES="2",
         PREFIXMEM_PROCESS_ID=number,
     )
     output, errors = process.communicate(timeout=100)
-    assert (output, process.returncode) == ("", 1) and time.monotonic() - started < 60
+    assert (output, process.returncode) == ("", 2) and time.monotonic() - started < 60
     assert errors.count("\n") == 1, errors
-    assert errors.startswith(
-        "prefixmem: --distributed: not all processes came together within 2 s "
-        f"(this is process {number} of 2, the coordinator 127.0.0.1:"
-    )
+    assert errors.startswith(f"prefixmem: --distributed: {words}")
+
+
+def meeting(port: int, come: tuple[int, ...], processes: int, seconds: float) -> list[str]:
+    """What each of some processes, here threads, hears: an error, or nothing."""
+    heard = [""] * len(come)
+
+    def run(at: int, number: int) -> None:
+        try:
+            meet("127.0.0.1", port, processes, number, seconds)
+        except UserError as error:
+            heard[at] = str(error)
+
+    threads = [threading.Thread(target=run, args=one) for one in enumerate(come)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    socket.create_server(("127.0.0.1", port)).close()  # free for JAX at once
+    return heard
+
+
+@pytest.mark.parametrize(
+    "come, words",
+    [
+        ((0, 2), "process 1 of 3 did not come within 2 s (they count from 0)"),
+        ((0, 3), "processes 1, 2 of 4 did not come within 2 s (they count from 0)"),
+        ((0, 2, 2), "two processes say that they are number 2 of 3"),
+    ],
+)
+def test_all_that_came_hear_who_did_not(come, words, free_port):
+    heard = meeting(free_port, come, max(come) + 1, 2)
+    assert heard[0] == f"--distributed: {words}"
+    # Of two that say the same one comes second, and may find nobody listening any more.
+    assert heard[0] in heard[1:]
+    for one in heard[1:]:
+        assert one == heard[0] or (len(set(come)) < len(come) and "did not answer" in one)
+
+
+def test_no_meeting_of_one_and_no_port_for_two(free_port):
+    meet("nowhere", free_port, 1, 0, 0.1)
+    taken = socket.create_server(("", free_port))
+    with taken, pytest.raises(UserError, match=f"port {free_port}: Address already in use"):
+        meet("127.0.0.1", free_port, 2, 0, 1)
+
+
+def _last(port: int) -> bool:
+    meet("127.0.0.1", port, 4, 3, 30)
+    return True
+
+
+def test_processes_that_meet_go_on_and_strangers_are_not_counted(free_port):
+    heard, ends = [], []
+
+    def three() -> None:
+        heard.extend(meeting(free_port, (0, 1, 2), 4, 30))
+        ends.append(time.monotonic())
+
+    thread = threading.Thread(target=three)
+    thread.start()
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"7\n", b"", b"0\n"):
+        for _ in range(100):
+            try:
+                with socket.create_connection(("127.0.0.1", free_port), 20) as stranger:
+                    stranger.sendall(said)
+                break
+            except OSError:
+                time.sleep(0.05)  # nobody listens yet
+    time.sleep(0.5)
+    last = time.monotonic()
+    assert not ends and _last(free_port)
+    thread.join(60)
+    assert heard == ["", "", ""] and ends[0] >= last
 
 
 @pytest.mark.parametrize(

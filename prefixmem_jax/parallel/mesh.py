@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 
 from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.parallel.rendezvous import meet
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,11 @@ def initialize_processes() -> None:
     `launch/local.sh` names the coordinator in PREFIXMEM_COORDINATOR, PREFIXMEM_PROCESSES and
     PREFIXMEM_PROCESS_ID. Without them, JAX finds the others itself (TPU pods, Slurm, GKE).
 
-    Where they do not come together in time this process ends, with one line in the log: JAX waits
+    Where JAX's do not come together in time this process ends, with one line in the log: it waits
     beyond the reach of exceptions, and would abort it.
+
+    Raises:
+      UserError: the processes are described wrongly, or one of those described did not come.
     """
     names = ("PREFIXMEM_COORDINATOR", "PREFIXMEM_PROCESSES", "PREFIXMEM_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
@@ -45,6 +49,7 @@ def initialize_processes() -> None:
         processes = _number(names[1], processes, 1, None)
         number = _number(names[2], number, 0, processes - 1)
         who = f"this is process {number} of {processes}, the coordinator {address}"
+        meet(host.strip("[]"), int(port), processes, number, SECONDS_TO_JOIN)
     late = threading.Timer(SECONDS_TO_JOIN, _end_process, [who])
     late.daemon = True
     late.start()
