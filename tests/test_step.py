@@ -314,6 +314,14 @@ def test_accumulated_parts_of_a_batch_give_the_step_of_the_whole(sizes, config):
     np.testing.assert_array_equal(parts[0]["sums"]["hits"], whole[0]["sums"]["hits"])
 
 
+def test_distinct_rows_of_a_batch_are_counted():
+    spec, history = spec_of(CONFIG), run(CONFIG, 3)[0]
+    model = spec.model(fresh_state(CONFIG).params)
+    for step, metrics in enumerate(history):
+        named = np.asarray(model.memory_addresses(batch_at(step)).by_position)
+        assert metrics["memory_rows"] == len(np.unique(named[named >= 0])) > 10
+
+
 def test_bfloat16_rows_learn_as_float32_rows_do():
     sid_encoder = dataclasses.replace(CONFIG.sid_encoder, dtype="bfloat16")
     config = dataclasses.replace(CONFIG, sid_encoder=sid_encoder)

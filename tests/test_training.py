@@ -217,8 +217,8 @@ def test_a_run_moves_from_devices_to_processes_and_back(stage_one, tmp_path):
     one, moved = read_metrics(tmp_path / "one"), read_metrics(run)
     assert [r["step"] for r in one] == [r["step"] for r in moved]
     for a, b in zip(one, moved, strict=True):
-        for name in a.keys() - {"memory_rounds"}:
-            if not name.endswith("seconds"):
+        for name in a.keys() - {"memory_rounds", "memory_rows"}:
+            if not name.endswith(("seconds", "_per_second")):
                 assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
         assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-5)
     state, other = (state_of(folder)[1] for folder in (tmp_path / "one", run))
@@ -245,6 +245,11 @@ def test_metrics_reach_tensorboard_and_jsonl(stage_one):
     config = json.loads((stage_one / "config.json").read_text())
     assert config["steps"] == 20 and config["model"]["d_model"] == 32
     assert "mfu" not in last  # a CPU's peak is not known
+    before, after = [record for record in records if "memory_rows" in record][-2:]
+    steps, seconds = (after[name] - before[name] for name in ("step", "seconds"))
+    assert after["memory_rows"] > 0
+    pace = after["memory_rows"] * steps / seconds
+    assert after["memory_rows_per_second"] == pytest.approx(pace)
 
 
 def test_logs_say_what_share_of_the_peak_is_used(tmp_path, monkeypatch):

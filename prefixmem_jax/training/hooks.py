@@ -152,12 +152,15 @@ class Logging(Hook):
         stats = jax.local_devices()[0].memory_stats()
         if stats is not None:  # a CPU does not count
             record["device_memory_bytes"] = stats["peak_bytes_in_use"]
-        if "memory_rounds" in metrics:
-            record["memory_rounds"] = int(metrics["memory_rounds"])
         now = progress.step, totals["seconds"], totals["input_seconds"]
         steps, passed, waited = (x - y for x, y in zip(now, self.before or now, strict=True))
         if passed and progress.seconds_at_peak is not None:
             record["mfu"] = steps * progress.seconds_at_peak / passed
+        if "memory_rounds" in metrics:
+            record["memory_rounds"] = int(metrics["memory_rounds"])
+            record["memory_rows"] = int(metrics["memory_rows"])
+            if passed:
+                record["memory_rows_per_second"] = record["memory_rows"] * steps / passed
         if self.writer:
             self.writer.write(progress.step, record)
         rate = totals["tokens"] / max(totals["seconds"], 1e-9)

@@ -48,7 +48,8 @@ def train_step(
     Returns:
       The new state: the old one, bit for bit, where loss or gradients are not finite.
       Metrics: `loss`, `gradient_norm`, `gradient_norms` by part, `finite`, the objective's `sums`,
-      and with a table `memory_rounds` (exchanges that the batch needed).
+      and with a table `memory_rows` (distinct ones that each device's share of the batch names,
+      all together) and `memory_rounds` (exchanges that they needed).
     """
     config, table = spec.config, spec.table
     key = step_key(config.seed, state.step)
@@ -90,6 +91,7 @@ def train_step(
             key,
         )
         update_norms["memory"] = jnp.sqrt(squared_update)
+        metrics["memory_rows"] = jnp.sum(fetched.ids < table.padded_rows)
         metrics["memory_rounds"] = fetched.rounds
     average = _updated_average(config.optimizer.average_decay, state, params, finite)
     step = state.step + finite.astype(jnp.int32)
