@@ -24,6 +24,10 @@ def state_of(folder: str | Path) -> tuple[int, TrainState, Any]:
 def records_of(folder: Path) -> list[dict[str, float]]:
     """What a run recorded, but for how long it took."""
     return [
-        {name: value for name, value in record.items() if not name.endswith(("seconds", "_per_second"))}
+        {
+            name: value
+            for name, value in record.items()
+            if not name.endswith(("seconds", "_per_second"))
+        }
         for record in read_metrics(folder)
     ]
