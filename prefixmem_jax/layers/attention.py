@@ -6,9 +6,9 @@ caller builds. Dimension letters: see `models.decoder`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,8 @@ def self_attention(
       scale: of queries; None means H ** -0.5.
     """
     if not on_tpus():
-        function = _in_cache if on_cpus() else attention
-        return function(query_BSNH, place, own, place, window, scale)
+        local = partial(few_rows_at_a_time, partial(_attention, scale))
+        return by_heads(local, (query_BSNH, *own), (place, place), jnp.asarray(window))
     kernels = [partial(splash_attention, window=one, scale=scale) for one in windows]
 
     def local(heads: tuple, batch: tuple, *which: jax.Array) -> jax.Array:
@@ -102,26 +102,22 @@ def _attention(
     return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
 
 
-def _in_cache(
-    query_BSNH: jax.Array,
-    queries: Place,
-    past: KeyValues,
-    keys: Place,
-    window: jax.Array | int,
-    scale: float | None,
-) -> jax.Array:
-    """As `attention`, of so many rows at a time that their scores stay in a CPU's cache."""
+def few_rows_at_a_time(attend: Callable, heads: tuple, batch: Any, *shared: jax.Array) -> jax.Array:
+    """`attend(heads, batch, *shared)`, on CPUs of so few rows at once that their scores stay in the
+    cache; the backward pass computes them again.
 
-    def local(heads: tuple, batch: tuple[Place, Place], window: jax.Array) -> jax.Array:
-        rows, queries, count, _ = heads[0].shape
-        most = max(1, CACHED_SCORES // (count * queries * heads[1].shape[1]))
-        pieces = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
-        one = jax.checkpoint(partial(_attention, scale))
-        divided = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (heads, batch))
-        found = jax.lax.map(lambda piece: one(*piece, window), divided)
-        return found.reshape(heads[0].shape)
-
-    return by_heads(local, (query_BSNH, *past), (queries, keys), jnp.asarray(window))
+    Args:
+      heads: queries [B, S, N, H], keys and values [B, T, K, H]; batch: arrays [B, any].
+    """
+    if not on_cpus():
+        return attend(heads, batch, *shared)
+    (rows, queries, count, _), keys = heads[0].shape, heads[1].shape[1]
+    most = max(1, CACHED_SCORES // (count * queries * keys))
+    pieces = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
+    divided = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (heads, batch))
+    one = jax.checkpoint(attend)
+    found = jax.lax.map(lambda piece: one(*piece, *shared), divided)
+    return found.reshape(heads[0].shape)
 
 
 def beam_attention(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefixmem_jax.layers.attention import KeyValues, Place
+from prefixmem_jax.layers.attention import KeyValues, Place, few_rows_at_a_time
 from prefixmem_jax.parallel.sharding import by_heads
 
 BUCKETS = 32
@@ -70,7 +72,8 @@ def relative_attention(
             query, key, value, bias=bias[None], mask=mask_BST[:, None], scale=scale
         )
 
-    return by_heads(local, (query_BSNH, *own), tuple(place), by_head=(bias_NSS,))
+    few = partial(few_rows_at_a_time, local)
+    return by_heads(few, (query_BSNH, *own), tuple(place), by_head=(bias_NSS,))
 
 
 def own_attention(
