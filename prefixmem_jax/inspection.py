@@ -39,7 +39,7 @@ def inspect(config: Config, documents: int, say: Callable[[str], None]) -> None:
     say(
         f"packed: {count_rows(rows):,} rows of {rows.tokens.shape[1]} tokens, "
         f"{int(rows.segment_ids.max(axis=1).sum()):,} documents; {1 - real.mean():.1%} is padding, "
-        f"{int(rows.loss_mask.sum()):,} tokens are predicted"
+        f"{int((rows.loss_mask > 0).sum()):,} tokens are predicted"
     )
     tokenizer = None
     if config.data.tokenizer is not None:

@@ -8,9 +8,17 @@ from typing import Any
 import jax
 
 from prefixmem_jax.benchmarks import torch_peer
-from prefixmem_jax.benchmarks.fixtures import one_device_model, random_batches, training
+from prefixmem_jax.benchmarks.fixtures import (
+    DECODERS,
+    one_device_model,
+    random_batches,
+    training,
+)
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.config_groups import ItemHeadConfig
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 # Batch, length and codes per level by decoder: what fits the machines they are meant for.
@@ -33,7 +41,7 @@ def bench_step(
       items: of a catalogue for an item head over the memory, which is then timed too; 0: none.
       negatives: that it draws in a step.
       batch_size: sequences in a step; None: what goes with the decoder.
-      peer: also time Hugging Face's decoder of the same shape (`torch_peer`), afterwards.
+      peer: also time Hugging Face's decoder of the same shape (`torch_peer`), first.
 
     Returns:
       machine, decoder, rows (per table), d_mem, tokens (per step).
@@ -47,6 +55,7 @@ def bench_step(
     usual, length, codes = SHAPES[decoder]
     batch = batch_size or usual
     shape = (batch, length, codes)
+    beside = _peer(decoder, *shape, repeats) if peer else None
     memory = PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=rows, d_mem=d_mem)
     models = {
         "without": one_device_model(decoder, None, *shape),
@@ -75,13 +84,20 @@ def bench_step(
     if items:
         overhead = seconds["item_head"] / seconds["with"] - 1
         measured |= {"items": items, "negatives": negatives, "item_head_overhead": overhead}
-    if peer:
-        without = models["without"]
-        shape = (without.vocabulary.size, batch, length)
-        del calls, batches
-        found = torch_peer.measure(without.config.model, *shape, repeats)
-        measured |= {"peer": found, "peer_ratio": found["seconds"] / seconds["without"]}
+    if beside is not None:
+        measured |= {"peer": beside, "peer_ratio": beside["seconds"] / seconds["without"]}
     return measured
+
+
+def _peer(decoder: str, batch: int, length: int, codes: int, repeats: int) -> dict[str, Any]:
+    """`torch_peer.measure`, on the device that JAX has, while JAX holds nothing there."""
+    model, text_tokens = DECODERS[decoder]
+    size = Vocabulary(SidSpace((codes,) * 5), text_tokens).size
+    found = torch_peer.measure(model, size, batch, length, repeats)
+    ours = jax.devices()[0]
+    if (ours.platform == "gpu") != (found["device"] != "cpu"):
+        raise UserError(f"--peer: JAX has {ours.device_kind}, torch {found['device']}")
+    return found
 
 
 def describe(measured: dict[str, Any]) -> str:
@@ -109,7 +125,8 @@ def describe(measured: dict[str, Any]) -> str:
             ),
             *(
                 [
-                    f"  Hugging Face's decoder under torch.compile: "
+                    f"  Hugging Face's decoder under torch.compile ("
+                    f"{measured['peer']['device']}, torch {measured['peer']['torch']}): "
                     f"{measured['peer']['seconds'] * 1e3:.1f} ms; ours has "
                     f"{measured['peer_ratio']:.2f} times its tokens/s"
                 ]

@@ -2,13 +2,15 @@
 
 Same parameters in float32, products in the decoder's compute dtype, same recomputation, AdamW,
 clipped gradients, and as many tokens, on the same device; of random tokens, a document a row. It
-runs in a process of its own, so that neither library holds the other's memory.
+runs in a process of its own, before ours: neither library gives memory back.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,8 @@ def measure(
     Raises:
       UserError: torch is not installed, or it fails.
     """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--peer: torch is not installed; pip install '.[benchmarks]'")
     asked = {
         "model": dataclasses.asdict(model),
         "vocabulary": vocabulary,
@@ -48,7 +52,8 @@ def measure(
 def _main(asked: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu" if on_cpu else "cuda")
     model = _build(asked["model"], asked["vocabulary"], asked["length"]).to(device).train()
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)

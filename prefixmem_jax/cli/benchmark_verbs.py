@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from prefixmem_jax.cli.verbs import start
 
@@ -13,6 +14,8 @@ def bench(options: argparse.Namespace) -> None:
     from prefixmem_jax.planning.topology import simulate_cpu_devices
 
     simulate_cpu_devices(8)
+    if getattr(options, "peer", False):  # or JAX takes most of a GPU's memory before torch's turn
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start()
     module, measured = options.benchmark(options)
     print(module.describe(measured))

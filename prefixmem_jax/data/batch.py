@@ -20,7 +20,7 @@ class Batch(NamedTuple):
       tokens: int32, 0 after the last document.
       segment_ids: int32, 1, 2, ... by document within the row, 0 for padding.
       positions: int32, from 0 within each document.
-      loss_mask: float32, 1 where the *next* token is to be predicted.
+      loss_mask: float32, above 0 where the *next* token is to be predicted: its weight, mostly 1.
       next_item: int32, 1 + the item that starts with the next token; 0 where none does.
     """
 

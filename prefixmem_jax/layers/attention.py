@@ -17,6 +17,7 @@ from prefixmem_jax.layers.splash_attention import splash_attention
 from prefixmem_jax.parallel.sharding import by_heads, on_cpus, on_tpus
 
 NO_WINDOW = 2**30  # further back than any position
+# On a CPU, so many scores of attention at a time stay in its cache: 4 MB.
 CACHED_SCORES = 2**20
 
 

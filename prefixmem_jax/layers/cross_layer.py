@@ -20,7 +20,10 @@ from prefixmem_jax.parallel.parameters import normal
 
 
 class CrossLayer(Layer):
-    """Attention to its own tokens, to the encoder's, and feed-forward; no rotation."""
+    """Attention to its own tokens, to the encoder's, and feed-forward; no rotation.
+
+    Queries and keys between the two are not normalised, `DecoderConfig.qk_norm` or not.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -33,6 +36,7 @@ class CrossLayer(Layer):
         self.cross_value = normal(rngs, std, model, kv_heads, size)
         self.cross_output = normal(rngs, std, heads, size, model)
 
+    @jax.named_scope("attention")
     def encoded(self, encoded_BSD: jax.Array) -> KeyValues:
         """Keys and values [B, S, K, H] of an encoder's output."""
         return KeyValues(
@@ -59,7 +63,7 @@ class CrossLayer(Layer):
         """
         dropping = (None,) * 3 if key is None else jax.random.split(key, 3)
         x_BTD, kept = self.attended(x_BTD, queries.positions, None, attend, dropping[0])
-        with jax.named_scope("cross_attention"):
+        with jax.named_scope("attention"):
             query = to_heads(self.cross_norm(x_BTD), self.cross_query)
             scale = self.config.query_scale
             y = attention(query, queries, encoded, keys, NO_WINDOW, scale)

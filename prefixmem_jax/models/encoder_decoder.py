@@ -99,19 +99,20 @@ class EncoderDecoder(TokenTables):
           asked_BS: above 0 where the next token is asked for.
 
         Returns:
-          Hidden states after the final norm [B, S, D], zero where nothing is asked for; and what
-          the decoder's layers have of the rows.
+          Hidden states after the final norm [B, S, D], meaningless where nothing is asked for; and
+          what the decoder's layers have of the rows.
         """
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x_BSD = dropout(x_BSD, self.config.dropout, keys[0], *WHOLE)
         asked = asked_BS > 0
         is_answer = jnp.pad(asked[:, :-1], ((0, 0), (1, 0)))
-        from_BP, found_BP = _places(asked & ~is_answer, self.answers)
+        rows, length = x_BSD.shape[:2]
+        answers = min(self.answers, length)
+        from_BP, found_BP = _places(asked & ~is_answer, answers)
         known = place._replace(segments=jnp.where(is_answer, 0, place.segments))
         encoder = self._encode(x_BSD, known, keys[1])
 
         at_BPC = from_BP[..., None] + jnp.arange(self.codes)
-        rows, length = x_BSD.shape[:2]
         at_BT = jnp.minimum(at_BPC, length - 1).reshape(rows, -1)
         is_start_T1 = (np.arange(at_BT.shape[1]) % self.codes == 0)[:, None]
         x_BTD = take_positions(x_BSD, at_BT)
@@ -126,7 +127,7 @@ class EncoderDecoder(TokenTables):
             each_code(start_place.positions),
             each_code(jnp.where(found_BP, start_place.segments, -1)),
         )
-        code_T, answer_T = np.tile(np.arange(self.codes), self.answers), np.arange(self.answers)
+        code_T, answer_T = np.tile(np.arange(self.codes), answers), np.arange(answers)
         by_row = (
             constrain(jnp.broadcast_to(x, at_BT.shape), "batch", None)
             for x in (code_T, answer_T.repeat(self.codes))

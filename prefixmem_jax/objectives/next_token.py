@@ -95,7 +95,7 @@ class NextToken(Objective):
         """Cross-entropy and hits, as sums over the batch.
 
         Returns:
-          loss: float32 [], summed over predicted positions; count: their number.
+          loss: float32 [], summed over predicted positions by weight; count: their weights' sum.
           hits, level_count: float32 [levels], by level of the predicted token (top-1 over the whole
           vocabulary). With an item head item_loss, which is part of loss, item_count, and in
           validation item_hits (top-10).

@@ -24,9 +24,8 @@ from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 class Tiger(NextToken):
     """Cross-entropy of the codes of the item that follows a history.
 
-    The shape is `model`'s, of which rotary positions and windows are not used: the decoder has
-    `model.layers`. The memory is added to the codes that the encoder reads, and to those of the
-    item being written.
+    The shape is `model`'s, of which rotary positions are not used: the decoder has `model.layers`.
+    The memory is added to the codes that the encoder reads, and to those of the item being written.
 
     Attributes:
       documents: `next_item` alone.
@@ -44,10 +43,17 @@ class Tiger(NextToken):
     def check(self, config: Any) -> None:
         if not all(isinstance(one, NextItem) for one in self.documents):
             raise UserError("objective.documents: tiger learns from next_item alone")
-        if config.model.sliding_layers or config.model.rope_scaling is not None:
+        if config.data.tokenizer is not None or config.init.from_huggingface is not None:
             raise UserError(
-                "objective=tiger has relative positions; expected model.sliding_layers=() and "
-                "model.rope_scaling=none"
+                "objective=tiger speaks SIDs alone, and starts from no LLM; expected "
+                "data.tokenizer=none and init.from_huggingface=none"
+            )
+        shape = config.model
+        if shape.sliding_layers or shape.rope_scaling or shape.post_norms or shape.scale_embedding:
+            raise UserError(
+                "objective=tiger has relative positions and T5's layers; expected "
+                "model.sliding_layers=(), model.rope_scaling=none, model.post_norms=false and "
+                "model.scale_embedding=false"
             )
 
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> SidLM:

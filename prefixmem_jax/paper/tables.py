@@ -15,6 +15,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import InitConfig, OptimizerConfig
 from prefixmem_jax.data.documents.catalogue import Catalogue
 from prefixmem_jax.data.documents.items import Items
+from prefixmem_jax.data.documents.next_item import NextItem
 from prefixmem_jax.data.generator import GeneratorConfig
 from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.objectives.tiger import Tiger
@@ -117,14 +118,16 @@ def _classifier(factor: float = 1.0):
 
 def _catalogue_classifier(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
     del folders
-    objective = Classification(documents=(Items(), Catalogue()))
+    # At the tiny scale there are three items to a history: so each of either is there once.
+    objective = Classification(documents=(Items(), Catalogue(weight=3.0)))
     return replace(base, objective=objective, sid_encoder=memory)
 
 
 def _tiger(with_memory: bool):
     def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
         del folders
-        objective = Tiger(encoder_layers=base.model.layers, answers=8)
+        documents = (NextItem(draws=1),)  # the steps end before every user had a turn
+        objective = Tiger(documents=documents, encoder_layers=base.model.layers, answers=8)
         return replace(base, objective=objective, sid_encoder=memory if with_memory else None)
 
     return make

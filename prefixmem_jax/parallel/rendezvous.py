@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from prefixmem_jax.errors import UserError
 
-GO = b"go"
+_GO, _NO = "prefixmem: go", "prefixmem: no: "
 _RETRY = 0.2  # seconds
 _TO_SPEAK = 5.0  # seconds that a connection has to say who it is
 _LONGEST = 4096  # bytes of a message
@@ -28,7 +28,8 @@ def meet(host: str, port: int, processes: int, number: int, seconds: float) -> N
       number: of this process.
 
     Raises:
-      UserError: somebody has not come in time, two have the same number, or the port is taken.
+      UserError: somebody has not come in time, two have the same number, they do not agree on how
+        many they are, or the port is taken.
     """
     if processes == 1:
         return
@@ -36,59 +37,69 @@ def meet(host: str, port: int, processes: int, number: int, seconds: float) -> N
     if number == 0:
         _gather(port, processes, deadline, seconds)
     else:
-        _report(host, port, number, deadline, seconds)
+        _report(host, port, processes, number, deadline, seconds)
 
 
 def _gather(port: int, processes: int, deadline: float, seconds: float) -> None:
     """The first process: collects the others."""
     there: dict[int, socket.socket] = {}
+    verdict = None
     with contextlib.ExitStack() as stack:
         try:
             listener = stack.enter_context(_listening(port))
         except OSError as error:
             raise UserError(f"--distributed: port {port}: {error.strerror}") from None
-        verdict = None
-        while verdict is None and len(there) < processes - 1:
+        while verdict is None:
+            there = {number: one for number, one in there.items() if _is_open(one)}
+            if len(there) == processes - 1:
+                break
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                missing = [str(n) for n in range(1, processes) if n not in there]
+                missing = [str(number) for number in range(1, processes) if number not in there]
                 verdict = _missing(missing, processes, seconds)
                 break
             stack.enter_context(connection)
-            said = _line(connection, min(deadline, time.monotonic() + _TO_SPEAK))
-            if not said.isdigit() or not 0 < int(said) < processes:
+            said = _line(connection, min(deadline, time.monotonic() + _TO_SPEAK)).split()
+            if len(said) != 2 or not all(word.isdecimal() for word in said):
                 continue  # nobody of ours
-            if int(said) in there:
-                verdict = f"two processes say that they are number {int(said)} of {processes}"
+            number, of = map(int, said)
+            if of != processes:
+                verdict = f"process {number} says that they are {of}, the first that {processes}"
+            elif number in there and _is_open(there[number]):
+                verdict = f"two processes say that they are number {number} of {processes}"
+            if verdict is None:
+                there[number] = connection
             else:
-                there[int(said)] = connection
+                _tell(connection, _NO + verdict)
         for connection in there.values():
-            with contextlib.suppress(OSError):
-                connection.sendall((verdict.encode() if verdict else GO) + b"\n")
+            _tell(connection, _GO if verdict is None else _NO + verdict)
         for connection in there.values():  # they hang up first, so that the port is free at once
             _line(connection, time.monotonic() + _TO_SPEAK)
     if verdict is not None:
         raise UserError(f"--distributed: {verdict}")
 
 
-def _report(host: str, port: int, number: int, deadline: float, seconds: float) -> None:
+def _report(
+    host: str, port: int, processes: int, number: int, deadline: float, seconds: float
+) -> None:
     """Any other process: says that it is there, and hears whether all are."""
     reason = "no answer"
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=5) as connection:
-                connection.sendall(f"{number}\n".encode())
-                said = _line(connection, deadline + 5).decode(errors="replace")
+                _tell(connection, f"{number} {processes}")
+                # Whoever listens there may have begun just now, and waits as long as this did.
+                said = _line(connection, time.monotonic() + seconds + _TO_SPEAK)
         except OSError as error:
             reason = error.strerror or str(error)
         else:
-            if said == GO.decode():
+            if said == _GO:
                 return
-            if said:
-                raise UserError(f"--distributed: {said}")
-            reason = "it hung up"
+            if said.startswith(_NO):
+                raise UserError(f"--distributed: {said.removeprefix(_NO)}")
+            reason = "something else listens there" if said else "it hung up"
         time.sleep(_RETRY)
     raise UserError(
         f"--distributed: the first process did not answer at {host}:{port} within {seconds:g} s "
@@ -109,7 +120,24 @@ def _listening(port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _line(connection: socket.socket, deadline: float) -> bytes:
+def _tell(connection: socket.socket, message: str) -> None:
+    connection.settimeout(_TO_SPEAK)
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{message}\n".encode())
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Whether the other side, which has nothing more to say, is still there."""
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _line(connection: socket.socket, deadline: float) -> str:
     """What the other side says up to the end of a line; nothing where it does not say so much."""
     said = b""
     try:
@@ -117,8 +145,8 @@ def _line(connection: socket.socket, deadline: float) -> bytes:
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             more = connection.recv(_LONGEST)
             if not more:
-                return b""
+                return ""
             said += more
     except OSError:
-        return b""
-    return said.strip()
+        return ""
+    return said.decode(errors="replace").strip()

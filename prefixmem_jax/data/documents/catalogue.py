@@ -17,9 +17,10 @@ from prefixmem_jax.data.splits import Ranges
 
 @dataclass(frozen=True)
 class Catalogue(DocumentsConfig):
-    """Each item once, its first code unasked for: which items are popular it does not tell.
+    """All items alike, their first code unasked for: which are popular it does not tell.
 
-    Beside the histories it makes prefixes known that nobody's history has.
+    Beside the histories it makes prefixes known that nobody's history has. There each item is once
+    if its `weight` is as many times theirs as there are items to a document of theirs.
 
     Attributes:
       loss_weight: of a prediction here, where one in the other documents has 1.

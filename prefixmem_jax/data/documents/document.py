@@ -28,7 +28,7 @@ class Documents:
 
     Attributes:
       tokens: int32 [tokens].
-      loss_mask: float32 [tokens], 1 where the *next* token is to be predicted.
+      loss_mask: float32 [tokens], above 0 where the *next* token is to be predicted: its weight.
       next_item: int32 [tokens], 1 + the item that starts with the next token; 0 where none does, or
         where the text before it tells which.
       offsets: int64 [documents + 1]; document i is tokens[offsets[i]:offsets[i + 1]].

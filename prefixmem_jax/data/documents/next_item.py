@@ -23,10 +23,11 @@ class NextItem(DocumentsConfig):
     """Random items of the training sequences, each behind as much of its history as validation has.
 
     Attributes:
-      draws: how many of each sequence, any item but the first; sequences of one item have none.
+      draws: how many of each sequence, any item but the first, drawn once and for all; sequences of
+        one item have none.
     """
 
-    draws: PositiveInt = field(default=1, kw_only=True)
+    draws: PositiveInt = field(default=4, kw_only=True)
 
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         data, levels = corpus.data, corpus.data.vocabulary.levels
