@@ -161,6 +161,20 @@ def test_documents_that_share_a_row_know_nothing_of_each_other(tiger):
     assert seen == 4 * len(SIZES)
 
 
+def test_rows_may_be_shorter_than_there_are_answers():
+    """As prompts of nobody's history are, with SIDs of one level."""
+    model, rows_at, *_ = make_model((7,), 5, False, 0, make_llm=make_encoder_decoder)
+    bos = np.full((3, 1), model.vocabulary.bos_token, np.int32)
+    ones = np.ones_like(bos)
+    batch = Batch(bos, ones, 0 * ones, ones.astype(np.float32), 0 * ones)
+    found = logits_of(model, rows_at, batch)
+    assert found.shape == (3, 1, model.vocabulary.size) and np.isfinite(found).all()
+    padded = jax.tree.map(lambda leaf: np.pad(leaf, ((0, 0), (0, 4))), batch)
+    np.testing.assert_allclose(
+        logits_of(model, rows_at, padded)[:, :1], found, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_a_code_is_predicted_from_the_history_and_the_codes_before_it_alone(tiger):
     model, rows_at, catalog, rng = tiger
     batch = one_per_row(documents(model, catalog, [rng.integers(0, 40, 4)]), 16)
@@ -229,6 +243,8 @@ def test_mistakes_are_one_line():
     for overrides, message in (
         (['objective.documents=[{"kind":"items"}]'], "tiger learns from next_item alone"),
         (["model.sliding_layers=(0,)", "model.sliding_window=4"], "tiger has relative positions"),
+        (["model.post_norms=true"], "tiger has relative positions and T5's layers"),
+        (["data.tokenizer=some"], "tiger speaks SIDs alone"),
     ):
         done = prefixmem("train", *TRAINED, *overrides, "--out", "nowhere", expect=2)
         assert message in done.stderr.splitlines()[-1]
