@@ -126,7 +126,7 @@ def _catalogue_classifier(base: Config, memory: PrefixMemoryConfig, folders: Fol
 def _tiger(with_memory: bool):
     def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
         del folders
-        documents = (NextItem(draws=1),)  # the steps end before every user had a turn
+        documents = (NextItem(draws=1),)  # at the tiny scale the steps are one turn of every user
         objective = Tiger(documents=documents, encoder_layers=base.model.layers, answers=8)
         return replace(base, objective=objective, sid_encoder=memory if with_memory else None)
 
