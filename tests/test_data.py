@@ -288,7 +288,8 @@ def test_examples_predict_only_the_target_and_prompts_stop_before_it(small):
     prompts = one_per_row(
         prompt_documents(histories, small.item_tokens, vocabulary, 5), document_length(3, 5)
     )
-    assert not prompts.loss_mask.any()
+    last = (prompts.segment_ids > 0).sum(axis=1) - 1  # what comes after it is asked for
+    assert np.array_equal(prompts.loss_mask, np.arange(16) == last[:, None])
     assert prompts.tokens[7].tolist() == [vocabulary.bos_token] + [0] * 15
     assert prompts.segment_ids[7].tolist() == [1] + [0] * 15
     for row, (_, history, target) in enumerate(spelled(examples)):
