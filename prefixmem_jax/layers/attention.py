@@ -121,6 +121,11 @@ def few_rows_at_a_time(attend: Callable, heads: tuple, batch: Any, *shared: jax.
     return found.reshape(heads[0].shape)
 
 
+def appended(own: KeyValues, new: KeyValues) -> KeyValues:
+    """Each beam's own keys and values [B, S, A, K, H] and its new token's: [B, S, A + 1, K, H]."""
+    return jax.tree.map(lambda old, add: jnp.concatenate([old, add[:, :, None]], axis=2), own, new)
+
+
 def beam_attention(
     query_BSNH: jax.Array,
     queries: Place,

@@ -23,6 +23,7 @@ from prefixmem_jax.layers.attention import (
     NO_WINDOW,
     KeyValues,
     Place,
+    appended,
     attention,
     beam_attention,
     self_attention,
@@ -148,9 +149,7 @@ class Decoder(TokenTables):
 
         def attend(past: tuple, window: jax.Array, query: jax.Array, new: KeyValues) -> tuple:
             shared, before = past
-            after = jax.tree.map(
-                lambda old, add: jnp.concatenate([old, add[:, :, None]], axis=2), before, new
-            )
+            after = appended(before, new)
             attended = beam_attention(query, queries, shared, prompt_keys, after, window, scale)
             return attended, after
 

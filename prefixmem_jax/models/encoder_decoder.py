@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from prefixmem_jax.config_groups import DecoderConfig
-from prefixmem_jax.layers.attention import KeyValues, Place
+from prefixmem_jax.layers.attention import KeyValues, Place, appended
 from prefixmem_jax.layers.cross_layer import CrossLayer
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.layers.relative_attention import (
@@ -155,9 +155,7 @@ class EncoderDecoder(TokenTables):
         bias_NA = bias_between(self._bias(self.decoder_bias), count, count, both_ways=False)[:, -1]
 
         def attend(before: KeyValues, query: jax.Array, new: KeyValues) -> tuple:
-            after = jax.tree.map(
-                lambda old, add: jnp.concatenate([old, add[:, :, None]], axis=2), before, new
-            )
+            after = appended(before, new)
             return own_attention(query, after, bias_NA, self.config.query_scale), after
 
         def body(x: jax.Array, one: tuple) -> tuple:
