@@ -198,7 +198,8 @@ def trace_train_step(spec: ModelSpec) -> jax.stages.Traced:
 
 
 def flops_once(spec: ModelSpec, traced: jax.stages.Traced) -> int:
-    """FLOPs of matrix products in a step that computes nothing twice; without its kernels'.
+    """FLOPs of matrix products in a step that computes nothing twice (but on CPUs attention);
+    without its kernels'.
 
     Args:
       traced: the spec's step, which computes again what `model.remat` says.
