@@ -292,6 +292,64 @@ def test_a_process_that_nobody_joins_ends_in_time_and_says_who_is_missing(number
     assert errors.startswith(f"prefixmem: --distributed: {words}")
 
 
+def slurm(number: int, processes: int, port: int) -> dict[str, str]:
+    """What Slurm tells a process, and the port that JAX would else make of the job's number."""
+    return {
+        "SLURM_JOB_ID": "42",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(processes),
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def gke(number: int, processes: int, port: int) -> dict[str, str]:
+    """What GKE tells a process of TPU slices with one machine each."""
+    return {
+        "JAX_FORCE_TPU_INIT": "1",  # as if there were chips
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": str(processes),
+        "MEGASCALE_SLICE_ID": str(number),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+@pytest.mark.parametrize("cluster", [slurm, gke])
+def test_clusters_tell_who_is_missing(cluster, free_port):
+    processes = [command(JOIN, **cluster(number, 3, free_port)) for number in (0, 2)]
+    for process in processes:
+        output, errors = process.communicate(timeout=100)
+        assert (output, process.returncode) == ("", 2)
+        words = "process 1 of 3 did not come within 2 s (they count from 0)"
+        assert errors == f"prefixmem: --distributed: {words}\n"
+
+
+COUNT = """
+import jax
+from prefixmem_jax.parallel import mesh
+mesh.initialize_processes()
+print(jax.process_index(), jax.process_count(), len(jax.devices()))
+"""
+
+
+@pytest.mark.parametrize("cluster", [slurm, gke])
+def test_processes_of_a_cluster_come_together(cluster, free_port):
+    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    processes = [command(COUNT, **cluster(n, 2, free_port), **one_device) for n in (0, 1)]
+    for number, process in enumerate(processes):
+        output, errors = process.communicate(timeout=100)
+        assert output == f"{number} 2 2\n", errors
+
+
+def test_where_there_is_no_cluster_it_says_what_to_set():
+    output, errors = command(JOIN).communicate(timeout=100)
+    assert output == "" and errors.count("\n") == 1
+    assert errors.startswith("prefixmem: --distributed: no TPU pod, Slurm, GKE or MPI here; use ")
+
+
 @pytest.mark.parametrize(
     "devices, words", [(3, "data.batch_size=40 does not divide by 3"), (9, "JAX has 8")]
 )

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import threading
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; not public
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.rendezvous import meet
-
-log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 SECONDS_TO_JOIN = 300
@@ -27,44 +24,51 @@ def initialize_processes() -> None:
     """Joins the other processes of a distributed run; call before anything touches a device.
 
     `launch/local.sh` names the coordinator in PREFIXMEM_COORDINATOR, PREFIXMEM_PROCESSES and
-    PREFIXMEM_PROCESS_ID. Without them, JAX finds the others itself (TPU pods, Slurm, GKE).
-
-    Where JAX's do not come together in time this process ends, with one line in the log: it waits
-    beyond the reach of exceptions, and would abort it.
+    PREFIXMEM_PROCESS_ID. Without them JAX tells what a TPU pod, Slurm, GKE or MPI has set up. All
+    meet before JAX starts, which would wait beyond the reach of exceptions and name nobody.
 
     Raises:
-      UserError: the processes are described wrongly, or one of those described did not come.
+      UserError: the processes are described wrongly or not at all, or not all of them came.
     """
+    address, processes, number, devices = _described() or _detected()
+    host, _, port = address.rpartition(":")
+    meet(host.strip("[]"), int(port), processes, number, SECONDS_TO_JOIN)
+    jax.distributed.initialize(address, processes, number, devices)
+
+
+def _described() -> tuple[str, int, int, None] | None:
+    """The coordinator, how many processes there are, and which this is, as the environment says."""
     names = ("PREFIXMEM_COORDINATOR", "PREFIXMEM_PROCESSES", "PREFIXMEM_PROCESS_ID")
-    given = [os.environ.get(name) for name in names]
-    if any(given) and not all(given):
+    given = [os.environ.get(name) or "" for name in names]
+    if not any(given):
+        return None
+    if not all(given):
         missing = ", ".join(n for n, v in zip(names, given, strict=True) if not v)
         raise UserError(f"--distributed: {missing} is not set; set all of {', '.join(names)}")
-    address, processes, number = (value or None for value in given)
-    who = "as JAX found them"
-    if address is not None:
-        host, _, port = address.rpartition(":")
-        if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
-            raise UserError(f"{names[0]}={address}: expected HOST:PORT")
-        processes = _number(names[1], processes, 1, None)
-        number = _number(names[2], number, 0, processes - 1)
-        who = f"this is process {number} of {processes}, the coordinator {address}"
-        meet(host.strip("[]"), int(port), processes, number, SECONDS_TO_JOIN)
-    late = threading.Timer(SECONDS_TO_JOIN, _end_process, [who])
-    late.daemon = True
-    late.start()
+    address, *counts = given
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UserError(f"{names[0]}={address}: expected HOST:PORT")
+    processes = _number(names[1], counts[0], 1, None)
+    return address, processes, _number(names[2], counts[1], 0, processes - 1), None
+
+
+def _detected() -> tuple[str, int, int, Sequence[int] | None]:
+    """The same, as JAX reads it from the cluster, and which local devices this process has."""
+    where = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
-        jax.distributed.initialize(
-            address, processes, number, initialization_timeout=2 * SECONDS_TO_JOIN
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            where, None, None, None, None, SECONDS_TO_JOIN
         )
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--distributed: JAX cannot tell who the others are ({reason})") from None
+    if None in found[:3]:
         raise UserError(
-            f"--distributed: JAX found no other processes ({reason}); use launch/local.sh or "
-            "launch/tpu_vm.sh"
-        ) from None
-    finally:
-        late.cancel()
+            "--distributed: no TPU pod, Slurm, GKE or MPI here; use launch/local.sh, or set "
+            "PREFIXMEM_COORDINATOR"
+        )
+    return found
 
 
 def _number(name: str, text: str, least: int, most: int | None) -> int:
@@ -74,11 +78,6 @@ def _number(name: str, text: str, least: int, most: int | None) -> int:
         upto = "or more" if most is None else f"to {most}"
         raise UserError(f"{name}={text}: expected a whole number, {least} {upto}")
     return number
-
-
-def _end_process(who: str) -> None:
-    log.error(f"--distributed: not all processes came together within {SECONDS_TO_JOIN} s ({who})")
-    os._exit(1)
 
 
 def all_devices() -> list[jax.Device]:
