@@ -1,4 +1,4 @@
-"""Faults injected into run folders: nothing lost, nothing silently wrong, one line that says what."""
+"""Run folders: what is read of them, how they go on, and what stops them (`test_fault_matrix`: faults)."""
 
 import dataclasses
 import json
@@ -12,7 +12,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import mounted, prefixmem
 from ended_runs import state_of
 
 from prefixmem_jax.cli import main
@@ -78,46 +77,6 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-DAMAGE = {
-    "a flipped bit in the memory": lambda newest: flip(largest(newest / "memory")),
-    "a flipped bit in the optimizer": lambda newest: flip(largest(newest / "optimizer")),
-    "a truncated file": lambda newest: truncate(largest(newest / "llm")),
-    "a missing file": lambda newest: largest(newest / "llm").unlink(),
-    "a part is missing": lambda newest: shutil.rmtree(newest / "memory_optimizer"),
-    "metadata gone": lambda newest: (newest / "_CHECKPOINT_METADATA").unlink(),
-    "an empty step folder": empty,
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_found_and_the_older_one_taken(kind, run, caplog):
-    DAMAGE[kind](run / "checkpoints" / "10")
-    with Run(run).checkpoints() as checkpoints:
-        assert checkpoints.choose() == 5
-    assert f"{run}/checkpoints/10 is damaged" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["a flipped bit in the memory", "an empty step folder"])
-def test_training_goes_on_from_the_older_checkpoint(kind, run, trained, caplog):
-    """It says so, ends as it would have, and deletes nothing."""
-    DAMAGE[kind](run / "checkpoints" / "10")
-    train(CONFIG, run, DATA)
-    assert f"{run}/checkpoints/10 is damaged" in caplog.text
-    step, state, _ = state_of(run)
-    assert step == 10
-    chex.assert_trees_all_equal(state, trained[1])
-    assert len(list((run / "damaged").iterdir())) == 1
-
-
 def test_reading_needs_only_the_model(run, caplog):
     flip(largest(run / "checkpoints" / "10" / "optimizer"))
     assert Run(run).step == 10 and not caplog.text
@@ -125,15 +84,6 @@ def test_reading_needs_only_the_model(run, caplog):
     assert Run(run).step == 5 and "10 is damaged (llm/" in caplog.text
     with pytest.raises(UserError, match=r"no whole checkpoint \(llm/.* has changed since"):
         _ = Run(run, step=10).step
-
-
-def test_without_any_whole_checkpoint_nothing_is_done(run):
-    for step in (5, 10):
-        flip(largest(run / "checkpoints" / str(step) / "llm"))
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        Run(run).engine()
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        train(CONFIG, run, DATA)
 
 
 def test_a_checkpoint_at_a_chosen_step(run):
@@ -147,39 +97,8 @@ def test_a_checkpoint_at_a_chosen_step(run):
         _ = Run(run, step="best").step
 
 
-@pytest.mark.parametrize(
-    "file, content, words",
-    [
-        ("config.json", b"{", "config.json: not JSON"),
-        ("config.json", b"\xff\xfe", "config.json: not JSON"),
-        ("config.json", b"[]", "config.json: expected an object of keys"),
-        ("data.json", b'{"name": 1}', "data.json: not a run's data description"),
-        ("data.json", b"\xff", "data.json: not a run's data description"),
-        ("metrics.jsonl", b"junk\n", "metrics.jsonl: line 1 is no record"),
-        ("metrics.jsonl", b'{"loss": 1}\n', "metrics.jsonl: line 1 is no record"),
-    ],
-)
-def test_files_that_are_not_what_was_written(run, file, content, words):
-    (run / file).write_bytes(content)
-    with pytest.raises(UserError, match=words) as error:
-        train(dataclasses.replace(CONFIG, steps=11), run, DATA)
-    assert "\n" not in str(error.value)
-    assert (run / file).read_bytes() == content
-    assert state_of_step(run) == 10
-
-
 def state_of_step(run: Path) -> int:
     return max(int(path.name) for path in (run / "checkpoints").iterdir())
-
-
-def test_two_writers(run):
-    """The second one stops before it writes; whoever reads is not kept out."""
-    before = {path: path.read_bytes() for path in run.glob("*.json*")}
-    with Run(run).lock():
-        with pytest.raises(UserError, match="another process is training this run"):
-            train(dataclasses.replace(CONFIG, steps=20), run, DATA)
-        assert recommend(Run(run).engine(), [3], 2)
-    assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
 
 
 def test_a_process_that_is_not_the_first_reads_nothing_that_is_yet_to_be_written(
@@ -347,21 +266,6 @@ def test_a_save_that_fails_is_the_runs_failure(tmp_path, monkeypatch):
     )
     with pytest.raises(OSError, match="No space left"):
         train(CONFIG, tmp_path / "run", DATA)
-
-
-def test_a_disk_that_fills_up_while_training_is_one_line(tmp_path):
-    """And what was saved before stands."""
-    with mounted(tmp_path / "disk", "size=1500k"):
-        done = prefixmem(
-            "train", "quickstart/baseline", "--out", tmp_path / "disk" / "run",
-            "data.synthetic.items=300", "data.synthetic.users=300", "data.batch_size=8",
-            "data.sequence_length=64", "model.d_model=32", "steps=20", "checkpoint.every_steps=3",
-            "evaluation.validation_examples=40", expect=1,
-        )  # fmt: skip
-        lines = [line for line in done.stderr.splitlines() if line.startswith("prefixmem: ")]
-        assert len(lines) == 1 and "No space left on device" in lines[0]
-        assert "Traceback" not in done.stderr and done.stderr.endswith(lines[0] + "\n")
-        assert Run(tmp_path / "disk" / "run").step >= 3
 
 
 def test_checkpoints_keep_their_checksums(trained):

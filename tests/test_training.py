@@ -160,14 +160,6 @@ def test_a_run_that_diverges_stops_before_it_saves(tmp_path):
     chex.assert_tree_all_finite(state)
 
 
-def test_a_run_directory_belongs_to_one_config(stage_one):
-    done = prefixmem(
-        "train", QUICKSTART / "classification.py", "--out", stage_one, *SMALL, "steps=20",
-        "optimizer.learning_rate=1", expect=2,
-    )  # fmt: skip
-    assert "holds a run with another config (optimizer.learning_rate is 0.01 there" in done.stderr
-
-
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
     process = SyntheticConfig(items=300, users=300)
     write_dataset(tmp_path / "data", make_synthetic(process)[0])

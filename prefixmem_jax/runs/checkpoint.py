@@ -143,11 +143,19 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _move_damaged(self) -> None:
-        """Takes damaged checkpoints out of the way of those to come; nothing is deleted."""
+        """Takes damaged checkpoints out of the way of those to come; nothing is deleted.
+
+        Where none is whole they stay: `choose` says so, each time, and no run begins anew.
+        """
+        damaged = []
         for step in saved_steps(self.run):
             damage = find_damage(self.run, step)
             if damage is None:
                 break
+            damaged.append((step, damage))
+        else:
+            return
+        for step, damage in damaged:
             aside = self.run / "damaged" / f"{step}-{time.time_ns()}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self.run / FOLDER / str(step), aside)

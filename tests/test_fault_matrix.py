@@ -1,0 +1,398 @@
+"""Faults, injected for real into a training that was killed at step 80 of 200: a table of what each
+does, what it is answered, and what is left.
+
+Every command is a process of its own. What is left is one of three things: the run ends as the one
+that nothing happened to, bit for bit; or it does so once the fault is mended; or nothing is changed.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import chex
+import forked
+import pytest
+from conftest import QUICK, ROOT, command_environment, mounted, prefixmem
+from ended_runs import records_of, state_of
+
+from prefixmem_jax.runs.metrics import read_metrics
+
+STEPS, BEFORE, NEWEST = 200, "60", "80"
+TRAIN = [
+    "quickstart/prefixmem", "init.run=none", "init.take=()", "init.fresh=()", f"steps={STEPS}", "checkpoint.every_steps=20", "checkpoint.keep=20",
+    "data.batch_size=8", "data.sequence_length=64", "model.layers=1", "model.d_model=32",
+    "model.dropout=0.1", "sid_encoder.rows=3000", "evaluation.every_steps=100",
+    "evaluation.validation_examples=40", "log_every_steps=1",
+]  # fmt: skip
+SECONDS = 200
+
+
+@dataclass(frozen=True)
+class Case:
+    """A copy of all that a training needs, and of the training itself, for one fault."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def newest(self) -> Path:
+        return self.run / "checkpoints" / NEWEST
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows" / "rows-00000.array_record"
+
+    @property
+    def train(self) -> list[str]:
+        return [
+            "train", *TRAIN, f"data.path={self.folder}/data", f"data.packed={self.folder}/rows",
+            "--out", str(self.run),
+        ]  # fmt: skip
+
+    def files(self) -> dict[str, bytes]:
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Case:
+    """What nothing happened to."""
+    case = Case(tmp_path_factory.mktemp("ended"))
+    prefixmem(
+        "data", "generate", "--out", case.folder / "data", "users=400",
+        "codebook_sizes=(16,16,16,16)", "children=(8,4,4,2)", "groups=4",
+    )  # fmt: skip
+    prefixmem("data", "pack", *case.train[1:-3], "--out", case.folder / "rows")
+    prefixmem(*case.train)
+    return case
+
+
+@pytest.fixture
+def case(ended, tmp_path) -> Case:
+    """The same as it was when it was killed at step 80, elsewhere."""
+    return killed(ended, Case(tmp_path / "case"))
+
+
+def killed(ended: Case, case: Case) -> Case:
+    shutil.copytree(ended.folder, case.folder, dirs_exist_ok=True)
+    for path in (case.run / "checkpoints").iterdir():
+        if int(path.name) > int(NEWEST):
+            shutil.rmtree(path)
+            (case.run / "checksums" / f"{path.name}.json").unlink()
+    config = case.run / "config.json"
+    config.write_text(config.read_text().replace(str(ended.folder), str(case.folder)))
+    records = [record for record in read_metrics(case.run) if record["step"] <= int(NEWEST) + 7]
+    (case.run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return case
+
+
+def assert_ended_the_same(case: Case, ended: Case) -> None:
+    (step, state, data), (_, wanted, wanted_data) = state_of(case.run), state_of(ended.run)
+    assert step == STEPS and data == wanted_data
+    chex.assert_trees_all_equal(state, wanted)
+    assert records_of(case.run) == records_of(ended.run)
+    left = {path.name for path in (case.run / "checkpoints").iterdir()}
+    assert all(name.isdecimal() for name in left), left
+
+
+# What is injected. Those that come back as contexts are undone after the command.
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_end(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 7)
+
+
+def put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def half_written(case: Case) -> None:
+    """As Orbax names one that is not finished."""
+    half = case.run / "checkpoints" / "100.orbax-checkpoint-tmp"
+    shutil.copytree(case.newest / "llm", half / "llm")
+
+
+def damage_all(case: Case) -> None:
+    for path in (case.run / "checkpoints").iterdir():
+        flip(largest(path / "llm"))
+
+
+def other_data(case: Case) -> None:
+    shutil.rmtree(case.folder / "data")
+    prefixmem(
+        "data", "generate", "--out", case.folder / "data", "users=400", "seed=1",
+        "codebook_sizes=(16,16,16,16)", "children=(8,4,4,2)", "groups=4",
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def gone(path: Path) -> Iterator[None]:
+    away = path.with_name("away")
+    path.rename(away)
+    yield
+    away.rename(path)
+
+
+LOCK = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print('held', flush=True); input()"
+
+
+@contextlib.contextmanager
+def another_writer(case: Case) -> Iterator[None]:
+    command = [sys.executable, "-c", LOCK, case.run / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        yield
+        holder.kill()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table.
+
+    Attributes:
+      inject: done to the case before the command.
+      status, words: how the command ends, and what its one line has in it.
+      command: after `prefixmem`, of the case; training goes on where it is not said.
+      untouched: nothing in the case's folder is other than it was when the command began.
+    """
+
+    inject: Callable[[Case], AbstractContextManager | None]
+    status: int
+    words: str
+    command: Callable[[Case], list[str]] = field(default=lambda case: case.train)
+    untouched: bool = False
+
+
+def nothing(case: Case) -> None:
+    pass
+
+
+def fresh(*changes: str) -> Callable[[Case], list[str]]:
+    """A training of another folder."""
+    return lambda case: [*case.train[:-1], str(case.folder / "new"), *changes]
+
+
+def same(*changes: str) -> Callable[[Case], list[str]]:
+    """The same training with other keys."""
+    return lambda case: [*case.train, *changes]
+
+
+def verb(*arguments: str) -> Callable[[Case], list[str]]:
+    return lambda case: [argument.format(case=case) for argument in arguments]
+
+
+DAMAGED = f"checkpoints/{NEWEST} is damaged"
+FAULTS = {
+    # A damaged checkpoint is said and put aside; the one before it stands for it.
+    "a bit of the memory's rows": Fault(lambda case: flip(largest(case.newest / "memory")), 0, DAMAGED),
+    "a bit of Adam's moments": Fault(lambda case: flip(largest(case.newest / "optimizer")), 0, DAMAGED),
+    "a file cut short": Fault(lambda case: truncate(largest(case.newest / "llm")), 0, DAMAGED),
+    "a file missing": Fault(lambda case: largest(case.newest / "llm").unlink(), 0, DAMAGED),
+    "a part missing": Fault(lambda case: shutil.rmtree(case.newest / "memory_optimizer"), 0, DAMAGED),
+    "Orbax's metadata gone": Fault(
+        lambda case: (case.newest / "_CHECKPOINT_METADATA").unlink(), 0, DAMAGED
+    ),
+    "an empty step": Fault(lambda case: empty(case.newest), 0, DAMAGED),
+    "a save that was cut off": Fault(half_written, 0, ""),
+    "a record that was cut off": Fault(
+        lambda case: cut_end(case.run / "metrics.jsonl"), 0, ""
+    ),
+    "every checkpoint": Fault(damage_all, 2, "no whole checkpoint", untouched=True),
+    # What is not what was written is not guessed at.
+    "config.json cut short": Fault(
+        lambda case: truncate(case.run / "config.json"), 2, "config.json: not JSON", untouched=True
+    ),
+    "config.json of bytes": Fault(
+        lambda case: put(case.run / "config.json", b"\xff\xfe"), 2, "config.json: not JSON",
+        untouched=True,
+    ),
+    "config.json a list": Fault(
+        lambda case: put(case.run / "config.json", b"[]"), 2,
+        "config.json: expected an object of keys", untouched=True,
+    ),
+    "data.json of something else": Fault(
+        lambda case: put(case.run / "data.json", b'{"name": 1}'), 2,
+        "data.json: not a run's data description", untouched=True,
+    ),
+    "metrics.jsonl of something else": Fault(
+        lambda case: put(case.run / "metrics.jsonl", b"junk\n"), 2,
+        "metrics.jsonl: line 1 is no record", untouched=True,
+    ),
+    "other data in its place": Fault(other_data, 2, "rows: packed with another dataset", untouched=True),
+    "the data gone": Fault(
+        lambda case: gone(case.folder / "data"), 2, "data: not a folder with items.parquet"
+    ),
+    "packed rows gone": Fault(lambda case: gone(case.rows), 2, "00000.array_record: missing; pack again"),
+    "packed rows cut short": Fault(
+        lambda case: truncate(case.rows), 2, "rows: a file is damaged", untouched=True
+    ),
+    # Two at once: the second ends, whoever reads is not kept out.
+    "another writer": Fault(another_writer, 2, "another process is training this run"),
+    "another writer, and a reader": Fault(
+        another_writer, 0, "", verb("recommend", "{case.run}", "--history", "1,2", "--top", "2")
+    ),
+    # What is asked for is not what is there, or cannot be.
+    "another learning rate": Fault(
+        nothing, 2, "another config (optimizer.learning_rate is 0.003 there",
+        same("optimizer.learning_rate=1"), untouched=True,
+    ),
+    "fewer steps": Fault(nothing, 2, f"steps is {STEPS} there, 20 here", same("steps=20"), untouched=True),
+    "a key that is none": Fault(nothing, 2, "model.widht", fresh("model.widht=3"), untouched=True),
+    "a value that is none": Fault(nothing, 2, "steps: expected int", fresh("steps=many"), untouched=True),
+    "other multipliers": Fault(
+        nothing, 2, "memory was trained with other hash multipliers",
+        lambda case: [
+            *fresh()(case), f"init.run={case.run}", "init.take=['memory']",
+            "init.fresh=['llm','sid_encoder']", "sid_encoder.seed=3",
+        ], untouched=True,
+    ),
+    "a rate that blows up": Fault(
+        nothing, 2, "the loss or its gradient is not finite",
+        lambda case: [*fresh("optimizer.learning_rate=1e38", "optimizer.warmup_steps=3")(case)],
+    ),
+    "a file where the run should go": Fault(
+        lambda case: put(case.folder / "new", b"precious"), 1, "new", fresh(), untouched=True
+    ),
+    "an export into somebody's folder": Fault(
+        nothing, 2, "holds something else than an older export",
+        verb("export", "{case.run}", "--out", "{case.folder}/data"), untouched=True,
+    ),
+    "a step that is not there": Fault(
+        nothing, 2, "no step 70; it has 80, 60, 40, 20",
+        verb("evaluate", "{case.run}", "--step", "70"), untouched=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault(name, case, ended):
+    fault = FAULTS[name]
+    with fault.inject(case) or contextlib.nullcontext():
+        before, command = case.files(), fault.command(case)
+        done = prefixmem(*command, expect=fault.status)
+        after = case.files()
+    assert "Traceback" not in done.stderr
+    if fault.status:
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("prefixmem: ") and fault.words in line
+    else:
+        assert fault.words in done.stderr
+    if fault.untouched:
+        assert after == before
+    else:
+        if fault.status or command != case.train:  # mended by now
+            prefixmem(*case.train)
+        assert_ended_the_same(case, ended)
+
+
+@pytest.mark.parametrize(
+    "number, saving",
+    [
+        (signal.SIGKILL, True),
+        (signal.SIGTERM, True),
+        (signal.SIGTERM, False),
+        (signal.SIGINT, False),
+    ],
+)
+def test_a_signal(number, saving, case, ended):
+    """While it steps, or in the middle of a save; told to end it saves first."""
+    out, err = case.folder / "out", case.folder / "err"
+    process = forked.start(forked.command, case.train, command_environment(), out, err)
+    until = time.monotonic() + SECONDS
+    while not is_at(case.run, saving) and time.monotonic() < until:
+        assert process.is_alive(), err.read_text()
+    os.kill(process.pid, number)
+    process.join(SECONDS)
+    told = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+    assert process.exitcode == told[number], err.read_text()
+    assert "Traceback" not in err.read_text()
+    if number != signal.SIGKILL:
+        saved = max(int(path.name) for path in (case.run / "checkpoints").iterdir())
+        assert saved == read_metrics(case.run)[-1]["step"] < STEPS
+    prefixmem(*case.train)
+    assert_ended_the_same(case, ended)
+
+
+def is_at(run: Path, saving: bool) -> bool:
+    """Whether a training that went on has begun to save, or has done steps since it did."""
+    begun = [path.name for path in (run / "checkpoints").glob("*tmp*")]
+    if saving:
+        return bool(begun)
+    records = read_metrics(run)
+    return int(NEWEST) + 10 < records[-1]["step"] and not begun and len(records) > 95
+
+
+def test_a_killed_peer(case, ended):
+    """One of two processes: the launcher ends the other, and one process alone goes on."""
+    command = [ROOT / "launch" / "local.sh", *case.train[1:], "--processes", "2"]
+    environment = {**command_environment(), "XLA_FLAGS": QUICK}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + SECONDS
+    while not is_at(case.run, saving=False) and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(random.choice(children)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "a process failed with status 137; stopping the others" in errors
+    prefixmem(*case.train)
+    (step, state, data), (_, wanted, wanted_data) = state_of(case.run), state_of(ended.run)
+    assert step == STEPS and data == wanted_data
+    chex.assert_trees_all_close(state.memory, wanted.memory, rtol=1e-3, atol=1e-4)
+
+
+def test_a_disk_that_cannot_be_written_or_is_full(ended, tmp_path):
+    """And when it can be again, the run ends as if nothing had been."""
+    disk = tmp_path / "disk"
+    with mounted(disk, "size=100m"):
+        case = killed(ended, Case(disk))
+        used = shutil.disk_usage(disk).used
+        for options, words in (
+            ("ro", "Read-only file system"),
+            (f"rw,size={used // 1024 + 300}k", "No space left on device"),
+        ):
+            remount(disk, options)
+            done = prefixmem(*case.train, expect=1)
+            line = done.stderr.splitlines()[-1]
+            assert line.startswith("prefixmem: ") and words in line
+            assert "Traceback" not in done.stderr
+        remount(disk, "rw,size=100m")
+        prefixmem(*case.train)
+        assert_ended_the_same(case, ended)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
