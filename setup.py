@@ -50,6 +50,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs"],
+        "wandb": ["wandb"],
         "sids": ["scikit-learn"],
         "benchmarks": ["faiss-cpu", "torch"],
         "test": [
@@ -62,6 +63,7 @@ setup(
             "ruff",
             "scikit-learn",
             "torch==2.13.0",
+            "wandb",
         ],
     },
     entry_points={"console_scripts": ["prefixmem=prefixmem_jax.cli:main"]},

@@ -38,6 +38,7 @@ class Config:
       objective: what the run learns: `next_token` trains the decoder, with the SID encoder if there
         is one (stage 2, baseline); `classification` the SID encoder alone (stage 1); `tiger` an
         encoder-decoder of `model`'s shape, with the SID encoder or without.
+      wandb: the project of Weights & Biases that shows the run's records too, or none.
       sid_encoder: what is added to the input embedding at SID positions, or none.
       item_head: what scores whole items beside their codes, or none.
     """
@@ -47,6 +48,7 @@ class Config:
     steps: PositiveInt = 1000
     seed: Seed = 0
     log_every_steps: PositiveInt = 10
+    wandb: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     sid_encoder: SidEncoderConfig | None = None

@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl and TensorBoard, in step with the checkpoints."""
+"""What a run records: metrics.jsonl and boards, in step with the checkpoints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
+from prefixmem_jax.config import Config
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_text
+from prefixmem_jax.runs.boards import TensorBoard, WeightsAndBiases
 from prefixmem_jax.storage import files_below, is_remote, upload
 
 METRICS = "metrics.jsonl"
@@ -41,13 +41,13 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and TensorBoard; the first process only.
+    """Appends records to metrics.jsonl and shows them on boards; the first process only.
 
     Records after `resume_step` are dropped first: a killed run may have logged steps beyond its
     last checkpoint, and will log them again.
     """
 
-    def __init__(self, run: Path, resume_step: int):
+    def __init__(self, run: Path, resume_step: int, config: Config):
         kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
         write_text(run / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
         self._open = ExitStack()
@@ -57,26 +57,29 @@ class MetricsWriter:
             write_text(self._folder / METRICS, (run / METRICS).read_text())
         self._copied = time.monotonic()
         self._file = self._open.enter_context((self._folder / METRICS).open("a"))
-        board = str(self._folder / "tensorboard")
-        self._board = SummaryWriter(board, purge_step=resume_step + 1)
+        self._boards = [TensorBoard(self._folder, resume_step)]
+        if config.wandb is not None:
+            self._boards.append(WeightsAndBiases(run, self._folder, config))
 
     def write(self, step: int, record: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            self._board.add_scalar(name, value, step)
+        for board in self._boards:
+            board.write(step, record)
         if time.monotonic() - self._copied > COPY_SECONDS:
             self.publish()
 
     def publish(self) -> None:
         """Brings all that was written so far to where the run lies."""
-        self._board.flush()
+        for board in self._boards:
+            board.flush()
         if is_remote(self._run):
             for path in files_below(self._folder):
                 upload(path, self._run / path.relative_to(self._folder))
         self._copied = time.monotonic()
 
     def close(self) -> None:
-        self._board.close()
+        for board in self._boards:
+            board.close()
         self.publish()
         self._open.close()

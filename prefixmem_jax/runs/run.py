@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 CONFIG, DATA, TRANSITIONS = "config.json", "data.json", "transitions.npz"
 LOCK = ".lock"
 # Groups that may change from one call of `train` to the next: they do not decide what is learnt.
-FREE = ("log_every_steps", "checkpoint", "evaluation", "mesh")
+FREE = ("log_every_steps", "wandb", "checkpoint", "evaluation", "mesh")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.progress import progress_bar
+from prefixmem_jax.runs.boards import check_boards
 from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.runs.metrics import MetricsWriter
 from prefixmem_jax.runs.run import TRANSITIONS, DataDescription, Run
@@ -71,6 +72,7 @@ def train(
     """
     if profile is not None and is_remote(folder):
         raise UserError(f"{folder}: --profile writes into the run; expected one of this machine")
+    check_boards(config)
     data, run, objective = data or prepare_data(config.data), Run(folder), config.objective
     mesh = make_mesh(config.mesh)
     source = training_source(config, data)
@@ -108,7 +110,7 @@ def train(
             state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
         if progress.done:
             return state
-        writer = MetricsWriter(folder, progress.step) if first else None
+        writer = MetricsWriter(folder, progress.step, config) if first else None
         bar = progress_bar(config.steps, config.name, "step", progress.step, shown=first)
         retrieval = None
         if config.evaluation.retrieves:
