@@ -1,10 +1,11 @@
-"""Google Cloud Storage on this machine: `object_store()` runs an emulator and points clients to it."""
+"""Object stores on this machine: `object_store(scheme)` runs an emulator and points clients to it."""
 
 import contextlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -13,13 +14,13 @@ SECONDS = 60
 
 
 @contextlib.contextmanager
-def object_store() -> Iterator[dict[str, str]]:
-    """The environment in which gs://bucket is a store that is empty and only in memory."""
+def object_store(scheme: str) -> Iterator[dict[str, str]]:
+    """The environment in which gs://bucket, or s3://bucket, is a store that is empty and only in memory."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, __file__, str(port)],
+        [sys.executable, __file__, scheme, str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -27,11 +28,19 @@ def object_store() -> Iterator[dict[str, str]]:
         _wait_for(port, server)
         address = f"http://127.0.0.1:{port}"
         yield {
-            "STORAGE_EMULATOR_HOST": address,  # for gcsfs
-            "TENSORSTORE_GCS_HTTP_URL": address,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # for TensorStore
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
+            "gs": {
+                "STORAGE_EMULATOR_HOST": address,  # for gcsfs
+                "TENSORSTORE_GCS_HTTP_URL": address,
+                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # for TensorStore
+                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            },
+            "s3": {
+                "AWS_ENDPOINT_URL": address,
+                "AWS_ACCESS_KEY_ID": "none",
+                "AWS_SECRET_ACCESS_KEY": "none",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            },
+        }[scheme]
     finally:
         server.kill()
         server.wait()
@@ -47,8 +56,8 @@ def _wait_for(port: int, server: subprocess.Popen) -> None:
     raise TimeoutError(f"no emulator after {SECONDS} s")
 
 
-def serve(port: int) -> None:
-    """Runs the emulator; it says of what it serves which generation it is, as TensorStore wants."""
+def serve_gs(port: int) -> None:
+    """Runs an emulator of Google's; it says of what it serves which generation it is, as TensorStore wants."""
     from gcp_storage_emulator.handlers import objects
 
     plain = objects.download
@@ -65,6 +74,19 @@ def serve(port: int) -> None:
     create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).run()
 
 
+def serve_s3(port: int) -> None:
+    """Runs an emulator of Amazon's."""
+    import boto3
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    named = {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-east-1"}
+    keys = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
+    boto3.client("s3", **named, **keys).create_bucket(Bucket=BUCKET)
+    threading.Event().wait()
+
+
 if __name__ == "__main__":
     os.environ.pop("STORAGE_EMULATOR_HOST", None)
-    serve(int(sys.argv[1]))
+    {"gs": serve_gs, "s3": serve_s3}[sys.argv[1]](int(sys.argv[2]))

@@ -336,8 +336,8 @@ def test_on_the_command_line_each_is_one_line(run, model, tmp_path, monkeypatch)
     weights_changed(LAYER, with_one(np.nan))(model)
     for arguments, words in (
         (
-            ("export", run.path, "--out", "s3://bucket/out"),
-            "s3://bucket/out: expected a folder or gs://",
+            ("export", run.path, "--out", "az://bucket/out"),
+            "az://bucket/out: expected a folder, gs:// or s3://",
         ),
         (("import", model, "--out", "out"), f"tensor {LAYER} has numbers that are not finite"),
     ):

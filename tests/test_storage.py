@@ -1,4 +1,4 @@
-"""Runs, data and exports in Google Cloud Storage, as an emulator on this machine has it."""
+"""Runs, data and exports in object stores, as emulators on this machine have them."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import chex
 import forked
+import jax
 import pytest
 from conftest import command_environment, prefixmem
 from ended_runs import records_of, state_of
@@ -17,12 +18,11 @@ from object_store import BUCKET, object_store
 from prefixmem_jax.data.formats.parquet import read_dataset
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing, replacing_files, sha256_of
-from prefixmem_jax.runs.checkpoint import saved_steps
+from prefixmem_jax.runs.checkpoint import Checkpoints, saved_steps
 from prefixmem_jax.runs.listing import list_runs
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.storage import files_below, to_path
 
-STORE = f"gs://{BUCKET}"
 TRAIN = [
     "train", "quickstart/baseline", "steps=150", "checkpoint.every_steps=15", "log_every_steps=5",
     "data.batch_size=8", "data.sequence_length=64", "model.layers=1", "model.d_model=32",
@@ -31,18 +31,18 @@ TRAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[None]:
-    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def store(request) -> Iterator[str]:
+    with object_store(request.param) as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        yield
+        yield f"{request.param}://{BUCKET}"
 
 
 @pytest.fixture(scope="module")
 def datasets(store, tmp_path_factory) -> tuple[str, Path]:
     """The same data, there and here."""
-    folder, there = tmp_path_factory.mktemp("data") / "data", f"{STORE}/data"
+    folder, there = tmp_path_factory.mktemp("data") / "data", f"{store}/data"
     for out in (folder, there):
         prefixmem(
             "data", "generate", "--out", out, "users=200", "codebook_sizes=(16,16,16)",
@@ -52,9 +52,9 @@ def datasets(store, tmp_path_factory) -> tuple[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(datasets, tmp_path_factory) -> tuple[str, Path]:
+def runs(store, datasets, tmp_path_factory) -> tuple[str, Path]:
     """The same training: there, killed after its first checkpoint, and here, uninterrupted."""
-    there, here = f"{STORE}/runs/one", tmp_path_factory.mktemp("runs")
+    there, here = f"{store}/runs/one", tmp_path_factory.mktemp("runs")
     prefixmem(*TRAIN, f"data.path={datasets[1]}", "--out", here / "one")
     arguments = [*TRAIN, f"data.path={datasets[0]}", "--out", there]
     process = forked.start(
@@ -79,7 +79,7 @@ def test_data_are_read_as_if_they_were_here(datasets):
     assert names == sorted(os.listdir(datasets[1]))
 
 
-def test_a_killed_run_ends_as_one_that_was_never_killed(runs):
+def test_a_killed_run_ends_as_one_that_was_never_killed(store, runs):
     there, here = map(to_path, runs)
     (step, state, data), (wanted_step, wanted, wanted_data) = map(state_of, runs)
     assert step == wanted_step == 150 and data == wanted_data
@@ -89,22 +89,22 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(runs):
     assert Run(there).step == Run(here).step
     events = [path.name for path in files_below(there / "tensorboard")]
     assert len(events) == 2 and all("tfevents" in name for name in events)
-    (listed,) = list_runs([to_path(f"{STORE}/runs")])
+    (listed,) = list_runs([to_path(f"{store}/runs")])
     assert (listed.path, listed.state, listed.step) == (str(there), "done", 150)
 
 
-def test_what_is_made_of_a_run_is_the_same(runs, tmp_path):
+def test_what_is_made_of_a_run_is_the_same(store, runs, tmp_path):
     there, here = runs
-    prefixmem("evaluate", there, here, "--out", f"{STORE}/compared", "--users", "100")
-    compared = to_path(f"{STORE}/compared")
+    prefixmem("evaluate", there, here, "--out", f"{store}/compared", "--users", "100")
+    compared = to_path(f"{store}/compared")
     for name, results in json.loads((compared / "comparison.json").read_text())["systems"].items():
         for metric, found in results.items():
             assert found["difference"] == 0, (name, metric)
     assert (compared / "recall.png").read_bytes().startswith(b"\x89PNG")
-    for run, out in ((there, f"{STORE}/exported"), (here, tmp_path / "exported")):
+    for run, out in ((there, f"{store}/exported"), (here, tmp_path / "exported")):
         for _ in range(2):  # the second replaces the first
             prefixmem("export", run, "--out", out)
-    exported, files = to_path(f"{STORE}/exported"), files_below(tmp_path / "exported")
+    exported, files = to_path(f"{store}/exported"), files_below(tmp_path / "exported")
     assert [path.name for path in files_below(exported)] == [path.name for path in files]
     for path in files:
         if path.name not in ("README.md", "prefixmem_files.json"):  # the run's name is in there
@@ -116,21 +116,22 @@ def test_what_is_made_of_a_run_is_the_same(runs, tmp_path):
     assert answers[0] == answers[1] and len(answers[0].splitlines()) == 4
 
 
-def test_stage_two_takes_what_stage_one_left_there(runs, tmp_path):
+def test_stage_two_takes_what_stage_one_left_there(store, runs, tmp_path):
     there, here = runs
     taken = ["init.take=['llm']", "steps=1", "checkpoint.every_steps=1"]
-    for run, out in ((there, f"{STORE}/two"), (here, tmp_path / "two")):
+    for run, out in ((there, f"{store}/two"), (here, tmp_path / "two")):
         prefixmem(*TRAIN, f"data.path={Run(run).config.data.path}", f"init.run={run}", *taken,
                   "--out", out)  # fmt: skip
-    chex.assert_trees_all_equal(state_of(f"{STORE}/two")[1], state_of(tmp_path / "two")[1])
+    chex.assert_trees_all_equal(state_of(f"{store}/two")[1], state_of(tmp_path / "two")[1])
 
 
-def test_a_checkpoint_that_was_not_finished_does_not_count(datasets):
-    there = to_path(f"{STORE}/unfinished")
+def test_a_checkpoint_that_was_not_finished_does_not_count(store, datasets):
+    there = to_path(f"{store}/unfinished")
     options = [*TRAIN, f"data.path={datasets[0]}", "--out", there, "evaluation.select_by=None"]
     prefixmem(*options, "steps=30")
     before = state_of(there)
-    (there / "checkpoints" / "30" / "commit_success.txt").unlink()
+    last = {"gs": "commit_success.txt", "s3": "_CHECKPOINT_METADATA"}[store.partition(":")[0]]
+    (there / "checkpoints" / "30" / last).unlink()
     assert saved_steps(there) == [15]
     prefixmem(*options, "steps=30")
     after = state_of(there)
@@ -138,8 +139,16 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(datasets):
     chex.assert_trees_all_equal(after[1], before[1])
 
 
+def test_several_processes_do_not_save_where_orbax_does_not(store, monkeypatch):
+    if store.startswith("gs://"):
+        pytest.skip("Orbax writes there")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"several processes cannot save there .* expected gs://"):
+        Checkpoints(to_path(f"{store}/several"), keep=1)
+
+
 def test_nothing_half_written_appears(store):
-    folder = to_path(f"{STORE}/half")
+    folder = to_path(f"{store}/half")
     with pytest.raises(RuntimeError), replacing(folder / "one.txt") as beside:
         beside.write_text("half")
         raise RuntimeError
@@ -159,18 +168,19 @@ def test_nothing_half_written_appears(store):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((*TRAIN, "--out", "gs://nobody/run"), "gs://nobody: no such bucket"),
-        ((*TRAIN, "--out", "s3://nobody/run"), "s3://nobody/run: expected a folder or gs://"),
-        ((*TRAIN, f"data.path={STORE}/none"), f"{STORE}/none: not a folder with items.parquet"),
-        ((*TRAIN, f"init.run={STORE}/none", "init.take=['llm']"), f"{STORE}/none: not a run directory"),
-        ((*TRAIN, "--profile", "1:2", "--out", f"{STORE}/x"), "expected one of this machine"),
-        (("evaluate", f"{STORE}/none"), f"{STORE}/none: not a run directory"),
-        (("quickstart", "--out", f"{STORE}/x"), f"{STORE}/x: expected a folder, not gs://"),
-        (("sids", "DATA", "--out", f"{STORE}/x"), f"{STORE}/x: expected a folder, not gs://"),
+        ((*TRAIN, "--out", "{scheme}://nobody/run"), "{scheme}://nobody: no such bucket"),
+        ((*TRAIN, "--out", "az://nobody/run"), "az://nobody/run: expected a folder, gs:// or s3://"),
+        ((*TRAIN, "data.path={store}/none"), "{store}/none: not a folder with items.parquet"),
+        ((*TRAIN, "init.run={store}/none", "init.take=['llm']"), "{store}/none: not a run directory"),
+        ((*TRAIN, "--profile", "1:2", "--out", "{store}/x"), "expected one of this machine"),
+        (("evaluate", "{store}/none"), "{store}/none: not a run directory"),
+        (("quickstart", "--out", "{store}/x"), "{store}/x: expected a folder, not {scheme}://"),
+        (("sids", "DATA", "--out", "{store}/x"), "{store}/x: expected a folder, not {scheme}://"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(store, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    failed = prefixmem(*arguments, expect=2)
-    assert words in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
-    assert not os.listdir() and not to_path(f"{STORE}/x").exists()
+    names = {"store": store, "scheme": store.partition(":")[0]}
+    failed = prefixmem(*(one.format(**names) for one in arguments), expect=2)
+    assert words.format(**names) in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
+    assert not os.listdir() and not to_path(f"{store}/x").exists()

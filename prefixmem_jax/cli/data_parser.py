@@ -33,7 +33,7 @@ def add_convert(subparsers: Any) -> None:
         type=to_path,
         required=True,
         metavar="DIR",
-        help="an older dataset there is replaced; also gs://BUCKET/DIR",
+        help="an older dataset there is replaced; also gs://BUCKET/DIR or s3://",
     )
 
 

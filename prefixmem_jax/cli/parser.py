@@ -222,7 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=to_path,
         required=True,
         metavar="DIR",
-        help="an older export there is replaced; also gs://BUCKET/DIR",
+        help="an older export there is replaced; also gs://BUCKET/DIR or s3://",
     )
     exporting.add_argument(
         "--dtype",

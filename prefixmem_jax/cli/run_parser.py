@@ -16,7 +16,7 @@ def add_train(
     training.add_argument(
         "--out",
         metavar="DIR",
-        help="run directory, also gs://BUCKET/RUN (default: runs/NAME, the config's name)",
+        help="run directory, also gs://BUCKET/RUN or s3:// (default: runs/NAME, the config's name)",
     )
     training.add_argument(
         "--profile",

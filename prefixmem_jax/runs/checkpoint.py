@@ -27,7 +27,8 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.runs.checksums import FOLDER, find_damage, write_checksums
-from prefixmem_jax.storage import absolute, is_remote, tensorstore_spec
+from prefixmem_jax.runs.local_copy import LocalCopy, is_finished
+from prefixmem_jax.storage import absolute, is_remote, orbax_writes, tensorstore_spec
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,12 @@ def has_checkpoint(run: Path) -> bool:
 def saved_steps(run: Path) -> list[int]:
     """Steps that have a checkpoint folder, newest first.
 
-    A remote folder has its name from the first file on, and counts once Orbax has finished it.
+    A remote folder has its name from the first file on, and counts once it is whole.
     """
     folder = run / FOLDER
     found = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     if is_remote(run):
-        found = [path for path in found if ocp.is_orbax_checkpoint(path)]
+        found = [path for path in found if is_finished(path)]
     return sorted((int(path.name) for path in found), reverse=True)
 
 
@@ -107,6 +108,17 @@ class Checkpoints:
             raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
         if keep is not None and jax.process_index() == 0:
             self._move_damaged()
+        self._folder, self._copy = absolute(run / FOLDER), None
+        if not orbax_writes(run):
+            if keep is not None and jax.process_count() > 1:
+                raise UserError(
+                    f"{run}: several processes cannot save there (Orbax does not write to it); "
+                    "expected gs://, or a folder that all share"
+                )
+            self._copy = LocalCopy(run / FOLDER)
+            self._folder = self._copy.folder
+            for step in saved_steps(run) if keep is not None else ():
+                self._copy.bring(step)
         policy = None
         if keep is not None:
             policies = ocp.training.preservation_policies
@@ -125,7 +137,7 @@ class Checkpoints:
         saving.enable_write_sharding_file = False
         saving.array_metadata_store = None
         self._checkpointer = ocp.training.Checkpointer(
-            absolute(run / FOLDER),
+            self._folder,
             preservation_policy=policy,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=keep is not None,
@@ -141,6 +153,8 @@ class Checkpoints:
             self._wait()
         finally:
             self._checkpointer.close()
+            if self._copy is not None:
+                self._copy.close()
 
     def _move_damaged(self) -> None:
         """Takes damaged checkpoints out of the way of those to come; nothing is deleted.
@@ -216,6 +230,8 @@ class Checkpoints:
     def _finish(self, response: Any, step: int) -> None:
         try:
             response.result()
+            if self._copy is not None:
+                self._copy.publish(step)
             write_checksums(self.run, step)
         except BaseException as error:
             self._failure = error
@@ -230,7 +246,14 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What the checkpoint of a step was saved with."""
-        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+        return self._describe(step).custom_metadata
+
+    def _describe(self, step: int) -> Any:
+        """What Orbax says of the checkpoint of a step."""
+        if self._copy is not None:
+            self._copy.bring(step)
+            self._checkpointer.reload()
+        return self._checkpointer.checkpointables_metadata(step)
 
     def load(self, abstract_parts: dict[str, Any], spec: ModelSpec, step: int) -> dict[str, Any]:
         """Reads parts of the checkpoint of a step, every leaf accounted for.
@@ -243,7 +266,7 @@ class Checkpoints:
             trained as another one.
         """
         where = f"{self.run / FOLDER}/{step}"
-        saved = self._checkpointer.checkpointables_metadata(step).metadata
+        saved = self._describe(step).metadata
         for part, tree in abstract_parts.items():
             if part not in saved:
                 raise UserError(f"{where}: no part {part!r}; it has {', '.join(sorted(saved))}")
@@ -280,7 +303,9 @@ class Checkpoints:
 
     def _open(self, step: int, part: str, path: tuple) -> ts.TensorStore:
         """An array on disk, by its path in the part's tree."""
-        base = tensorstore_spec(absolute(self.run) / FOLDER / str(step) / part)
+        if self._copy is not None:
+            self._copy.bring(step)
+        base = tensorstore_spec(self._folder / str(step) / part)
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         return ts.open({"driver": "zarr3", "kvstore": kvstore}).result()

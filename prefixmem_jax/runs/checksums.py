@@ -10,9 +10,8 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-import orbax.checkpoint.experimental.v1 as ocp
-
 from prefixmem_jax.files import sha256_of, write_json
+from prefixmem_jax.runs.local_copy import is_finished
 from prefixmem_jax.storage import files_below, is_remote, make_folder
 
 FOLDER, CHECKSUMS = "checkpoints", "checksums"
@@ -43,7 +42,7 @@ def find_damage(run: Path, step: int, without: Collection[str] = ()) -> str | No
       without: parts that are not looked at.
     """
     folder, listed = run / FOLDER / str(step), run / CHECKSUMS / f"{step}.json"
-    if not ocp.is_orbax_checkpoint(folder):
+    if not is_finished(folder):
         return "not a finished checkpoint"
     if not listed.is_file():
         return None
