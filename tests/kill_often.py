@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=15, help="the longest until a kill")
     parser.add_argument("config", nargs="*", default=CONFIG)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.out.mkdir(parents=True, exist_ok=True)
     launcher = options.processes > 1
     command = ["prefixmem", "train", *options.config]
