@@ -14,6 +14,7 @@ from conftest import command_environment
 from models import SID_ENCODER, make_run, small_config
 from scipy import sparse
 
+from prefixmem_jax.config_files import to_json
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig, ItemHeadConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.formats.parquet import write_dataset
@@ -23,6 +24,7 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference import engine as engine_module
 from prefixmem_jax.inference.engine import seen_groups
 from prefixmem_jax.inference.programs import run_on_all_devices, trace_search
+from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.recommender import recommend
 from prefixmem_jax.runs.run import TRANSITIONS, Run
 from prefixmem_jax.semantic_ids.catalog import Catalog
@@ -102,6 +104,19 @@ def test_without_sid_encoder_and_trie_too(tmp_path, histories):
     alone, together = (run.engine(devices=jax.devices()[:count]) for count in (1, 8))
     assert alone.memory is None and together.memory is None
     same(*(engine.search(histories, 5, constrained=False) for engine in (together, alone)))
+
+
+def test_where_sids_alone_are_predicted_they_are_ranked_alone(run, histories, tmp_path):
+    """Among those of the same parameters; lists are the same, which compare codes of a level."""
+    config = dataclasses.replace(run.config, objective=NextToken(softmax="sids"))
+    alone = shutil.copytree(run.path, tmp_path / "run")
+    (alone / "config.json").write_text(to_json(config))
+    targets = run.data().split.test.targets[:11]
+    engines = [Run(path).engine(devices=jax.devices()[:1]) for path in (run.path, alone)]
+    whole, sids = (engine.target_ranks(histories, targets) for engine in engines)
+    assert (sids <= whole).all() and (sids < whole).any()
+    assert sids.max() <= sum(run.vocabulary.space.codebook_sizes)
+    same(*(engine.search(histories, 5, constrained=False) for engine in engines))
 
 
 def test_any_number_of_devices_ranks_and_writes_the_same(engines, histories, run):

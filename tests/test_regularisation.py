@@ -11,6 +11,8 @@ from models import make_run, small_config
 from test_step import CONFIG, batch_at, losses, on_mesh, run, spec_of, with_optimizer
 
 from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig, ItemHeadConfig
+from prefixmem_jax.data.documents.items import Items
+from prefixmem_jax.data.documents.pair import Pair
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.memory.table import Lookup
@@ -101,6 +103,38 @@ def test_smoothing_spreads_a_share_evenly():
     own = np.take_along_axis(log_p, target[..., None], -1)[..., 0]
     expected = -(0.8 * own + 0.2 * log_p.mean(-1)) * batch.loss_mask
     np.testing.assert_allclose(found["loss"], expected.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_softmax_over_sids_alone(tied):
+    """The loss and hits of the same logits without those of padding and BOS."""
+    shape = dataclasses.replace(CONFIG.model, tied_embeddings=tied)
+    config = dataclasses.replace(CONFIG, sid_encoder=None, model=shape)
+    objective, batch = NextToken(softmax="sids"), batch_at(0)
+    spec = spec_of(dataclasses.replace(config, objective=objective))
+    params = spec.init_params(jax.random.key(0))
+    chex.assert_trees_all_equal(params, spec_of(config).init_params(jax.random.key(0)))
+    model = spec.model(params)
+    found = objective.loss_sums(model, batch, Lookup(), None)
+    tokens, whole = model.vocabulary, spec_of(config).model(params)
+    logits = np.asarray(whole.softmax_head().logits(whole(batch, None)[0]), np.float64)
+    of_sids = logits[..., tokens.sid_offset : tokens.used]
+    log_p = of_sids - np.log(np.exp(of_sids).sum(-1, keepdims=True))
+    target = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+    own = np.maximum(target - tokens.sid_offset, 0)[..., None]
+    loss = -np.take_along_axis(log_p, own, -1)[..., 0] * batch.loss_mask
+    np.testing.assert_allclose(found["loss"], loss.sum(), rtol=1e-5)
+    best = (of_sids.argmax(-1)[..., None] == own)[..., 0] * batch.loss_mask
+    assert found["hits"].sum() == best.sum() > 0
+    assert loss.sum() < float(NextToken().loss_sums(whole, batch, Lookup(), None)["loss"])
+
+
+def test_text_is_not_predicted_by_a_softmax_over_sids():
+    objective = NextToken(documents=(Items(), Pair()), softmax="sids")
+    with pytest.raises(
+        UserError, match=r"objective\.softmax=sids: documents of kind pair have text"
+    ):
+        dataclasses.replace(CONFIG, objective=objective).check()
 
 
 def test_the_average_follows_the_parameters():

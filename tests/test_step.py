@@ -35,6 +35,7 @@ from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.objectives.tiger import Tiger
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding, constrain
+from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.training.flops import kernel_flops, matmul_flops
 from prefixmem_jax.training.optimizers import (
@@ -269,7 +270,9 @@ def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_nor
 
 
 @pytest.mark.parametrize(
-    "objective", [NextToken(), Classification(), Tiger()], ids=["llm", "classifier", "tiger"]
+    "objective",
+    [NextToken(), NextToken(softmax="sids"), Classification(), Tiger()],
+    ids=["llm", "sids", "classifier", "tiger"],
 )
 def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(objective):
     config = dataclasses.replace(CONFIG, objective=objective)
@@ -438,6 +441,10 @@ def test_sizes_that_do_not_fit_the_mesh_are_refused():
         config = with_optimizer(CONFIG, accumulation_steps=4)
         with pytest.raises(UserError, match=words):
             check_mesh(config, DATA.vocabulary, make_mesh(MeshConfig(*sizes)))
+    odd = dataclasses.replace(DATA.vocabulary, space=SidSpace((6, 8, 7)), multiple=2)
+    config = dataclasses.replace(CONFIG, objective=NextToken(softmax="sids"))
+    with pytest.raises(UserError, match=r"codes of all levels, .*=21 does not divide by 2"):
+        check_mesh(config, odd, make_mesh(MeshConfig(2, 2, 2)))
 
 
 def test_baseline_and_sid_encoder_start_from_the_same_decoder():

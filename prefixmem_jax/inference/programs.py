@@ -176,9 +176,10 @@ def target_ranks(model: SidLM, rows_at: RowsAt | None, batch: Batch) -> jax.Arra
     first = jnp.sum(segments > 0, axis=1) - levels
     target = jnp.maximum(first[:, None] + jnp.arange(levels), 1)
     hidden = jnp.take_along_axis(hidden, target[..., None] - 1, axis=1)
-    logits = model.softmax_head().logits(hidden)
+    head = model.softmax_head()
+    logits = head.logits(hidden)
     codes = jnp.take_along_axis(tokens, target, axis=1)
-    true = jnp.take_along_axis(logits, codes[..., None], axis=-1)
+    true = jnp.take_along_axis(logits, codes[..., None] - head.first, axis=-1)
     return jnp.sum(logits >= true, axis=-1, dtype=jnp.int32)
 
 

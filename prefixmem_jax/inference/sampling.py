@@ -52,7 +52,7 @@ def generate(
     window, known = last_tokens(tokens, length, model.reach + 1)
 
     def choose(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        logits = model.softmax_head().logits(hidden)[:, 0]
+        logits = model.llm.softmax_head().logits(hidden)[:, 0]
         if temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         drawn = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)

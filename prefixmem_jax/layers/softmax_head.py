@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from prefixmem_jax.parallel.sharding import by_vocabulary, constrain, einsum
 
-# On a CPU, logits are computed so many at a time that they stay in its cache.
-CACHED_LOGITS = 2**20
+# Logits that are computed at a time: on a CPU so many that they stay in its cache, elsewhere so
+# many that they and their gradients leave room (3 GiB each).
+CACHED_LOGITS, MOST_LOGITS = 2**20, 3 * 2**28
 
 
 class SoftmaxHead(NamedTuple):
@@ -22,11 +23,13 @@ class SoftmaxHead(NamedTuple):
       weight: [D, V] in the compute dtype, gathered over fsdp.
       softcap: bound that logits are squeezed into, or None.
       outputs: those that exist; the others, which fill V up, score -inf. None: all.
+      first: the number of the first one, where these are some of many.
     """
 
     weight: jax.Array
     softcap: float | None = None
     outputs: int | None = None
+    first: int = 0
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """Float32 logits [B, S, V]."""
@@ -37,7 +40,7 @@ class SoftmaxHead(NamedTuple):
             out=("batch", None, "vocabulary"),
             preferred_element_type=jnp.float32,
         )
-        number_V = constrain(jnp.arange(logits_BSV.shape[-1]), "vocabulary")
+        number_V = constrain(self.first + jnp.arange(logits_BSV.shape[-1]), "vocabulary")
         return finish(logits_BSV, number_V, self.softcap, self.outputs)
 
 
@@ -84,7 +87,7 @@ def cross_entropy(
     def local(
         axis: str | None, hidden: jax.Array, vectors: jax.Array, of_batch: tuple
     ) -> tuple[jax.Array, jax.Array]:
-        here = _Loss(head.softcap, head.outputs, smoothing, best, axis)
+        here = _Loss(head.softcap, head.outputs, smoothing, best, axis, head.first)
         target, weight = of_batch
         flat = (hidden.reshape(-1, hidden.shape[-1]), vectors, target.reshape(-1))
         loss, hit = _summed(here, *flat, weight.reshape(-1))
@@ -132,6 +135,7 @@ class _Loss(NamedTuple):
     smoothing: float
     best: int
     axis: str | None
+    first: int = 0
 
 
 def _whole(
@@ -147,7 +151,7 @@ def _whole(
         return x if here.axis is None else jax.lax.psum(x, here.axis)
 
     size = weight_DV.shape[1]
-    first = 0 if here.axis is None else jax.lax.axis_index(here.axis) * size
+    first = here.first + (0 if here.axis is None else jax.lax.axis_index(here.axis) * size)
     number_V = first + jnp.arange(size)
     products_NV = jnp.matmul(hidden_ND, weight_DV, preferred_element_type=jnp.float32)
     logits_NV = finish(products_NV, number_V, here.softcap, here.outputs)
@@ -195,11 +199,11 @@ def _by_platform(function: Callable, here: _Loss, *operands: jax.Array) -> Any:
     return jax.lax.platform_dependent(
         *operands,
         cpu=partial(function, here, CACHED_LOGITS),
-        default=partial(function, here, None),
+        default=partial(function, here, MOST_LOGITS),
     )
 
 
-def _in_pieces(here: _Loss, logits: int | None, *operands: jax.Array) -> tuple:
+def _in_pieces(here: _Loss, logits: int, *operands: jax.Array) -> tuple:
     hidden_ND, weight_DV, target_N, weight_N = operands
     losses, hit = jax.lax.map(
         lambda piece: _whole(here, piece[0], weight_DV, *piece[1:]),
@@ -208,7 +212,7 @@ def _in_pieces(here: _Loss, logits: int | None, *operands: jax.Array) -> tuple:
     return jnp.sum(losses), hit.reshape(-1)[: len(hidden_ND)]
 
 
-def _in_pieces_with_gradients(here: _Loss, logits: int | None, *operands: jax.Array) -> tuple:
+def _in_pieces_with_gradients(here: _Loss, logits: int, *operands: jax.Array) -> tuple:
     """Each piece's gradients are computed while its logits are at hand."""
     hidden_ND, weight_DV, target_N, weight_N = operands
     whole = jax.value_and_grad(partial(_whole, here), (0, 1), has_aux=True)
@@ -225,12 +229,12 @@ def _in_pieces_with_gradients(here: _Loss, logits: int | None, *operands: jax.Ar
     return results, (by_hidden, by_weight.astype(weight_DV.dtype))
 
 
-def _pieces(logits: int | None, outputs: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays [N, ...] as [pieces, predictions, ...], filled up with zeros."""
-    size = len(arrays[0])
-    if logits is not None:
-        size = min(max(logits // outputs, 1), size)
-    missing = -len(arrays[0]) % size
+def _pieces(logits: int, outputs: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [N, ...] as [pieces, predictions, ...], as even as can be, filled up with zeros."""
+    predictions = len(arrays[0])
+    most = max(logits // outputs, 1)
+    size = -(-predictions // -(-predictions // most))
+    missing = -predictions % size
     return tuple(
         jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
         for x in arrays

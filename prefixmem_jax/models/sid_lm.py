@@ -33,10 +33,17 @@ class SidLM(nnx.Module):
         vocabulary: Vocabulary,
         item_head: ItemHeadConfig | None = None,
         *,
+        sids_alone: bool = False,
         rngs: nnx.Rngs,
     ):
+        """Builds what is attached to an LLM.
+
+        Args:
+          sids_alone: it predicts nothing but the tokens of SIDs.
+        """
         d_model = llm.config.d_model
         self.vocabulary = vocabulary
+        self.sids_alone = sids_alone
         self.row_dropout = 0.0 if sid_encoder is None else sid_encoder.dropout
         self.llm = llm
         if sid_encoder is None:
@@ -115,9 +122,15 @@ class SidLM(nnx.Module):
         place = Place(batch.positions, batch.segment_ids)
         return self.llm(x_BSD, place, key, asked_BS=batch.loss_mask)
 
-    def softmax_head(self) -> SoftmaxHead:
-        """What scores the next token after hidden states."""
-        return self.llm.softmax_head()
+    def softmax_head(self, token_table: jax.Array | None = None) -> SoftmaxHead:
+        """What scores the next token after hidden states.
+
+        Args:
+          token_table: as `embed`'s.
+        """
+        tokens = self.vocabulary
+        first, stop = (tokens.sid_offset, tokens.used) if self.sids_alone else (0, None)
+        return self.llm.softmax_head(first, stop, token_table=token_table)
 
     def predict(
         self, batch: Batch, rows: jax.Array | None, key: jax.Array | None = None
@@ -125,4 +138,4 @@ class SidLM(nnx.Module):
         """Hidden states as `__call__`, and what scores the next token after them."""
         token_table = self.llm.token_table()
         hidden_BSD, _ = self(batch, rows, key, token_table)
-        return hidden_BSD, self.llm.softmax_head(token_table=token_table)
+        return hidden_BSD, self.softmax_head(token_table)

@@ -72,10 +72,8 @@ class TokenTables(nnx.Module):
         if self.config.tied_embeddings:
             if token_table is None:
                 token_table = self.token_table()
-            weight = constrain_gathered(token_table, "vocabulary", None).T
+            weight = constrain_gathered(token_table[first:stop], "vocabulary", None).T
         else:
-            dtype = self.config.compute_dtype
-            weight = gather_over_fsdp(self.head[...], dtype, None, "vocabulary")
-        if first != 0 or stop is not None:
-            weight = weight[:, first:stop]
-        return SoftmaxHead(weight, self.config.logit_softcap)
+            head, dtype = self.head[:, first:stop], self.config.compute_dtype
+            weight = gather_over_fsdp(head, dtype, None, "vocabulary")
+        return SoftmaxHead(weight, self.config.logit_softcap, first=first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from prefixmem_jax.data.documents.document import Corpus, DocumentsConfig, mixtu
 from prefixmem_jax.data.documents.items import Items, document_length, example_documents
 from prefixmem_jax.data.packing import one_per_row, pack
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.layers.softmax_head import (
     SoftmaxHead,
@@ -39,13 +40,17 @@ class NextToken(Objective):
 
     Attributes:
       documents: kinds of documents (`data/documents/`); validation is on histories of SIDs.
-      label_smoothing: share of a target's probability that is spread evenly over the vocabulary.
+      label_smoothing: share of a target's probability that is spread evenly over the softmax.
+      softmax: over the whole vocabulary, or over the tokens of SIDs alone, where documents have
+        nothing else to predict. The text's part, which is most of an LLM's, then costs nothing; a
+        search compares codes of one level in either case.
     """
 
     documents: Annotated[tuple[DocumentsConfig, ...], Field(min_length=1)] = field(
         default=(Items(),), kw_only=True
     )
     label_smoothing: Rate = field(default=0.0, kw_only=True)
+    softmax: Literal["vocabulary", "sids"] = field(default="vocabulary", kw_only=True)
     generates: ClassVar[bool] = True
     exports: ClassVar[bool] = True
 
@@ -54,12 +59,26 @@ class NextToken(Objective):
         """The most that are packed together; None: as many as fit."""
         return None
 
+    @property
+    def sids_alone(self) -> bool:
+        return self.softmax == "sids"
+
+    def check(self, config: Any) -> None:
+        del config
+        texts = [one for one in self.documents if not one.sids_alone]
+        if self.sids_alone and texts:
+            raise UserError(
+                f"objective.softmax=sids: documents of kind {kind_name(type(texts[0]))} have text "
+                "to predict; expected vocabulary"
+            )
+
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> SidLM:
         data, levels = config.data, vocabulary.levels
         longest = [document_length(levels, data.max_items + 1)]  # of validation and inference
         longest += [documents.longest(data, levels) for documents in self.documents]
         llm = Decoder(config.model, vocabulary.size, max(longest), rngs=rngs)
-        return SidLM(llm, config.sid_encoder, vocabulary, config.item_head, rngs=rngs)
+        attached = config.sid_encoder, vocabulary, config.item_head
+        return SidLM(llm, *attached, sids_alone=self.sids_alone, rngs=rngs)
 
     def abstract_batch(
         self, data: DataConfig, sharding: jax.sharding.Sharding | None = None
@@ -96,8 +115,8 @@ class NextToken(Objective):
 
         Returns:
           loss: float32 [], summed over predicted positions by weight; count: their weights' sum.
-          hits, level_count: float32 [levels], by level of the predicted token (top-1 over the whole
-          vocabulary). With an item head item_loss, which is part of loss, item_count, and in
+          hits, level_count: float32 [levels], by level of the predicted token (top-1 of the
+          softmax). With an item head item_loss, which is part of loss, item_count, and in
           validation item_hits (top-10).
         """
         hidden_BSD, head = model.predict(batch, rows.by_position, key)

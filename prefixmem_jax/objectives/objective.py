@@ -32,6 +32,11 @@ class Objective(Kind, ABC):
     # Whether its LLM is a decoder too, which Hugging Face folders hold.
     exports: ClassVar[bool] = False
 
+    @property
+    def sids_alone(self) -> bool:
+        """Whether its softmax is over the tokens of SIDs alone."""
+        return False
+
     def check(self, config: Any) -> None:
         """Raises UserError where another group of the `config.Config` does not go with it."""
 

@@ -41,6 +41,7 @@ class Tiger(NextToken):
     exports: ClassVar[bool] = False
 
     def check(self, config: Any) -> None:
+        super().check(config)
         if not all(isinstance(one, NextItem) for one in self.documents):
             raise UserError("objective.documents: tiger learns from next_item alone")
         if config.data.tokenizer is not None or config.init.from_huggingface is not None:
@@ -65,7 +66,8 @@ class Tiger(NextToken):
             self.answers,
             rngs=rngs,
         )
-        return SidLM(llm, config.sid_encoder, vocabulary, config.item_head, rngs=rngs)
+        attached = config.sid_encoder, vocabulary, config.item_head
+        return SidLM(llm, *attached, sids_alone=self.sids_alone, rngs=rngs)
 
     @property
     def documents_per_row(self) -> int:

@@ -221,6 +221,7 @@ def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
     """Raises UserError where the config's sizes do not divide over the mesh."""
     data, fsdp, tensor = mesh.devices.shape
     accumulated = config.optimizer.accumulation_steps
+    codes_alone = sum(vocabulary.space.codebook_sizes) if config.objective.sids_alone else 0
     has_item_vectors = config.item_head is not None and config.item_head.vectors == "own"
     for key, size, shares in (
         ("data.batch_size", config.data.batch_size, data * fsdp * accumulated),
@@ -229,6 +230,7 @@ def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
         ("model.d_ff", config.model.d_ff, tensor),
         ("model.d_model", config.model.d_model, fsdp * tensor),
         ("vocabulary (see data.vocabulary_multiple)", vocabulary.size, tensor),
+        ("codes of all levels, for objective.softmax=sids", codes_alone, tensor),
         (
             "items (see data.vocabulary_multiple)",
             vocabulary.item_outputs if has_item_vectors else 0,

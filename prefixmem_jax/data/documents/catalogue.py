@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -27,6 +27,7 @@ class Catalogue(DocumentsConfig):
     """
 
     loss_weight: Annotated[float, Field(gt=0, le=1)] = 0.1
+    sids_alone: ClassVar[bool] = True
 
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         del rng

@@ -99,6 +99,8 @@ class DocumentsConfig(Kind, abc.ABC):
     """
 
     package: ClassVar[str] = "prefixmem_jax.data.documents"
+    # Whether nothing but the codes of SIDs is predicted.
+    sids_alone: ClassVar[bool] = False
 
     weight: PositiveFloat = field(default=1.0, kw_only=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 @dataclass(frozen=True)
 class Items(Sequences):
     """Training sequences; each token after BOS is to be predicted."""
+
+    sids_alone: ClassVar[bool] = True
 
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         data = corpus.data

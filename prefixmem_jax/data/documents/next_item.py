@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from pydantic import PositiveInt
@@ -28,6 +29,7 @@ class NextItem(DocumentsConfig):
     """
 
     draws: PositiveInt = field(default=4, kw_only=True)
+    sids_alone: ClassVar[bool] = True
 
     def documents(self, corpus: Corpus, rng: np.random.Generator) -> Documents:
         data, levels = corpus.data, corpus.data.vocabulary.levels
