@@ -1,8 +1,9 @@
-"""Faults, injected for real into a training that was killed at step 80 of 200: a table of what each
+"""Faults, injected for real into a training that was killed at step 80 of 120: a table of what each
 does, what it is answered, and what is left.
 
-Every command is a process of its own. What is left is one of three things: the run ends as the one
-that nothing happened to, bit for bit; or it does so once the fault is mended; or nothing is changed.
+Every command is a process of its own. What is left is one of two things: a training that ended as
+the one that nothing happened to, bit for bit; or every file as it was, to go on from once the fault is
+mended.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from ended_runs import records_of, state_of
 
 from prefixmem_jax.runs.metrics import read_metrics
 
-STEPS, BEFORE, NEWEST = 200, "60", "80"
+STEPS, NEWEST = 120, "80"
 TRAIN = [
     "quickstart/prefixmem", "init.run=none", "init.take=()", "init.fresh=()", f"steps={STEPS}", "checkpoint.every_steps=20", "checkpoint.keep=20",
     "data.batch_size=8", "data.sequence_length=64", "model.layers=1", "model.d_model=32",
@@ -185,7 +186,8 @@ class Fault:
       inject: done to the case before the command.
       status, words: how the command ends, and what its one line has in it.
       command: after `prefixmem`, of the case; training goes on where it is not said.
-      untouched: nothing in the case's folder is other than it was when the command began.
+      untouched: no file is other than it was when the command began; else the training has ended as
+        the one that nothing happened to.
     """
 
     inject: Callable[[Case], AbstractContextManager | None]
@@ -252,16 +254,17 @@ FAULTS = {
     ),
     "other data in its place": Fault(other_data, 2, "rows: packed with another dataset", untouched=True),
     "the data gone": Fault(
-        lambda case: gone(case.folder / "data"), 2, "data: not a folder with items.parquet"
+        lambda case: gone(case.folder / "data"), 2, "data: not a folder with items.parquet", untouched=True
     ),
-    "packed rows gone": Fault(lambda case: gone(case.rows), 2, "00000.array_record: missing; pack again"),
+    "packed rows gone": Fault(lambda case: gone(case.rows), 2, "00000.array_record: missing; pack again", untouched=True),
     "packed rows cut short": Fault(
         lambda case: truncate(case.rows), 2, "rows: a file is damaged", untouched=True
     ),
     # Two at once: the second ends, whoever reads is not kept out.
-    "another writer": Fault(another_writer, 2, "another process is training this run"),
+    "another writer": Fault(another_writer, 2, "another process is training this run", untouched=True),
     "another writer, and a reader": Fault(
-        another_writer, 0, "", verb("recommend", "{case.run}", "--history", "1,2", "--top", "2")
+        another_writer, 0, "", verb("recommend", "{case.run}", "--history", "1,2", "--top", "2"),
+        untouched=True,
     ),
     # What is asked for is not what is there, or cannot be.
     "another learning rate": Fault(
@@ -277,10 +280,6 @@ FAULTS = {
             *fresh()(case), f"init.run={case.run}", "init.take=['memory']",
             "init.fresh=['llm','sid_encoder']", "sid_encoder.seed=3",
         ], untouched=True,
-    ),
-    "a rate that blows up": Fault(
-        nothing, 2, "the loss or its gradient is not finite",
-        lambda case: [*fresh("optimizer.learning_rate=1e38", "optimizer.warmup_steps=3")(case)],
     ),
     "a file where the run should go": Fault(
         lambda case: put(case.folder / "new", b"precious"), 1, "new", fresh(), untouched=True
@@ -312,8 +311,6 @@ def test_a_fault(name, case, ended):
     if fault.untouched:
         assert after == before
     else:
-        if fault.status or command != case.train:  # mended by now
-            prefixmem(*case.train)
         assert_ended_the_same(case, ended)
 
 

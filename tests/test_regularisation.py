@@ -129,6 +129,14 @@ def test_a_softmax_over_sids_alone(tied):
     assert loss.sum() < float(NextToken().loss_sums(whole, batch, Lookup(), None)["loss"])
 
 
+def test_a_softmax_over_sids_alone_is_the_same_on_any_mesh():
+    config = dataclasses.replace(CONFIG, objective=NextToken(softmax="sids"))
+    alone, state = run(config, 3)
+    together, other = run(on_mesh(config, 2, 2, 2), 3)
+    np.testing.assert_allclose(losses(together), losses(alone), rtol=2e-5)
+    np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
+
+
 def test_text_is_not_predicted_by_a_softmax_over_sids():
     objective = NextToken(documents=(Items(), Pair()), softmax="sids")
     with pytest.raises(

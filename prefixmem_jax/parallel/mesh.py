@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; not public
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh
 
@@ -55,6 +54,8 @@ def _described() -> tuple[str, int, int, None] | None:
 
 def _detected() -> tuple[str, int, int, Sequence[int] | None]:
     """The same, as JAX reads it from the cluster, and which local devices this process has."""
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; not public
+
     where = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(

@@ -46,6 +46,7 @@ class LocalCopy:
     def publish(self, step: int) -> None:
         """Copies a step's checkpoint there, and removes there what is no more here."""
         there, here = self._remote / str(step), self.folder / str(step)
+        remove_folder(there)  # what is there of a copy that was cut off
         names = [str(path.relative_to(here)) for path in files_below(here)]
         upload_all(here, [name for name in names if name != _LAST], there)
         upload_all(here, [_LAST], there)
