@@ -59,6 +59,18 @@ def prefixmem(*arguments: object, expect: int = 0) -> subprocess.CompletedProces
     return done
 
 
+def python_process(script: str, *arguments: object, **environment: str) -> subprocess.Popen:
+    """Python in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**command_environment(), **environment},
+        text=True,
+    )
+
+
 def python_without_us(script: str) -> str:
     """What a script prints in a process that can import neither this package nor JAX."""
     done = forked.run(forked.script_without_us, [script], command_environment(), timeout=300)

@@ -24,6 +24,7 @@ import chex
 import forked
 import pytest
 from conftest import QUICK, ROOT, command_environment, mounted, prefixmem
+from damage import flip, largest, truncate
 from ended_runs import records_of, state_of
 
 from prefixmem_jax.runs.metrics import read_metrics
@@ -110,20 +111,6 @@ def assert_ended_the_same(case: Case, ended: Case) -> None:
 
 
 # What is injected. Those that come back as contexts are undone after the command.
-
-
-def largest(folder: Path) -> Path:
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
 
 
 def cut_end(path: Path) -> None:

@@ -12,6 +12,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from damage import flip, largest
 from ended_runs import state_of
 
 from prefixmem_jax.cli import main
@@ -65,16 +66,6 @@ def trained(tmp_path_factory):
 def run(trained, tmp_path):
     """A copy of the run, to be damaged."""
     return Path(shutil.copytree(trained[0], tmp_path / "run"))
-
-
-def largest(folder: Path) -> Path:
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_reading_needs_only_the_model(run, caplog):

@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.runs.checksums import FOLDER, find_damage, write_checksums
-from prefixmem_jax.runs.local_copy import LocalCopy, is_finished
-from prefixmem_jax.storage import absolute, is_remote, orbax_writes, tensorstore_spec
+from prefixmem_jax.runs.workplace import InPlace, LocalCopy, is_finished
+from prefixmem_jax.storage import is_remote, orbax_writes, tensorstore_spec
 
 log = logging.getLogger(__name__)
 
@@ -108,17 +108,18 @@ class Checkpoints:
             raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
         if keep is not None and jax.process_index() == 0:
             self._move_damaged()
-        self._folder, self._copy = absolute(run / FOLDER), None
-        if not orbax_writes(run):
-            if keep is not None and jax.process_count() > 1:
-                raise UserError(
-                    f"{run}: several processes cannot save there (Orbax does not write to it); "
-                    "expected gs://, or a folder that all share"
-                )
-            self._copy = LocalCopy(run / FOLDER)
-            self._folder = self._copy.folder
-            for step in saved_steps(run) if keep is not None else ():
-                self._copy.bring(step)
+        if orbax_writes(run):
+            self._place = InPlace(run / FOLDER)
+        elif keep is not None and jax.process_count() > 1:
+            raise UserError(
+                f"{run}: several processes cannot save there (Orbax does not write to it); "
+                "expected gs://, or a folder that all share"
+            )
+        else:
+            self._place = LocalCopy(run / FOLDER)
+        if keep is not None:  # what is kept is decided there
+            for step in saved_steps(run):
+                self._place.bring(step)
         policy = None
         if keep is not None:
             policies = ocp.training.preservation_policies
@@ -137,7 +138,7 @@ class Checkpoints:
         saving.enable_write_sharding_file = False
         saving.array_metadata_store = None
         self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
+            self._place.folder,
             preservation_policy=policy,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=keep is not None,
@@ -153,8 +154,7 @@ class Checkpoints:
             self._wait()
         finally:
             self._checkpointer.close()
-            if self._copy is not None:
-                self._copy.close()
+            self._place.close()
 
     def _move_damaged(self) -> None:
         """Takes damaged checkpoints out of the way of those to come; nothing is deleted.
@@ -230,8 +230,7 @@ class Checkpoints:
     def _finish(self, response: Any, step: int) -> None:
         try:
             response.result()
-            if self._copy is not None:
-                self._copy.publish(step)
+            self._place.publish(step)
             write_checksums(self.run, step)
         except BaseException as error:
             self._failure = error
@@ -250,8 +249,7 @@ class Checkpoints:
 
     def _describe(self, step: int) -> Any:
         """What Orbax says of the checkpoint of a step."""
-        if self._copy is not None:
-            self._copy.bring(step)
+        if self._place.bring(step):
             self._checkpointer.reload()
         return self._checkpointer.checkpointables_metadata(step)
 
@@ -303,9 +301,8 @@ class Checkpoints:
 
     def _open(self, step: int, part: str, path: tuple) -> ts.TensorStore:
         """An array on disk, by its path in the part's tree."""
-        if self._copy is not None:
-            self._copy.bring(step)
-        base = tensorstore_spec(self._folder / str(step) / part)
+        self._place.bring(step)
+        base = tensorstore_spec(self._place.folder / str(step) / part)
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         return ts.open({"driver": "zarr3", "kvstore": kvstore}).result()

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from prefixmem_jax.files import sha256_of, write_json
-from prefixmem_jax.runs.local_copy import is_finished
+from prefixmem_jax.runs.workplace import is_finished
 from prefixmem_jax.storage import files_below, is_remote, make_folder
 
 FOLDER, CHECKSUMS = "checkpoints", "checksums"

@@ -1,4 +1,4 @@
-"""Checkpoints in a store that Orbax does not write to: it writes here, and copies go there."""
+"""Where Orbax works on a run's checkpoints: in their folder, or in a copy where it cannot write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import orbax.checkpoint.experimental.v1 as ocp
 
 from prefixmem_jax.storage import (
+    absolute,
     download_all,
     files_below,
     orbax_writes,
@@ -26,25 +27,44 @@ def is_finished(checkpoint: Path) -> bool:
     return (checkpoint / _LAST).is_file()
 
 
-class LocalCopy:
-    """Checkpoints of a remote folder, in a temporary one of this machine."""
+class InPlace:
+    """Their own folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = absolute(folder)
+
+    def bring(self, step: int) -> bool:
+        """Sees that a step's checkpoint is in `folder`; whether it was not yet."""
+        del step
+        return False
+
+    def publish(self, step: int) -> None:
+        """Brings a step's checkpoint to where it is kept."""
+
+    def close(self) -> None:
+        """Ends the work."""
+
+
+class LocalCopy(InPlace):
+    """A temporary folder of this machine, for a remote one that Orbax does not write to."""
 
     def __init__(self, remote: Path):
         self._remote = remote
         self._temporary = tempfile.TemporaryDirectory(prefix="prefixmem-checkpoints-")
         self.folder = Path(self._temporary.name)
 
-    def bring(self, step: int) -> None:
-        """Copies a step's checkpoint here, where it is not yet."""
+    def bring(self, step: int) -> bool:
         there, here = self._remote / str(step), self.folder / str(step)
-        if not here.exists():
-            names = [str(path.relative_to(there)) for path in files_below(there)]
-            for name in names:
-                (here / name).parent.mkdir(parents=True, exist_ok=True)
-            download_all(there, names, here)
+        if here.exists():
+            return False
+        names = [str(path.relative_to(there)) for path in files_below(there)]
+        for name in names:
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+        download_all(there, names, here)
+        return True
 
     def publish(self, step: int) -> None:
-        """Copies a step's checkpoint there, and removes there what is no more here."""
+        """Copies it there, and removes there what is no more here."""
         there, here = self._remote / str(step), self.folder / str(step)
         remove_folder(there)  # what is there of a copy that was cut off
         names = [str(path.relative_to(here)) for path in files_below(here)]
