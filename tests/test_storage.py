@@ -1,10 +1,12 @@
 """Runs, data and exports in object stores, as emulators on this machine have them."""
 
+import contextlib
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import chex
@@ -31,44 +33,65 @@ TRAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def store(request) -> Iterator[str]:
-    with object_store(request.param) as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield f"{request.param}://{BUCKET}"
+@pytest.fixture(scope="session")
+def stores() -> Iterator[Callable[[str], dict[str, str]]]:
+    """An emulator for each scheme, until the tests end: clients in this process keep its address."""
+    with contextlib.ExitStack() as stack:
+        yield cache(lambda scheme: stack.enter_context(object_store(scheme)))
 
 
-@pytest.fixture(scope="module")
-def datasets(store, tmp_path_factory) -> tuple[str, Path]:
+@pytest.fixture(params=["gs", "s3"])
+def store(request, stores, monkeypatch) -> str:
+    for name, value in stores(request.param).items():
+        monkeypatch.setenv(name, value)
+    return f"{request.param}://{BUCKET}"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Callable:
+    """What was made in a store once: workers go from one store to another and back."""
+    return cache(lambda make, given: make(given, tmp_path_factory.mktemp("made")))
+
+
+@pytest.fixture
+def datasets(store, made) -> tuple[str, Path]:
+    return made(_datasets, store)
+
+
+@pytest.fixture
+def runs(datasets, made) -> tuple[str, Path]:
+    return made(_runs, datasets)
+
+
+def _datasets(store: str, folder: Path) -> tuple[str, Path]:
     """The same data, there and here."""
-    folder, there = tmp_path_factory.mktemp("data") / "data", f"{store}/data"
-    for out in (folder, there):
+    here, there = folder / "data", f"{store}/data"
+    for out in (here, there):
         prefixmem(
             "data", "generate", "--out", out, "users=200", "codebook_sizes=(16,16,16)",
             "children=(8,4,4)", "groups=4", "titles=True",
         )  # fmt: skip
-    return there, folder
+    return there, here
 
 
-@pytest.fixture(scope="module")
-def runs(store, datasets, tmp_path_factory) -> tuple[str, Path]:
+def _runs(datasets: tuple[str, Path], folder: Path) -> tuple[str, Path]:
     """The same training: there, killed after its first checkpoint, and here, uninterrupted."""
-    there, here = f"{store}/runs/one", tmp_path_factory.mktemp("runs")
-    prefixmem(*TRAIN, f"data.path={datasets[1]}", "--out", here / "one")
-    arguments = [*TRAIN, f"data.path={datasets[0]}", "--out", there]
+    there_data, here_data = datasets
+    there, here = there_data.replace("/data", "/runs/one"), folder / "one"
+    prefixmem(*TRAIN, f"data.path={here_data}", "--out", here)
+    arguments = [*TRAIN, f"data.path={there_data}", "--out", there]
     process = forked.start(
-        forked.command, arguments, command_environment(), here / "out", here / "err"
+        forked.command, arguments, command_environment(), folder / "out", folder / "err"
     )
     until = time.monotonic() + 200
     while not saved_steps(to_path(there)) and time.monotonic() < until:
-        assert process.is_alive(), (here / "err").read_text()
+        assert process.is_alive(), (folder / "err").read_text()
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert saved_steps(to_path(there))[0] < 150
     prefixmem("resume", there)
-    return there, here / "one"
+    return there, here
 
 
 def test_data_are_read_as_if_they_were_here(datasets):
