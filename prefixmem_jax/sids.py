@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from prefixmem_jax.config_files import override, read_config, to_json
+from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.formats.parquet import (
     HISTORIES,
     ITEMS,
@@ -22,7 +24,8 @@ from prefixmem_jax.data.formats.parquet import (
     read_titles,
     write_items,
 )
-from prefixmem_jax.data.splits import split_dataset
+from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.splits import Split, split_dataset
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import reading_npz, replacing_files, write_npz, write_text
 from prefixmem_jax.kinds import STRICT
@@ -33,7 +36,7 @@ from prefixmem_jax.semantic_ids.collisions import add_level, move_to_free
 from prefixmem_jax.semantic_ids.quality import measure
 from prefixmem_jax.semantic_ids.quantizers.quantizer import Fitted, Quantizer, level_name
 from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
-from prefixmem_jax.semantic_ids.report import write_report
+from prefixmem_jax.semantic_ids.report import PAGE, write_report
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.text_models import embed_titles
 from prefixmem_jax.semantic_ids.texts import TextVectors
@@ -65,6 +68,15 @@ class SidsConfig:
     collisions: Literal["keep", "level", "move"] = "move"
     text_model: str | None = None
     text_width: PositiveInt = 128
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which SIDs are reported on, and how histories are split: `data`'s keys of a training."""
+
+    __pydantic_config__ = STRICT
+
+    data: DataConfig
 
 
 def make_sids(
@@ -220,17 +232,15 @@ def _write(
     catalog = Catalog(sids, titles, SidSpace(codes), keys)
     with replacing_files(out, "SIDs", ITEMS) as folder:
         write_items(folder, catalog)
-        trained_on = held_out = None
+        interactions = None, None
         if (data / HISTORIES).is_file():
             shutil.copy(data / HISTORIES, folder / HISTORIES)
             split = split_dataset(read_dataset(folder, codebook_sizes=codes), "leave_two_out", 0.1)
-            trained_on = split.items[split.train.indices()]
-            held_out = split.validation.targets
+            interactions = _interactions(split)
         measured = measure(
             sids,
             codes,
-            trained_on,
-            held_out,
+            *interactions,
             vectors,
             lambda some: quantizer.decode(fitted, some[:, : quantizer.levels]),
         )
@@ -244,6 +254,46 @@ def _write(
         write_text(folder / CONFIG, to_json(config))
         write_report(folder, measured)
     return measured
+
+
+def report_sids(
+    data: Path,
+    embeddings: Path | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measures the SIDs that a dataset has already.
+
+    Args:
+      data: its folder.
+      overrides: of `ReportConfig`, such as `data.sid_column=sid_image`.
+      embeddings: the items' vectors, see `read_vectors`, for how well prefixes gather neighbours.
+      out: gets sids.json, sids.png and sids.html.
+
+    Returns:
+      What `measure` returns.
+    """
+    config = ReportConfig(DataConfig(path=str(data)))
+    for text in overrides:
+        config = override(config, text)
+    prepared = prepare_data(config.data)
+    catalog = prepared.catalog
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = None
+        if embeddings is not None:
+            unpacked = Path(folder) / "vectors.npy"
+            vectors = read_vectors(embeddings, len(catalog), catalog.keys, unpacked)
+        sizes = catalog.space.codebook_sizes
+        measured = measure(catalog.sids, sizes, *_interactions(prepared.split), vectors)
+    if out is not None:
+        with replacing_files(out, "SID report", PAGE) as folder:
+            write_report(folder, measured)
+    return measured
+
+
+def _interactions(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Items that training has, one of each interaction, and those that validation wants."""
+    return split.items[split.train.indices()], split.validation.targets
 
 
 def _known(old: Catalog, keys: list[str] | None, items: int) -> np.ndarray:

@@ -61,6 +61,29 @@ def test_titles_become_sids_that_can_be_trained_on(data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "x"]
 
 
+def test_sids_that_are_there_are_reported_on(data, tmp_path):
+    """As `sids` did of those it made; of another column, too; mistakes end in one line."""
+    out, vectors_of = tmp_path / "x", tmp_path / "v.npz"
+    embedding = np.random.default_rng(0).standard_normal((240, 8)).astype(np.float32)
+    np.savez(vectors_of, item_id=np.arange(240), embedding=embedding)
+    made = make_sids(data, out, vectors_of, WAYS)
+    done = prefixmem("data", "report", out, "--embeddings", vectors_of, "--out", tmp_path / "r")
+    found = json.loads((tmp_path / "r" / "sids.json").read_text())
+    for one, wanted in zip(found["levels"], made["levels"], strict=True):
+        wanted.pop("reconstruction_error")  # known where they are made
+        assert one == wanted | {"codes": one["codes"], "dead": one["codes"] - one["used"]}
+    assert done.stdout.startswith("240 items,") and "neighbours together" in done.stdout
+    assert (tmp_path / "r" / "sids.html").is_file()
+    table = pq.read_table(out / "items.parquet")
+    pq.write_table(table.append_column("other", [[[n] for n in range(240)]]), out / "items.parquet")
+    done = prefixmem("data", "report", out, "data.sid_column=other")
+    assert "240 distinct SIDs, 0 items share" in done.stdout and "neighbours" not in done.stdout
+    for key, words in (("data.sid_column=none_such", "no column"), ("data.colum=x", "data.colum")):
+        failed = prefixmem("data", "report", out, key, "--out", tmp_path / "none", expect=2)
+        assert words in failed.stderr and len(failed.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / "none").exists()
+
+
 def test_vectors_are_matched_by_item(data, tmp_path):
     """Whatever the order of the files; the same SIDs from Parquet, .npz and .npy."""
     rng = np.random.default_rng(0)

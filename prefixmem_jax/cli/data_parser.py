@@ -134,6 +134,26 @@ def add_inspect(subparsers: Any, overrides_help: str) -> None:
     inspecting.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 
 
+def add_report(subparsers: Any, overrides_help: str) -> None:
+    summary = "Measure the Semantic IDs that a dataset has already, before anything is trained."
+    reporting = subparsers.add_parser(
+        "report",
+        help=summary,
+        **described(
+            summary,
+            "  prefixmem data report DIR\n"
+            "  prefixmem data report DIR data.sid_column=sid_image --embeddings FILE --out report",
+        ),
+    )
+    reporting.set_defaults(verb=verbs.report_sids)
+    reporting.add_argument("data", metavar="DIR", help="dataset folder")
+    add_embeddings(reporting, "for how well prefixes gather neighbours")
+    reporting.add_argument(
+        "--out", type=local_path, metavar="DIR", help="gets sids.html, sids.json and sids.png"
+    )
+    reporting.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
+
+
 def add_raw(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "given",
@@ -143,11 +163,13 @@ def add_raw(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_embeddings(parser: argparse.ArgumentParser) -> None:
+def add_embeddings(
+    parser: argparse.ArgumentParser, purpose: str = "default: vectors of the titles"
+) -> None:
     parser.add_argument(
         "--embeddings",
         type=local_path,
         metavar="FILE",
         help=".parquet or .npz with item_id and embedding, or NAME.npy beside NAME.item_id.npy "
-        "(default: vectors of the titles)",
+        f"({purpose})",
     )

@@ -23,6 +23,7 @@ from prefixmem_jax.cli.data_parser import (
     add_inspect,
     add_pack,
     add_raw,
+    add_report,
     add_tokenizer,
 )
 from prefixmem_jax.cli.experiment_parser import add_paper, add_sweep
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_tokenizer(parts)
     add_pack(parts, overrides_help)
     add_inspect(parts, overrides_help)
+    add_report(parts, overrides_help)
 
     naming = verb(
         "sids",

@@ -127,6 +127,16 @@ def pack(options: argparse.Namespace) -> None:
     print(f"{rows:,} rows in {options.shards} files: data.packed={visible(str(options.out))}")
 
 
+def report_sids(options: argparse.Namespace) -> None:
+    start()
+    from prefixmem_jax.semantic_ids.report import PAGE, describe
+    from prefixmem_jax.sids import report_sids as report
+
+    print(describe(report(options.data, options.embeddings, options.overrides, options.out)))
+    if options.out is not None:
+        print("\n" + visible(str(options.out / PAGE)))
+
+
 def inspect(options: argparse.Namespace) -> None:
     from prefixmem_jax.config_files import load_config
 

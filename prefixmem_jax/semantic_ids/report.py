@@ -16,6 +16,7 @@ from prefixmem_jax.text import aligned
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PAGE = "sids.html"
 # Measures of a level, how they are headed, and how they are shown.
 COLUMNS = {
     "codes": ("codes", ",d"),
@@ -56,7 +57,7 @@ def write_report(folder: Path, measured: dict[str, Any]) -> None:
     write_json(folder / "sids.json", measured | {"verdicts": verdicts, "target_levels": levels})
     _plot(folder / "sids.png", measured["levels"])
     write_page(
-        folder / "sids.html",
+        folder / PAGE,
         "Semantic IDs: quality report",
         [preformatted(describe(measured)), image(folder / "sids.png")],
     )
