@@ -41,6 +41,6 @@ def get_config() -> Config:
             validation_examples=4000,
             select_by="item_ndcg@10",
             item_share=0.95,
-            transition_share=0.1,
+            transition_share=0.4,
         ),
     )

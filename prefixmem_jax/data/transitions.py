@@ -1,7 +1,8 @@
 """What followed what in training: counts of items that stood near each other.
 
-They remember exactly what a model that learns by gradients remembers in part: recommendations may
-mix in what they say (`evaluation.transition_share`).
+They remember exactly what a model that learns by gradients remembers in part; of items that were
+met a few times they say what is alike (`data.similar_items`). Recommendations may mix in what they
+say (`evaluation.transition_share`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Transitions:
     """Scores of items next to the last ones of a history.
 
     Attributes:
-      near: float [items, items], sparse: what an item of the history says of every other.
+      near: float [items, items], sparse: what an item of the history says of every other; see
+        `smoothed`.
       decay: how much less each item says than the one after it.
     """
 
@@ -105,3 +107,20 @@ def following_counts(split: Split, items: int, fade: float = 0.0) -> sparse.csr_
         counts += sparse.csr_array((np.full(len(at), weight), pairs), shape=(items, items))
         weight, away = weight * fade, away + 1
     return counts
+
+
+def smoothed(
+    counts: sparse.csr_array, similar: sparse.csr_array, smoothing: float
+) -> sparse.csr_array:
+    """Shares of what an item's neighbours are: float64 [items, items], rows of one or less in sum.
+
+    Dirichlet smoothing: to the counts come so many more, spread over the items that are alike. So
+    what was met often goes by its counts, and what was hardly met by its title.
+
+    Args:
+      similar: `similar_items`.
+      smoothing: how many are added to an item's counts.
+    """
+    sums = np.asarray(counts.sum(axis=1)).reshape(-1) + smoothing
+    both = (counts + smoothing * similar).tocsr()
+    return sparse.csr_array(sparse.diags_array(1 / np.maximum(sums, 1e-12)) @ both)

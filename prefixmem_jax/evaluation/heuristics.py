@@ -9,15 +9,17 @@ These systems only ever name catalogue items, so constrained and unconstrained a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
+from prefixmem_jax.data.similar_items import similar_items, words_of_items
 from prefixmem_jax.data.splits import Examples
-from prefixmem_jax.data.transitions import Transitions, following_counts
+from prefixmem_jax.data.transitions import Transitions, following_counts, smoothed
 from prefixmem_jax.evaluation.metrics import (
     Evaluated,
     Scores,
@@ -65,31 +67,39 @@ def successor_heuristic(data: PreparedData) -> Scorer:
     return score
 
 
-FADES, DECAYS, BACKS = (0.0, 0.5, 0.85), (0.3, 0.5, 0.7, 0.9), (0.0, 0.5, 1.0)
+# How counts are made and used; the best together on validation are taken.
+FADES, DECAYS, SMOOTHINGS = (0.0, 0.85), (0.5, 0.7), (0.0, 10.0, 30.0)
+BACK = 0.5  # of a time that an item came before
+ALIKE = 32  # items that an item's counts are smoothed with
 
 
-def tuned_transitions(data: PreparedData, fades: Iterable[float] = (0.0,)) -> Transitions:
-    """Times that an item came after another + back * times that it came before it, and a decay.
+def tuned_transitions(data: PreparedData) -> Transitions:
+    """Times that an item came after another + `BACK` * times that it came before it, smoothed with
+    what is alike, and a decay.
 
-    Fade (see `following_counts`), decay and back are those of `fades`, `DECAYS` and `BACKS` with
-    the best Recall@10 on validation.
+    Fade (see `following_counts`), smoothing (see `smoothed`) and decay are those with the best
+    Recall@10 on validation.
     """
-    after = {fade: following_counts(data.split, len(data.catalog), fade) for fade in fades}
+    items = len(data.catalog)
+    after = {fade: following_counts(data.split, items, fade) for fade in FADES}
+    similar = similar_items(words_of_items(data.catalog), ALIKE)
 
-    def of(fade: float, decay: float, back: float) -> Transitions:
-        return Transitions((after[fade] + back * after[fade].T).tocsr(), decay)
+    def candidates() -> Iterator[tuple[Scorer, Transitions]]:
+        for fade, smoothing in itertools.product(FADES, SMOOTHINGS):
+            near = smoothed(after[fade] + BACK * after[fade].T, similar, smoothing)
+            for decay in DECAYS:
+                transitions = Transitions(near, decay)
+                yield _by_transitions(transitions, data), transitions
 
-    grid = itertools.product(after, DECAYS, BACKS)
-    return of(*_best(((_by_transitions(of(*options), data), options) for options in grid), data))
+    return _best(candidates(), data)
 
 
 def transition_heuristic(data: PreparedData) -> Scorer:
-    """Scores items by how often they stood near the history's items in training.
-
-    An item scores the sum over the history of decay ** (items since) * (times it came after + back
-    * times it came before), see `tuned_transitions`; items without any come after, by popularity.
+    """Scores items by how often they stood near the history's items in training, or near what is
+    alike: the sum over the history of decay ** (items since) * near, see `tuned_transitions`; items
+    without any come after, by popularity.
     """
-    return _by_transitions(tuned_transitions(data, FADES), data)
+    return _by_transitions(tuned_transitions(data), data)
 
 
 def _by_transitions(transitions: Transitions, data: PreparedData) -> Scorer:
@@ -135,8 +145,8 @@ def item_knn_heuristic(data: PreparedData) -> Scorer:
     return scorer(*_best(((scorer(*options), options) for options in KNN_GRID), data))
 
 
-def _best(scorers: Iterable[tuple[Scorer, tuple]], data: PreparedData) -> tuple:
-    """The options, the first of equals, of the scorer with the best validation Recall@10."""
+def _best(scorers: Iterable[tuple[Scorer, Any]], data: PreparedData) -> Any:
+    """What stands beside the scorer, the first of equals, with the best validation Recall@10."""
     everyone = data.split.validation
     tuning = everyone.take(fixed_sample(len(everyone), TUNING_USERS))
 
