@@ -1,19 +1,24 @@
 """The paper's tables as commands: every row builds, the choice of rates, resuming, the printout."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import prefixmem
+from conftest import ROOT, prefixmem
 
 from prefixmem_jax.cli.parser import parse
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.paper.experiment import Experiment
-from prefixmem_jax.paper.report import describe, plot
+from prefixmem_jax.paper.plots import plot
+from prefixmem_jax.paper.report import describe
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
+from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.space import SidSpace
+
+RESULTS = ROOT / "configs" / "paper" / "results"
 
 TINY = [
     "steps=4", "model.layers=1", "model.d_model=16", "model.d_ff=16", "data.batch_size=8",
@@ -87,6 +92,11 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
         pieces = [piece["users"] * piece["accuracy"][row] for piece in found["by_met"]]
         users = sum(piece["users"] for piece in found["by_met"])
         assert sum(pieces) / users == pytest.approx(value)
+    # Validation came after steps 2 and 4, and says what the run's last record says.
+    for row in rows.values():
+        assert [step for step, _, _ in row["curve"]] == [2, 4]
+        assert row["curve"][0][1] == pytest.approx(row["curve"][1][1] / 2)
+        assert 0 <= row["curve"][1][2] <= 1
     plot(folder / "main.png", found)
     assert (folder / "main.png").read_bytes().startswith(b"\x89PNG")
     said.clear()
@@ -96,10 +106,9 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     with pytest.raises(UserError, match=r"holds a run with another config \(model.d_ff is 16"):
         Experiment("tiny", folder / "out", 1, [*overrides, "model.d_ff=24"]).table("main")
 
-    lines = describe(found).splitlines()
-    (ours,) = (n for n, line in enumerate(lines) if line.startswith("flat tokens "))
-    assert lines[ours + 1].split()[:3] == ["in", "the", "paper"] and "37.6" in lines[ours + 1]
-    assert f"{100 * values[0]:.1f}" in lines[ours]
+    main, *others = describe(found).split("\n\n")
+    assert cells(main, "flat tokens", "L5") == [f"{100 * values[0]:.1f}", "37.6"]
+    lines = "\n".join(others).splitlines()
     assert any("of the best possible at the deepest level" in line for line in lines)
 
     at(1e-6, 1e-2)
@@ -109,6 +118,13 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     row = table["rows"]["baseline"]
     # The other rate, and a second seed at the better one.
     assert [line.split()[-1] for line in said if "learning rate" in line] == ["0", "1"]
+    run = folder / "out" / "tiny" / "runs" / "baseline"
+    last = [
+        [r[name] for r in read_metrics(run / f"learning_rate=0.01,seed={seed}") if name in r][-1]
+        for name in ["validation/accuracy/level_5"]
+        for seed in (0, 1)
+    ]
+    assert row["curve"][-1][2] == pytest.approx(np.mean(last))
     tried = row["validation_loss"]
     assert tried["1e-06"] > tried["0.01"] and row["learning_rate"] == 1e-2
     assert len(row["by_seed"]) == 2 and row["by_seed"][0] != row["by_seed"][1]
@@ -129,6 +145,64 @@ def test_counting_by_hand(small):
         assert levels[level - 1]["prefixes"] == len({tuple(sid[: level - 1]) for sid in sids})
         met = [before.count(sid[: level - 1]) for sid in held_out]
         assert levels[level - 1]["met"] == np.median(met)
+
+
+def cells(text, title, head):
+    """What the line that begins with `title`, and the line below it, have under a heading."""
+    top, *lines = text.splitlines()
+    stop = f"{top}  ".index(f"  {head}  ") + 2 + len(head)  # columns end at the right
+    (at,) = (n for n, line in enumerate(lines) if line.startswith(f"{title}  "))
+    return [line[:stop].rpartition("  ")[2].strip() for line in lines[at : at + 2]]
+
+
+@pytest.fixture
+def committed():
+    return json.loads((RESULTS / "tiny_main.json").read_text())
+
+
+def with_papers_numbers(result):
+    for name, row in result["rows"].items():
+        row["paper"] = dict(ROWS[name].paper)
+    return result
+
+
+def test_the_papers_numbers_are_of_metrics_that_we_have(committed):
+    measured = set(committed["rows"]["baseline"]["metrics"])
+    for name, row in ROWS.items():
+        assert set(row.paper) <= measured, name
+
+
+def test_splits_and_rates_stand_in_tables_of_their_own(committed):
+    splits, rates = describe(with_papers_numbers(committed)).split("\n\n")[1:3]
+    assert cells(splits, "PrefixMem", "unreachable") == ["25.9", "64.5"]
+    assert cells(splits, "flat tokens", "medium") == ["14.9", "34.8"]
+    assert cells(splits, "flat tokens", "first codes") == ["13.8", "5.5"]  # codes, no percent
+    assert cells(rates, "PrefixMem", "0.03")[0] == "2.1559"
+    (line,) = (line for line in rates.splitlines() if line.startswith("PrefixMem  "))
+    assert line.split("  ")[-3].endswith("2.1987") and "2.1230*" in line
+
+
+def test_the_papers_levels_are_counted_from_the_deepest(committed):
+    result = with_papers_numbers(committed)
+    assert "stands beside" not in describe(result)
+    data = result["data"]
+    for levels in (4, 6):
+        renamed = json.loads(json.dumps(result["rows"]))
+        for row in renamed.values():
+            for part in (row["metrics"], row.get("against_first", {}), *row["by_seed"]):
+                accuracies = {name: part.pop(name) for name in [*part] if "tf_" in name}
+                for name, value in accuracies.items():
+                    level = int(name[18]) + levels - 5
+                    part[f"tf_accuracy/level_{level}{name[19:]}"] = value
+        of_data = data | {"levels": data["levels"][-1:] * levels, "optimum": None}
+        text = describe(result | {"rows": renamed, "data": of_data})
+        assert (
+            f"the paper's L5 stands beside our L{levels}, its L4 beside our L{levels - 1}" in text
+        )
+        main, splits = text.split("\n\n")[1:3]
+        assert cells(main, "PrefixMem", f"L{levels}") == ["35.2", "54.8"]
+        assert cells(main, "flat tokens", f"L{levels - 2}") == ["41.6", "29.2"]
+        assert cells(splits, "PrefixMem", "rare") == ["21.0", "57.6"]
 
 
 def test_the_command_line_knows_every_table_and_scale():

@@ -199,7 +199,8 @@ def sweep(options: argparse.Namespace) -> None:
 def paper(options: argparse.Namespace) -> None:
     start()
     from prefixmem_jax.paper.experiment import Experiment
-    from prefixmem_jax.paper.report import describe, plot
+    from prefixmem_jax.paper.plots import plot
+    from prefixmem_jax.paper.report import describe
     from prefixmem_jax.paper.tables import TABLES
 
     experiment = Experiment(options.scale, options.out, options.seeds, options.overrides, say=print)

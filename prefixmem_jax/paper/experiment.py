@@ -31,7 +31,7 @@ from prefixmem_jax.training.loop import train
 # A baseline above this share of the best possible accuracy leaves nothing to show.
 SOLVED = 0.8
 # What a table's file keeps of all that a run's metrics.json has.
-KEPT = ("tf_accuracy/", "sid_recall@", "sid_hit_rate", "unique_level_1")
+KEPT = ("tf_accuracy/", "reachable", "sid_recall@", "sid_hit_rate", "unique_level_1")
 # How often a prefix was met in training: from each of these to the next.
 MET = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
@@ -77,8 +77,9 @@ class Experiment:
 
         Returns:
           `data` (`regime`), and by row: title, the paper's numbers, chosen learning rate, what
-          each rate gave on validation, costs, and by metric the mean over seeds, each seed's, and
-          the difference from the first row with a paired 95% interval over users.
+          each rate gave on validation, costs, `curve` (steps, tokens and the deepest level's
+          accuracy at each validation, of the seeds' mean), and by metric the mean over seeds, each
+          seed's, and the difference from the first row with a paired 95% interval over users.
         """
         rows: dict[str, Any] = {}
         scores: dict[str, Scores] = {}
@@ -150,6 +151,7 @@ class Experiment:
             "metrics": means(mean),
             "intervals": intervals(mean),
             "by_seed": [means({n: scores[n] for n in mean}) for scores in by_seed],
+            "curve": _curve(runs, f"validation/accuracy/level_{self.data.catalog.space.levels}"),
             **costs,
         }, mean
 
@@ -202,6 +204,16 @@ class Experiment:
 
 def _last(run: Path, key: str) -> float:
     return [record[key] for record in read_metrics(run) if key in record][-1]
+
+
+def _curve(runs: Sequence[Path], key: str) -> list[tuple[int, float, float]]:
+    """Step, tokens and the runs' mean of what they recorded, where all of them did."""
+    by_run = [{one["step"]: one for one in read_metrics(run) if key in one} for run in runs]
+    steps = sorted(set(by_run[0]).intersection(*by_run[1:]))
+    return [
+        (step, by_run[0][step]["tokens"], float(np.mean([run[step][key] for run in by_run])))
+        for step in steps
+    ]
 
 
 def _where_and_when() -> dict[str, Any]:

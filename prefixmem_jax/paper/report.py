@@ -1,98 +1,139 @@
-"""A table as the paper prints it: ours beside the paper's, with intervals and costs."""
+"""A table as the paper prints it: ours beside the paper's, with intervals, rates and costs."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import matplotlib
-
-from prefixmem_jax.page import save_figure
+from prefixmem_jax.paper.tables import CUTOFFS, LEVELS, SPLITS
 from prefixmem_jax.text import aligned
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-CUTOFFS = (10, 20, 50, 100)
+Row = Mapping[str, Any]
 
 
 def describe(result: dict[str, Any]) -> str:
     """The table as text. Accuracies are in percent; a difference is from the first row."""
     levels = len(result["data"]["levels"])
-    metrics = [f"tf_accuracy/level_{level}" for level in range(1, levels + 1)]
-    metrics += [f"sid_recall@{cutoff}/unconstrained" for cutoff in CUTOFFS] + ["sid_hit_rate"]
-    heads = [f"L{level}" for level in range(1, levels + 1)]
-    heads += [f"R@{cutoff}" for cutoff in CUTOFFS] + ["hits"]
-    lines = [["", *heads, "rate", "Mtokens", "TFLOP", "s"]]
-    for row in result["rows"].values():
-        costs = [row["tokens"] / 1e6, row["flops"] / 1e12, row["seconds"]]
-        lines.append(
-            [
-                row["title"],
-                *(_percent(row["metrics"].get(name)) for name in metrics),
-                f"{row['learning_rate']:g}",
-                *(f"{cost:.3g}" for cost in costs),
-            ]
-        )
-        numbers = [row["paper"].get(name) for name in metrics]
+    columns = {f"L{level}": f"tf_accuracy/level_{level}" for level in range(1, levels + 1)}
+    columns |= {f"R@{cutoff}": _recall(cutoff) for cutoff in CUTOFFS} | {"hits": "sid_hit_rate"}
+    splits = {"are reachable": "reachable"}
+    splits |= {split: f"{_deepest(result)}/{split}" for split in SPLITS}
+    splits |= {"first codes": "unique_level_1"}
+    aside = (
+        ""
+        if levels == LEVELS
+        else f"the paper's L{LEVELS} stands beside our L{levels}, its L{LEVELS - 1} beside our "
+        f"L{levels - 1}: levels are those from the deepest\n\n"
+    )
+    parts = [
+        _beside_the_paper(result, "", columns, _costs),
+        _beside_the_paper(result, f"of L{levels}", splits),
+        _rates(result),
+        _differences(result),
+        _by_met(result),
+        _regime(result["data"]),
+    ]
+    return aside + "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _recall(cutoff: int) -> str:
+    return f"sid_recall@{cutoff}/unconstrained"
+
+
+def _deepest(result: dict[str, Any]) -> str:
+    return f"tf_accuracy/level_{len(result['data']['levels'])}"
+
+
+def in_paper(row: Row, metric: str, levels: int) -> float | None:
+    """What the paper reports of a metric of ours; of accuracies, as far from the deepest level."""
+    kind, _, rest = metric.partition("/level_")
+    if rest:
+        level, *split = rest.split("/")
+        metric = "/".join([f"{kind}/level_{int(level) + LEVELS - levels}", *split])
+    return row["paper"].get(metric)
+
+
+def _costs(row: Row) -> dict[str, str]:
+    costs = {"Mtokens": row["tokens"] / 1e6, "TFLOP": row["flops"] / 1e12, "s": row["seconds"]}
+    rate = {"rate": f"{row['learning_rate']:g}"}
+    return rate | {head: f"{cost:.3g}" for head, cost in costs.items()}
+
+
+def _beside_the_paper(
+    result: dict[str, Any],
+    corner: str,
+    columns: Mapping[str, str],
+    more: Callable[[Row], dict[str, str]] = lambda row: {},
+) -> list[str]:
+    """Every row's metrics, and below it the paper's, if it has any of them.
+
+    Args:
+      columns: metrics by what heads them.
+      more: further cells of a row by their heads, which the paper has not.
+    """
+    levels, rows = len(result["data"]["levels"]), list(result["rows"].values())
+    further = list(more(rows[0]))
+    lines = [[corner, *columns, *further]]
+    for row in rows:
+        cells = [_shown(name, row["metrics"].get(name)) for name in columns.values()]
+        lines.append([row["title"], *cells, *more(row).values()])
+        numbers = [in_paper(row, name, levels) for name in columns.values()]
         if any(number is not None for number in numbers):
             cells = ["" if number is None else f"{number:g}" for number in numbers]
-            lines.append(["  in the paper", *cells, "", "", "", ""])
-    return "\n".join(
-        [
-            *aligned(lines),
-            "",
-            *_differences(result, metrics),
-            "",
-            *_by_met(result),
-            "",
-            *_regime(result["data"]),
-        ]
-    )
+            lines.append(["  in the paper", *cells, *[""] * len(further)])
+    return aligned(lines)
 
 
-def plot(path: Path, result: dict[str, Any]) -> None:
-    """Accuracy at the deepest level against how often training met the prefix."""
-    figure, axis = plt.subplots(figsize=(7, 4))
-    pieces = result["by_met"]
-    names = [f"{piece['from']:,}+" for piece in pieces]
-    for row, one in result["rows"].items():
-        values = [100 * piece["accuracy"][row] for piece in pieces]
-        axis.plot(names, values, marker="o", label=one["title"])
-    axis.set_xlabel("times that training met the prefix")
-    axis.set_ylabel(f"accuracy at level {len(result['data']['levels'])}, %")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    save_figure(figure, path)
-    plt.close(figure)
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if name == "unique_level_1" else _percent(value)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
-def _differences(result: dict[str, Any], metrics: list[str]) -> list[str]:
+def _rates(result: dict[str, Any]) -> list[str]:
+    """Every row's loss at the rates that were tried; the one that was chosen has a star."""
+    rows = result["rows"].values()
+    rates = sorted({rate for row in rows for rate in row["validation_loss"]}, key=float)
+    lines = [["validation loss at rate", *rates]]
+    for row in rows:
+        tried, chosen = row["validation_loss"], f"{row['learning_rate']:g}"
+        stars = {rate: "*" if rate == chosen else " " for rate in rates}
+        cells = [f"{tried[rate]:.4f}{stars[rate]}" if rate in tried else "" for rate in rates]
+        lines.append([row["title"], *cells])
+    return aligned(lines)
+
+
+def _differences(result: dict[str, Any]) -> list[str]:
     first, *others = result["rows"].values()
-    deepest = [name for name in metrics if name.startswith("tf_")][-1]
     lines = [f"against {first['title']}, paired over users, 95% interval; each seed's:"]
     for row in others:
-        for name in (deepest, f"sid_recall@{CUTOFFS[-1]}/unconstrained"):
-            if name not in row.get("against_first", {}):
-                continue
-            one, base = row["against_first"][name], first["metrics"][name]
+        lines += _difference(result, row, first, row["against_first"])
+    return lines
+
+
+def _difference(
+    result: dict[str, Any], row: Row, base: Row, found: Mapping[str, Mapping[str, float]]
+) -> Iterator[str]:
+    """Lines on how a row differs from another where it counts."""
+    for name in (_deepest(result), _recall(CUTOFFS[-1])):
+        if name in found:
+            one, before = found[name], base["metrics"][name]
             seeds = ", ".join(_percent(seed[name]) for seed in row["by_seed"])
-            relative = f" ({one['difference'] / base:+.0%})" if base else ""
-            lines.append(
+            relative = f" ({one['difference'] / before:+.0%})" if before else ""
+            yield (
                 f"  {row['title']}, {name}: {100 * one['difference']:+.1f}{relative}, "
                 f"{100 * one['low']:+.1f} to {100 * one['high']:+.1f}; {seeds}"
             )
-    return lines
 
 
 def _by_met(result: dict[str, Any]) -> list[str]:
     lines = ["deepest level, by how often training met the prefix:"]
     for piece in result["by_met"]:
-        values = "  ".join(f"{100 * value:.1f}" for value in piece["accuracy"].values())
+        values = "  ".join(_percent(value) for value in piece["accuracy"].values())
         lines.append(f"  {piece['from']:>5,}+ ({piece['users']:,} users): {values}")
     return lines
 

@@ -1,0 +1,94 @@
+"""What a table's file holds, drawn: one figure of several panels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from prefixmem_jax.page import save_figure
+from prefixmem_jax.paper.tables import CUTOFFS, SPLITS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+Result = dict[str, Any]
+
+
+def plot(path: Path, result: Result) -> None:
+    """Accuracy at the deepest level by how often training met the prefix, by reachability, by the
+    prefix's popularity, and against steps where the runs' curves are there; recall against K.
+    """
+    panels = [_by_met, _by_recall, _by_reachability, _by_popularity]
+    panels += [_by_steps] * any(row.get("curve") for row in result["rows"].values())
+    columns = (len(panels) + 1) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(6 * columns, 8), constrained_layout=True)
+    for axis, draw in zip(axes.flat, panels, strict=False):
+        draw(axis, result)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def _deepest(result: Result) -> str:
+    return f"tf_accuracy/level_{len(result['data']['levels'])}"
+
+
+def _accuracy(axis: Axes, result: Result) -> None:
+    axis.set_ylabel(f"accuracy at level {len(result['data']['levels'])}, %")
+
+
+def _by_met(axis: Axes, result: Result) -> None:
+    pieces = result["by_met"]
+    names = [f"{piece['from']:,}+" for piece in pieces]
+    for row, one in result["rows"].items():
+        values = [100 * piece["accuracy"][row] for piece in pieces]
+        axis.plot(names, values, marker="o", label=one["title"])
+    axis.set_xlabel("times that training met the prefix")
+    _accuracy(axis, result)
+
+
+def _by_recall(axis: Axes, result: Result) -> None:
+    for one in result["rows"].values():
+        recalls = {k: one["metrics"].get(f"sid_recall@{k}/unconstrained") for k in CUTOFFS}
+        found = {k: 100 * recall for k, recall in recalls.items() if recall is not None}
+        axis.plot(list(found), list(found.values()), marker="o")
+    axis.set_xlabel("K")
+    axis.set_ylabel("recall of SIDs among the first K, %")
+
+
+def _by_reachability(axis: Axes, result: Result) -> None:
+    _bars(axis, result, SPLITS[:2])
+    axis.set_xlabel("the target's codes before, among the 10 likeliest or not")
+
+
+def _by_popularity(axis: Axes, result: Result) -> None:
+    _bars(axis, result, SPLITS[2:])
+    axis.set_xlabel("thirds of the test's users, by how often training met the prefix")
+
+
+def _bars(axis: Axes, result: Result, splits: Sequence[str]) -> None:
+    """Accuracy on each split, a group of bars."""
+    width = 0.8 / len(result["rows"])
+    for number, one in enumerate(result["rows"].values()):
+        values = [100 * one["metrics"].get(f"{_deepest(result)}/{name}", 0) for name in splits]
+        places = [place + (number + 0.5) * width - 0.4 for place in range(len(splits))]
+        axis.bar(places, values, width)
+    axis.set_xticks(range(len(splits)), splits)
+    _accuracy(axis, result)
+
+
+def _by_steps(axis: Axes, result: Result) -> None:
+    for one in result["rows"].values():
+        curve = one.get("curve", [])
+        axis.plot([step for step, _, _ in curve], [100 * value for _, _, value in curve])
+    axis.set_xlabel("steps (validation)")
+    _accuracy(axis, result)
