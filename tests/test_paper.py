@@ -13,7 +13,7 @@ from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.paper.experiment import Experiment
 from prefixmem_jax.paper.plots import plot
-from prefixmem_jax.paper.report import describe
+from prefixmem_jax.paper.report import describe, markdown, read_result
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.space import SidSpace
@@ -157,13 +157,7 @@ def cells(text, title, head):
 
 @pytest.fixture
 def committed():
-    return json.loads((RESULTS / "tiny_main.json").read_text())
-
-
-def with_papers_numbers(result):
-    for name, row in result["rows"].items():
-        row["paper"] = dict(ROWS[name].paper)
-    return result
+    return read_result(RESULTS / "tiny_main.json", "main")
 
 
 def test_the_papers_numbers_are_of_metrics_that_we_have(committed):
@@ -173,7 +167,7 @@ def test_the_papers_numbers_are_of_metrics_that_we_have(committed):
 
 
 def test_splits_and_rates_stand_in_tables_of_their_own(committed):
-    splits, rates = describe(with_papers_numbers(committed)).split("\n\n")[1:3]
+    splits, rates = describe(committed).split("\n\n")[1:3]
     assert cells(splits, "PrefixMem", "unreachable") == ["25.9", "64.5"]
     assert cells(splits, "flat tokens", "medium") == ["14.9", "34.8"]
     assert cells(splits, "flat tokens", "first codes") == ["13.8", "5.5"]  # codes, no percent
@@ -183,7 +177,7 @@ def test_splits_and_rates_stand_in_tables_of_their_own(committed):
 
 
 def test_the_papers_levels_are_counted_from_the_deepest(committed):
-    result = with_papers_numbers(committed)
+    result = committed
     assert "stands beside" not in describe(result)
     data = result["data"]
     for levels in (4, 6):
@@ -203,6 +197,30 @@ def test_the_papers_levels_are_counted_from_the_deepest(committed):
         assert cells(main, "PrefixMem", f"L{levels}") == ["35.2", "54.8"]
         assert cells(main, "flat tokens", f"L{levels - 2}") == ["41.6", "29.2"]
         assert cells(splits, "PrefixMem", "rare") == ["21.0", "57.6"]
+
+
+def test_a_result_is_shown_again_without_training(committed, tmp_path):
+    file = RESULTS / "tiny_main.json"
+    done = prefixmem("paper", "main", "--from", file, "--out", tmp_path / "x")
+    assert done.stdout.startswith(describe(committed))
+    assert (tmp_path / "x" / "main.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["main.png"]
+    (tmp_path / "half.json").write_text('{"table": "main"}')
+    for arguments, said in [
+        (["rows", "--from", file], "tiny_main.json: this is no result of `prefixmem paper rows`"),
+        (["main", "--from", tmp_path / "half.json"], "half.json: this is no result of"),
+        (["main", "--from", tmp_path / "absent.json"], "absent.json"),
+        (["main", "--from", file, "steps=4"], "--from trains nothing, so steps=4 means nothing"),
+    ]:
+        (line,) = prefixmem("paper", *arguments, expect=2).stderr.splitlines()
+        assert said in line
+
+
+def test_the_readme_has_the_committed_table(committed):
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- prefixmem paper main -->\n")[2].partition("<!-- end -->")[0]
+    assert shown == markdown(committed)
+    assert "| PrefixMem | 40.9% | 35.2% (+89%; +15.6 to +17.5 points) | 30.8% |" in shown
 
 
 def test_the_command_line_knows_every_table_and_scale():

@@ -49,6 +49,13 @@ def add_paper(paper: argparse.ArgumentParser, overrides_help: str) -> None:
         help="for data, runs and results, a folder for each scale (default: runs/paper)",
     )
     paper.add_argument(
+        "--from",
+        metavar="FILE",
+        type=local_path,
+        dest="result",
+        help="train nothing: show this JSON of TABLE, from an earlier run; the plot goes to --out",
+    )
+    paper.add_argument(
         "--seeds", metavar="N", type=int, default=3, help="of every system (default: 3)"
     )
     paper.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)

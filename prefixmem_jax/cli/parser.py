@@ -182,6 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
         "not trained again.",
         "  prefixmem paper main                           # minutes a run on two CPU cores\n"
         "  prefixmem paper all --scale gpu --out DIR\n"
+        "  prefixmem paper main --from configs/paper/results/tiny_main.json   # trains nothing\n"
         "  prefixmem paper main --out DIR data.path=DATA data.codebook_sizes=none   # your data",
     )
     add_paper(paper, overrides_help)

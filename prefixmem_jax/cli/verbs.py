@@ -197,6 +197,9 @@ def sweep(options: argparse.Namespace) -> None:
 
 
 def paper(options: argparse.Namespace) -> None:
+    if options.result is not None:
+        _show_paper(options)
+        return
     start()
     from prefixmem_jax.paper.experiment import Experiment
     from prefixmem_jax.paper.plots import plot
@@ -209,6 +212,21 @@ def paper(options: argparse.Namespace) -> None:
         plot(path, result)
         print(f"\n{describe(result)}")
         print(visible(str(path.with_suffix(".json"))), visible(str(path)))
+
+
+def _show_paper(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise UserError(f"paper: --from trains nothing, so {options.overrides[0]} means nothing")
+    from prefixmem_jax.paper.plots import plot
+    from prefixmem_jax.paper.report import describe, read_result
+    from prefixmem_jax.storage import make_folder
+
+    result = read_result(options.result, options.table)
+    print(describe(result))
+    make_folder(options.out)
+    path = options.out / f"{options.table}.png"
+    plot(path, result)
+    print(visible(str(path)))
 
 
 def evaluate(options: argparse.Namespace) -> None:

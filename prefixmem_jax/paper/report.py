@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from prefixmem_jax.paper.tables import CUTOFFS, LEVELS, SPLITS
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.files import read_json_object
+from prefixmem_jax.paper.tables import CUTOFFS, LEVELS, ROWS, SPLITS
 from prefixmem_jax.text import aligned
 
 Row = Mapping[str, Any]
@@ -34,6 +37,40 @@ def describe(result: dict[str, Any]) -> str:
         _regime(result["data"]),
     ]
     return aside + "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """What counts of a table, as README.md shows it: the two deepest levels and recall."""
+    levels, first = len(result["data"]["levels"]), next(iter(result["rows"].values()))
+    metrics = [f"tf_accuracy/level_{levels - 1}", _deepest(result), _recall(CUTOFFS[-1])]
+    heads = [f"level {levels - 1}", f"level {levels}", f"Recall@{CUTOFFS[-1]}"]
+    lines = [["", *heads, "*the paper, Qwen3-1.7B*"], ["---"] * (len(heads) + 2)]
+    for row in result["rows"].values():
+        cells = {name: f"{_percent(row['metrics'][name])}%" for name in metrics}
+        if "against_first" in row:
+            one = row["against_first"][_deepest(result)]
+            low, high = 100 * one["low"], 100 * one["high"]
+            before = first["metrics"][_deepest(result)]
+            relative = f"{one['difference'] / before:+.0%}; " if before else ""
+            cells[_deepest(result)] += f" ({relative}{low:+.1f} to {high:+.1f} points)"
+        numbers = [in_paper(row, name, levels) for name in metrics]
+        paper = ", ".join("-" if number is None else f"{number:g}" for number in numbers)
+        lines.append([row["title"], *cells.values(), f"*{paper}*" if any(numbers) else ""])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+
+
+def read_result(path: Path, table: str) -> dict[str, Any]:
+    """A table's file, the paper's numbers as they are known today.
+
+    Raises:
+      UserError: it is none, or another table's.
+    """
+    result = read_json_object(path)
+    if result.get("table") != table or not {"data", "rows", "by_met"} <= set(result):
+        raise UserError(f"{path}: this is no result of `prefixmem paper {table}`")
+    for name in result["rows"].keys() & ROWS.keys():
+        result["rows"][name]["paper"] = dict(ROWS[name].paper)
+    return result
 
 
 def _recall(cutoff: int) -> str:
