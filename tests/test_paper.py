@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.paper.experiment import Experiment
 from prefixmem_jax.paper.plots import plot
+from prefixmem_jax.paper.regime import describe_regime, judge
 from prefixmem_jax.paper.report import describe, markdown, read_result
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
 from prefixmem_jax.runs.metrics import read_metrics
@@ -71,6 +73,8 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
 
     at(1e-2)
     monkeypatch.setitem(TABLES, "main", ("baseline", "prefixmem_classification"))
+    compared = dataclasses.replace(ROWS["prefixmem_classification"], equal_cost="baseline")
+    monkeypatch.setitem(ROWS, "prefixmem_classification", compared)
     said = []
     found = Experiment("tiny", folder / "out", 1, overrides, said.append).table("main")
     trained = [line for line in said if "learning rate" in line]
@@ -81,6 +85,9 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     difference = rows["prefixmem_classification"]["against_first"]["tf_accuracy/level_5"]
     values = [row["metrics"]["tf_accuracy/level_5"] for row in rows.values()]
     assert difference["difference"] == pytest.approx(values[1] - values[0])
+    assert rows["prefixmem_classification"]["against_equal_cost"] == {
+        "row": "baseline", "differences": rows["prefixmem_classification"]["against_first"],
+    }  # fmt: skip
     # Stage 1 is part of the price.
     tokens = [row["tokens"] for row in rows.values()]
     assert tokens[1] == pytest.approx(2 * tokens[0])
@@ -110,6 +117,11 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     assert cells(main, "flat tokens", "L5") == [f"{100 * values[0]:.1f}", "37.6"]
     lines = "\n".join(others).splitlines()
     assert any("of the best possible at the deepest level" in line for line in lines)
+    costs = [row["flops"] for row in rows.values()]
+    (at,) = (n for n, line in enumerate(lines) if f"{costs[0] / costs[1]:.2f} times its fl" in line)
+    assert lines[at].startswith("against flat tokens, of")
+    shown = f"tf_accuracy/level_5: {100 * difference['difference']:+.1f}"
+    assert lines[at + 1].startswith(f"  PrefixMem from classification, {shown}")
 
     at(1e-6, 1e-2)
     monkeypatch.setitem(TABLES, "main", ("baseline",))
@@ -145,6 +157,87 @@ def test_counting_by_hand(small):
         assert levels[level - 1]["prefixes"] == len({tuple(sid[: level - 1]) for sid in sids})
         met = [before.count(sid[: level - 1]) for sid in held_out]
         assert levels[level - 1]["met"] == np.median(met)
+        often = np.mean([10 <= times < 300 for times in met])
+        assert levels[level - 1]["met_often_enough"] == pytest.approx(often)
+
+
+def test_a_baseline_is_judged_by_the_optimum_or_else_by_what_counting_reaches():
+    levels = [
+        {"counting_accuracy": 0.1},
+        {"counting_accuracy": 0.5, "prefixes": 9, "met": 20.0, "met_often_enough": 0.6},
+    ]
+    unknown = {"items": 50, "levels": levels, "optimum": None}
+    assert judge(unknown, 0.3) == {"baseline_of_counting": 0.6, "in_regime": True}
+    solved = judge(unknown, 0.45)
+    assert not solved["in_regime"]
+    assert "OUT of the regime" in describe_regime(unknown | solved)[-1]
+    assert "90% of what counting reaches" in describe_regime(unknown | solved)[-1]
+    known = unknown | {"optimum": [0.2, 0.6]}
+    assert judge(known, 0.45)["in_regime"] and judge(known, 0.45)["baseline_of_counting"] == 0.9
+    assert "75% of the best possible" in describe_regime(known | judge(known, 0.45))[-1]
+    # Before anything is trained.
+    assert "stays below 0.400, 80% of what counting" in describe_regime(unknown)[-1]
+    assert "stays below 0.480, 80% of the best" in describe_regime(known)[-1]
+    levels[1]["met_often_enough"] = 0.1
+    assert describe_regime(unknown)[-1].startswith("OUT of the regime: 10% of next items")
+
+
+def test_the_regime_of_any_data_is_told_before_training(small, tmp_path):
+    folder, overrides = small
+    for name in ("items.parquet", "histories.parquet"):
+        shutil.copy(folder / "data" / name, tmp_path)  # and not what is known of its optimum
+    data = [f"data.path={tmp_path}", "data.codebook_sizes=none"]
+    done = prefixmem("paper", "regime", "--out", tmp_path / "out", *data)
+    lines = done.stdout.splitlines()
+    levels = Experiment("tiny", folder / "count", 1, [*overrides, *data]).regime()["levels"]
+    assert len(lines) == 6 and "what counting reaches" in lines[-1]
+    assert f"{levels[-1]['prefixes']:,} prefixes" in lines[-2]
+    assert not (tmp_path / "out").exists()
+    for wrong, said in [
+        ([f"data.path={tmp_path / 'no'}"], "no: not a folder with items.parquet"),
+        ([f"data.path={tmp_path}", "data.codebook_sizes=(8,8)"], "sid has 5 levels"),
+        ([*data, "data.holdout=1e-9"], "data.split=users leaves validation empty"),
+    ]:
+        (line,) = prefixmem("paper", "regime", *wrong, expect=2).stderr.splitlines()
+        assert said in line
+
+
+def test_rows_of_the_sweep_differ_from_prefixmem_in_one_key_and_take_its_rate(small, monkeypatch):
+    base, memory = load_config(SCALES["tiny"].config), SCALES["tiny"].memory
+
+    def keys(row):
+        made = dataclasses.replace(config_of(row, base, memory, 1e-3, 1, {}), name="")
+        return dict(leaves(json.loads(to_json(made)), ""))
+
+    def leaves(value, name):
+        if not isinstance(value, dict):
+            yield name, json.dumps(value)
+            return
+        for key, inner in value.items():
+            yield from leaves(inner, f"{name}.{key}")
+
+    changed = {}
+    for row in (*TABLES["sweep"][2:], "prefixmem_three_levels"):
+        ours, theirs = keys(row), keys("prefixmem")
+        (key,) = (key for key in ours if ours[key] != theirs[key])
+        changed.setdefault(key.rpartition(".")[2], set()).add(ours[key])
+    assert changed == {
+        "orders": {"1", "2", "3"}, "heads": {"1", "8"}, "rate": {"1.0", "20.0"},
+        "target_levels": {"[3, 4, 5]"},
+    }  # fmt: skip
+
+    folder, overrides = small
+    experiment = Experiment("tiny", folder / "count", 1, overrides)
+    monkeypatch.setattr(Experiment, "_train", lambda self, row, rate, seed: (row, rate))
+    best = {"prefixmem": 3e-3}
+    monkeypatch.setattr(
+        "prefixmem_jax.paper.experiment._last",
+        lambda run, key: abs(run[1] - best.get(run[0], 3e-2)),
+    )
+    assert experiment._choose("baseline")[0] == 3e-2
+    for row in TABLES["sweep"][2:]:
+        rate, tried = experiment._choose(row)
+        assert rate == 3e-3 and list(tried) == ["0.003"]
 
 
 def cells(text, title, head):
@@ -224,7 +317,7 @@ def test_the_readme_has_the_committed_table(committed):
 
 
 def test_the_command_line_knows_every_table_and_scale():
-    for table in (*TABLES, "all"):
+    for table in (*TABLES, "all", "regime"):
         assert parse(["paper", table]).table == table
     for scale in SCALES:
         assert parse(["paper", "main", "--scale", scale]).scale == scale

@@ -183,7 +183,8 @@ def make_parser() -> argparse.ArgumentParser:
         "  prefixmem paper main                           # minutes a run on two CPU cores\n"
         "  prefixmem paper all --scale gpu --out DIR\n"
         "  prefixmem paper main --from configs/paper/results/tiny_main.json   # trains nothing\n"
-        "  prefixmem paper main --out DIR data.path=DATA data.codebook_sizes=none   # your data",
+        "  prefixmem paper main --out DIR data.path=DATA data.codebook_sizes=none   # your data\n"
+        "  prefixmem paper regime data.path=DATA data.codebook_sizes=none   # is it worth that?",
     )
     add_paper(paper, overrides_help)
 

@@ -203,10 +203,14 @@ def paper(options: argparse.Namespace) -> None:
     start()
     from prefixmem_jax.paper.experiment import Experiment
     from prefixmem_jax.paper.plots import plot
+    from prefixmem_jax.paper.regime import describe_regime
     from prefixmem_jax.paper.report import describe
     from prefixmem_jax.paper.tables import TABLES
 
     experiment = Experiment(options.scale, options.out, options.seeds, options.overrides, say=print)
+    if options.table == "regime":
+        print("\n".join(describe_regime(experiment.regime())))
+        return
     for table in TABLES if options.table == "all" else [options.table]:
         result, path = experiment.table(table), experiment.folder / f"{table}.png"
         plot(path, result)

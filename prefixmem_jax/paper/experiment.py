@@ -22,18 +22,14 @@ from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
 from prefixmem_jax.evaluation.metrics import Scores
 from prefixmem_jax.evaluation.statistics import compare, intervals, means
 from prefixmem_jax.files import read_json_object, write_json
+from prefixmem_jax.paper.regime import by_times_met, judge, measure_regime
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
-from prefixmem_jax.semantic_ids.quality import measure, prefix_ids
 from prefixmem_jax.training.loop import train
 
-# A baseline above this share of the best possible accuracy leaves nothing to show.
-SOLVED = 0.8
 # What a table's file keeps of all that a run's metrics.json has.
 KEPT = ("tf_accuracy/", "reachable", "sid_recall@", "sid_hit_rate", "unique_level_1")
-# How often a prefix was met in training: from each of these to the next.
-MET = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 class Experiment:
@@ -76,10 +72,11 @@ class Experiment:
         """Trains and evaluates a table's rows and compares them with its first.
 
         Returns:
-          `data` (`regime`), and by row: title, the paper's numbers, chosen learning rate, what
-          each rate gave on validation, costs, `curve` (steps, tokens and the deepest level's
-          accuracy at each validation, of the seeds' mean), and by metric the mean over seeds, each
-          seed's, and the difference from the first row with a paired 95% interval over users.
+          `data` (`regime`, judged by the first row), and by row: title, the paper's numbers,
+          chosen learning rate, what each rate gave on validation, costs, `curve` (steps, tokens
+          and the deepest level's accuracy at each validation, of the seeds' mean), and by metric
+          the mean over seeds, each seed's, and the difference from the first row with a paired 95%
+          interval over users; `against_equal_cost` has that from the row of equal cost, if any.
         """
         rows: dict[str, Any] = {}
         scores: dict[str, Scores] = {}
@@ -89,52 +86,24 @@ class Experiment:
         first = TABLES[name][0]
         for row in TABLES[name][1:]:
             rows[row]["against_first"] = compare(scores[first], scores[row])
+            against = ROWS[row].equal_cost
+            if against in TABLES[name]:
+                differences = compare(scores[against], scores[row])
+                rows[row]["against_equal_cost"] = {"row": against, "differences": differences}
         regime = self.regime()
         deepest = f"tf_accuracy/level_{len(regime['levels'])}"
-        if regime["optimum"] is not None:
-            reached = rows[first]["metrics"][deepest] / regime["optimum"][-1]
-            regime["baseline_of_optimum"] = reached
-            regime["in_regime"] = reached < SOLVED
-        by_met = self._by_met({row: one[deepest] for row, one in scores.items()})
+        regime |= judge(regime, rows[first]["metrics"][deepest])
+        by_met = by_times_met(self.data, {row: one[deepest] for row, one in scores.items()})
         result = {"table": name, "data": regime, "rows": rows, "by_met": by_met}
         result["machine"] = _where_and_when()
         write_json(self.folder / f"{name}.json", result)
         return result
 
     def regime(self) -> dict[str, Any]:
-        """Whether there is something for a memory to know: of every level, distinct prefixes before
-        it, how often they are met in training (median over the test's targets), and what counting
-        codes after prefixes reaches; and the best possible accuracy, where it is known.
-        """
-        catalog, split = self.data.catalog, self.data.split
-        trained = split.items[split.train.indices()]
-        counted = measure(catalog.sids, catalog.space.codebook_sizes, trained, split.test.targets)
-        levels = []
-        for level, one in enumerate(counted["levels"], start=1):
-            found = {"counting_accuracy": one["counting_accuracy"]}
-            if level > 1:
-                found["prefixes"] = one["prefixes_before"]
-                found["met"] = float(np.median(self._met(level)))
-            levels.append(found)
+        """`measure_regime` of the data, with the best possible accuracy where that is known."""
         about = Path(self.base.data.path) / ABOUT
         optimum = read_json_object(about)["optimum"] if about.exists() else None
-        return {"items": len(catalog), "levels": levels, "optimum": optimum}
-
-    def _met(self, level: int) -> np.ndarray:
-        """How often training met each test target's prefix before a level: int64 [users]."""
-        split, ids = self.data.split, prefix_ids(self.data.catalog.sids)[level - 2]
-        met = np.bincount(ids[split.items[split.train.indices()]], minlength=ids.max() + 1)
-        return met[ids[split.test.targets]]
-
-    def _by_met(self, deepest: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Accuracy at the deepest level by how often training met the prefix before it."""
-        met, found = self._met(self.data.catalog.space.levels), []
-        for low, high in zip(MET, (*MET[1:], np.inf), strict=True):
-            here = (met >= low) & (met < high)
-            if here.any():
-                accuracy = {row: float(values[here].mean()) for row, values in deepest.items()}
-                found.append({"from": low, "users": int(here.sum()), "accuracy": accuracy})
-        return found
+        return measure_regime(self.data, optimum)
 
     def _row(self, row: str) -> tuple[dict[str, Any], Scores]:
         rate, tried = self._choose(row)
@@ -157,9 +126,10 @@ class Experiment:
 
     def _choose(self, row: str) -> tuple[float, dict[str, float]]:
         """The learning rate with the lowest last validation loss, of the first seed's runs."""
-        tried = {
-            rate: _last(self._train(row, rate, 0), "validation/loss") for rate in self.scale.rates
-        }
+        rates, other = self.scale.rates, ROWS[row].rate_of
+        if other is not None:
+            rates = (self._choose(other)[0],)
+        tried = {rate: _last(self._train(row, rate, 0), "validation/loss") for rate in rates}
         best = min(tried, key=tried.get)
         return best, {f"{rate:g}": loss for rate, loss in tried.items()}
 

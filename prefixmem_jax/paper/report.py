@@ -8,6 +8,7 @@ from typing import Any
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import read_json_object
+from prefixmem_jax.paper.regime import describe_regime
 from prefixmem_jax.paper.tables import CUTOFFS, LEVELS, ROWS, SPLITS
 from prefixmem_jax.text import aligned
 
@@ -33,8 +34,9 @@ def describe(result: dict[str, Any]) -> str:
         _beside_the_paper(result, f"of L{levels}", splits),
         _rates(result),
         _differences(result),
+        *_equal_costs(result),
         _by_met(result),
-        _regime(result["data"]),
+        describe_regime(result["data"]),
     ]
     return aside + "\n\n".join("\n".join(lines) for lines in parts)
 
@@ -152,6 +154,17 @@ def _differences(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _equal_costs(result: dict[str, Any]) -> Iterator[list[str]]:
+    """Of every row that is compared with another than the first, for its costs: lines."""
+    for row in result["rows"].values():
+        if "against_equal_cost" in row:
+            found = row["against_equal_cost"]
+            base = result["rows"][found["row"]]
+            costs = [f"{base[key] / row[key]:.2f} times its {key}" for key in ("flops", "seconds")]
+            head = f"against {base['title']}, of {' and '.join(costs)}, alike:"
+            yield [head, *_difference(result, row, base, found["differences"])]
+
+
 def _difference(
     result: dict[str, Any], row: Row, base: Row, found: Mapping[str, Mapping[str, float]]
 ) -> Iterator[str]:
@@ -172,29 +185,4 @@ def _by_met(result: dict[str, Any]) -> list[str]:
     for piece in result["by_met"]:
         values = "  ".join(_percent(value) for value in piece["accuracy"].values())
         lines.append(f"  {piece['from']:>5,}+ ({piece['users']:,} users): {values}")
-    return lines
-
-
-def _regime(data: dict[str, Any]) -> list[str]:
-    lines = [f"{data['items']:,} items; before each level:"]
-    for level, one in enumerate(data["levels"], start=1):
-        if level == 1:
-            continue
-        best = (
-            "" if data["optimum"] is None else f", best possible {data['optimum'][level - 1]:.3f}"
-        )
-        lines.append(
-            f"  L{level}: {one['prefixes']:,} prefixes, met {one['met']:,.0f} times (median of the "
-            f"test's); counting reaches {one['counting_accuracy']:.3f}{best}"
-        )
-    if "in_regime" in data:
-        reached, inside = data["baseline_of_optimum"], data["in_regime"]
-        lines.append(
-            f"the baseline reaches {reached:.0%} of the best possible at the deepest level: "
-            + (
-                "in the paper's regime"
-                if inside
-                else "OUT of the regime, it has little left to learn"
-            )
-        )
     return lines

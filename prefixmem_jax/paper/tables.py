@@ -76,12 +76,16 @@ class Row:
         `after`.
       after: rows that are trained before it, which it takes its memory from.
       paper: what the paper reports, in percent, by our names of metrics.
+      equal_cost: a row of about its costs that it is compared with too, where a table has both.
+      rate_of: the row whose learning rate it takes, in place of a choice of its own.
     """
 
     title: str
     make: Callable[[Config, PrefixMemoryConfig, Folders], Config]
     after: tuple[str, ...] = ()
     paper: Mapping[str, float] = field(default_factory=dict)
+    equal_cost: str | None = None
+    rate_of: str | None = None
 
 
 def _metrics(**numbers: float) -> dict[str, float]:
@@ -174,6 +178,21 @@ def _sid_transformer(base: Config, memory: PrefixMemoryConfig, folders: Folders)
     return replace(base, sid_encoder=encoder)
 
 
+def _swept(
+    title: str,
+    change: Callable[[PrefixMemoryConfig], PrefixMemoryConfig] = lambda memory: memory,
+    rate: float = 5.0,
+) -> Row:
+    """PrefixMem with another memory, or one that learns `rate` times as fast as the decoder."""
+
+    def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+        tables = replace(base.optimizer.memory, rate=rate)
+        base = replace(base, optimizer=replace(base.optimizer, memory=tables))
+        return _with(change)(base, memory, folders)
+
+    return Row(f"PrefixMem, {title}", make, equal_cost="prefixmem", rate_of="prefixmem")
+
+
 ROWS = {
     "baseline": Row(
         "flat tokens",
@@ -184,7 +203,7 @@ ROWS = {
             reachable=43.3, unreachable=36.4, rare=26.8, medium=34.8, popular=52.5,
         ),
     ),
-    # About what stage 1 and PrefixMem cost together, in FLOPs and in seconds.
+    # About what stage 1 and PrefixMem cost together, in FLOPs and in seconds; PrefixMem alone less.
     "baseline_longer": Row("flat tokens, 50% more steps", _more_steps),
     "prefixmem_quarter": Row(
         "PrefixMem, a quarter of the rows (500K)",
@@ -198,6 +217,7 @@ ROWS = {
             l4=42.6, l5=54.8, r100=11.3, first_codes=6.2,
             reachable=44.6, unreachable=64.5, rare=57.6, medium=75.6, popular=70.4,
         ),
+        equal_cost="baseline_longer",
     ),
     "prefixmem_large": Row(
         "PrefixMem, 2.5 times the rows (5M)",
@@ -211,6 +231,7 @@ ROWS = {
         _pretrained("classification"),
         ("classification",),
         _metrics(l5=58.5, r100=11.2),
+        equal_cost="baseline_longer",
     ),
     "prefixmem_classification_large": Row(
         "PrefixMem from classification, 2.5 times the rows (5M)",
@@ -261,6 +282,21 @@ ROWS = {
         _with(lambda memory: replace(memory, address="full_prefix")),
         paper=_metrics(l5=54.0),
     ),
+    "prefixmem_three_levels": Row(
+        "PrefixMem, one level earlier too",
+        _with(lambda memory: replace(
+            memory, target_levels=(min(memory.target_levels) - 1, *memory.target_levels)
+        )),
+        paper=_metrics(l3=30.9),
+        equal_cost="prefixmem",
+    ),
+    "prefixmem_orders_1": _swept("n-grams of 1 code", lambda memory: replace(memory, orders=1)),
+    "prefixmem_orders_2": _swept("n-grams of 1, 2", lambda memory: replace(memory, orders=2)),
+    "prefixmem_orders_3": _swept("n-grams of 1 to 3", lambda memory: replace(memory, orders=3)),
+    "prefixmem_heads_1": _swept("1 hash head", lambda memory: replace(memory, heads=1)),
+    "prefixmem_heads_8": _swept("8 hash heads", lambda memory: replace(memory, heads=8)),
+    "prefixmem_rate_1": _swept("learning as fast as the decoder", rate=1.0),
+    "prefixmem_rate_20": _swept("learning 20 times as fast", rate=20.0),
 }  # fmt: skip
 
 # The first row is what the others are compared with.
@@ -277,6 +313,11 @@ TABLES = {
     ),
     "encoders": ("baseline", "prefixmem", "sid_transformer"),
     "addresses": ("baseline", "prefixmem", "suffix", "full_prefix"),
+    "levels": ("baseline", "prefixmem", "prefixmem_three_levels"),
+    "sweep": (
+        "baseline", "prefixmem", "prefixmem_orders_1", "prefixmem_orders_2", "prefixmem_orders_3",
+        "prefixmem_heads_1", "prefixmem_heads_8", "prefixmem_rate_1", "prefixmem_rate_20",
+    ),
 }  # fmt: skip
 
 
