@@ -68,7 +68,7 @@ def export_run(
             "folder and without data.tokenizer; name their tokenizer with --tokenizer"
         )
     encoder = run.config.sid_encoder
-    if not isinstance(encoder, PrefixMemoryConfig | None):
+    if type(encoder) not in (PrefixMemoryConfig, type(None)):  # what builds on it is another
         raise UserError(
             f"{run.path}: its SID encoder is {kind_name(type(encoder))}; exported models have "
             "prefix_memory, or none"

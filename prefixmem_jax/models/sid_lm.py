@@ -98,6 +98,7 @@ class SidLM(nnx.Module):
         if self.sid_encoder is not None:
             with jax.named_scope("sid_encoder"):
                 memory_BPD = self.sid_encoder(tokens_BS, segment_ids_BS, rows, last)
+                memory_BPD = self.sid_encoder.gate(memory_BPD, x_BPD)
                 x_BPD = x_BPD + constrain(memory_BPD.astype(x_BPD.dtype), "batch", None, None)
         return x_BPD
 

@@ -21,6 +21,7 @@ from prefixmem_jax.data.documents.next_item import NextItem
 from prefixmem_jax.data.generator import GeneratorConfig
 from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.objectives.tiger import Tiger
+from prefixmem_jax.sid_encoders.gated_prefix_memory import GatedPrefixMemoryConfig
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.sid_encoders.sid_transformer import SidTransformerConfig
 
@@ -272,6 +273,11 @@ ROWS = {
     "prefixmem_on_large": Row("twice as wide, PrefixMem (Qwen3-4B)", _decoder(2, True),
                               paper=_metrics(l5=55.8, r100=12.0)),
     "sid_transformer": Row("SID-Transformer", _sid_transformer, paper=_metrics(l5=39.6)),
+    "prefixmem_gated": Row(
+        "PrefixMem, gated by the token",
+        _with(lambda memory: GatedPrefixMemoryConfig(**vars(memory))),
+        equal_cost="prefixmem",
+    ),
     "suffix": Row(
         "suffix n-grams",
         _with(lambda memory: replace(memory, address="suffix")),
@@ -311,7 +317,7 @@ TABLES = {
     "decoders": (
         "baseline", "prefixmem", "small", "prefixmem_small", "large", "prefixmem_on_large",
     ),
-    "encoders": ("baseline", "prefixmem", "sid_transformer"),
+    "encoders": ("baseline", "prefixmem", "prefixmem_gated", "sid_transformer"),
     "addresses": ("baseline", "prefixmem", "suffix", "full_prefix"),
     "levels": ("baseline", "prefixmem", "prefixmem_three_levels"),
     "sweep": (

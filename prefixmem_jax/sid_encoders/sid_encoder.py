@@ -64,6 +64,11 @@ class SidEncoder(nnx.Module):
         """
         raise NotImplementedError
 
+    def gate(self, vectors_BPD: jax.Array, embeddings_BPD: jax.Array) -> jax.Array:
+        """What of its vectors is added to the embeddings of the same P tokens: all."""
+        del embeddings_BPD
+        return vectors_BPD
+
 
 def drop_rows(rows_BPAW: jax.Array | None, rate: float, key: jax.Array | None) -> jax.Array | None:
     """Fetched rows of which a share is zeroed; as they are without a key."""
