@@ -309,6 +309,15 @@ def test_a_result_is_shown_again_without_training(committed, tmp_path):
         assert said in line
 
 
+def test_an_earlier_result_of_data_without_an_optimum_is_judged(tmp_path):
+    result = json.loads((RESULTS / "tiny_main.json").read_text())
+    result["data"] = {"optimum": None} | {key: result["data"][key] for key in ("items", "levels")}
+    (tmp_path / "real.json").write_text(json.dumps(result))
+    verdict = describe(read_result(tmp_path / "real.json", "main")).splitlines()[-1]
+    share = f"{0.18648867 / 0.41585760:.0%}"
+    assert verdict.startswith(f"the baseline reaches {share} of what counting reaches")
+
+
 def test_the_readme_has_the_committed_table(committed):
     text = (ROOT / "README.md").read_text()
     shown = text.partition("<!-- prefixmem paper main -->\n")[2].partition("<!-- end -->")[0]

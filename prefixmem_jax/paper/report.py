@@ -8,7 +8,7 @@ from typing import Any
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import read_json_object
-from prefixmem_jax.paper.regime import describe_regime
+from prefixmem_jax.paper.regime import describe_regime, judge
 from prefixmem_jax.paper.tables import CUTOFFS, LEVELS, ROWS, SPLITS
 from prefixmem_jax.text import aligned
 
@@ -62,7 +62,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def read_result(path: Path, table: str) -> dict[str, Any]:
-    """A table's file, the paper's numbers as they are known today.
+    """A table's file; the paper's numbers, and the verdict on its data, are today's.
 
     Raises:
       UserError: it is none, or another table's.
@@ -72,6 +72,8 @@ def read_result(path: Path, table: str) -> dict[str, Any]:
         raise UserError(f"{path}: this is no result of `prefixmem paper {table}`")
     for name in result["rows"].keys() & ROWS.keys():
         result["rows"][name]["paper"] = dict(ROWS[name].paper)
+    first = next(iter(result["rows"].values()))
+    result["data"] |= judge(result["data"], first["metrics"][_deepest(result)])
     return result
 
 
