@@ -42,6 +42,7 @@ setup(
         "tokenizers",
         "matplotlib",
         "sacrebleu",
+        "scikit-learn",
         "scipy",
         "tqdm",
         "tensorboardX",
@@ -52,7 +53,6 @@ setup(
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
         "wandb": ["wandb"],
-        "sids": ["scikit-learn"],
         "benchmarks": ["faiss-cpu", "torch"],
         "test": [
             "chex>=0.1.90",
@@ -65,7 +65,6 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
-            "scikit-learn",
             "s3fs",
             "torch==2.13.0",
             "wandb",

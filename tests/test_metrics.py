@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prefixmem_jax.config_groups import DataConfig, EvaluationConfig, SyntheticConfig
 from prefixmem_jax.data.prepare import prepare_data
-from prefixmem_jax.data.transitions import FADED, Transitions, following_counts
+from prefixmem_jax.data.transitions import Transitions, following_counts
 from prefixmem_jax.evaluation import heuristics
 from prefixmem_jax.evaluation.metrics import (
     beam_scores,
@@ -96,8 +96,9 @@ def test_heuristics_equal_the_published_ones(name, popularity, successor):
         popularity = 1e-9 * data.item_counts
         found = evaluate(lambda _: lambda x: decayed.scores(x) + popularity, exclude_seen=True)
         assert found[2:] == [0.0745, 0.0457]
-        # Tuned, with more than the next item counted, it is a better one.
-        assert evaluate(heuristics.transition_heuristic, exclude_seen=True)[2] > 0.08
+        # Tuned, with more than the next item counted and titles that are alike, it is a better one.
+        tuned = evaluate(heuristics.transition_heuristic, exclude_seen=True)
+        assert tuned[2] > 0.09 and tuned[3] > 0.055
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
@@ -149,28 +150,6 @@ def test_no_heuristic_beats_the_optimum():
     for name in ("tf_accuracy/level_1", "tf_accuracy/level_3", "item_recall@10/constrained"):
         assert best[name] > popular[name] - slack and best[name] > successor[name] - slack
     assert best["item_recall@10/constrained"] > 1.2 * popular["item_recall@10/constrained"]
-
-
-def test_transitions_by_brute_force():
-    data = prepare_data(DataConfig(synthetic=SyntheticConfig(items=60, users=80)))
-    score = heuristics.transition_heuristic(data)
-    history = max(data.split.test.histories(), key=len)
-    found, matches = score(history), []
-    ranges = list(zip(data.split.train.starts, data.split.train.stops, strict=True))
-    for fade, decay, back in itertools.product(
-        heuristics.FADES, heuristics.DECAYS, heuristics.BACKS
-    ):
-        expected = np.zeros(60)
-        for start, stop in ranges:
-            own = data.split.items[start:stop]
-            for (at, first), (later, second) in itertools.combinations(enumerate(own), 2):
-                weight = fade ** (later - at - 1)
-                for since, item in enumerate(history[::-1]):
-                    if weight >= FADED:
-                        expected[second] += weight * decay**since * (item == first)
-                        expected[first] += weight * decay**since * back * (item == second)
-        matches.append(np.allclose(found, expected, atol=1e-6))
-    assert sum(matches) == 1
 
 
 def test_item_knn_by_brute_force():

@@ -13,11 +13,14 @@ from test_beam_search import brute_force
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.similar_items import similar_items, words_of_items
 from prefixmem_jax.data.transitions import FADED, Transitions, following_counts
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import (
-    BACKS,
+    ALIKE,
+    BACK,
     FADES,
+    SMOOTHINGS,
     transition_heuristic,
     tuned_transitions,
 )
@@ -51,12 +54,17 @@ def test_they_are_counted_within_training_sequences_only(data):
                         counts[item, later] += fade**away
         found = following_counts(data.split, 150, fade).toarray()
         np.testing.assert_allclose(found, counts)
-    assert (by_fade[0.5] > by_fade[0.0]).any()
-    for fades in ((0.0,), FADES):
-        tuned = tuned_transitions(data, fades)
-        near = tuned.near.toarray()
-        tried = [(by_fade[fade], back) for fade in fades for back in BACKS]
-        assert sum(np.allclose(near, counts + back * counts.T) for counts, back in tried) == 1
+    assert (by_fade[0.85] > by_fade[0.0]).any()
+    tuned = tuned_transitions(data)
+    near = tuned.near.toarray()
+    alike = similar_items(words_of_items(data.catalog), ALIKE).toarray()
+    tried = []
+    for counts in by_fade.values():
+        for more in SMOOTHINGS:
+            both = counts + BACK * counts.T + more * alike
+            sums = (counts + BACK * counts.T).sum(axis=1, keepdims=True) + more
+            tried.append(both / np.maximum(sums, 1e-12))
+    assert sum(np.allclose(near, one) for one in tried) == 1
     history = data.split.test.history(3)
     expected = sum(
         tuned.decay**since * near[item] for since, item in enumerate(history[::-1].tolist())

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.catalog import Catalog
@@ -38,6 +37,8 @@ def similar_items(words: Sequence[Sequence[str]], most: int) -> sparse.csr_array
       words: of each item.
       most: other items in a row, at most.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
     items = len(words)
     empty = sparse.csr_array((items, items))
     if not any(words):

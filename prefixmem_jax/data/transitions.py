@@ -112,7 +112,7 @@ def following_counts(split: Split, items: int, fade: float = 0.0) -> sparse.csr_
 def smoothed(
     counts: sparse.csr_array, similar: sparse.csr_array, smoothing: float
 ) -> sparse.csr_array:
-    """Shares of what an item's neighbours are: float64 [items, items], rows of one or less in sum.
+    """Shares of what an item's neighbours are: float32 [items, items], rows of one or less in sum.
 
     Dirichlet smoothing: to the counts come so many more, spread over the items that are alike. So
     what was met often goes by its counts, and what was hardly met by its title.
@@ -123,4 +123,5 @@ def smoothed(
     """
     sums = np.asarray(counts.sum(axis=1)).reshape(-1) + smoothing
     both = (counts + smoothing * similar).tocsr()
-    return sparse.csr_array(sparse.diags_array(1 / np.maximum(sums, 1e-12)) @ both)
+    shares = sparse.diags_array(1 / np.maximum(sums, 1e-12)) @ both
+    return sparse.csr_array(shares, dtype=np.float32)

@@ -25,7 +25,7 @@ class TextVectors:
         """Of these texts; narrower than `width` where they are few.
 
         Raises:
-          UserError: scikit-learn is not there, or there are no words to speak of.
+          UserError: there are no words to speak of.
         """
         counts = _counts(texts)
         words = np.unique(counts.indices)
@@ -59,12 +59,7 @@ class TextVectors:
 
 def _counts(texts: Sequence[str | None]) -> sparse.csr_array:
     """How often each hashed word is in each text."""
-    try:
-        from sklearn.feature_extraction.text import HashingVectorizer
-    except ImportError:
-        raise UserError(
-            "vectors of titles need scikit-learn: pip install '.[sids]'; or name vectors of your "
-            "own with --embeddings"
-        ) from None
+    from sklearn.feature_extraction.text import HashingVectorizer  # slow to import
+
     hashing = HashingVectorizer(ngram_range=(1, 2), alternate_sign=False, norm=None)
     return sparse.csr_array(hashing.transform([text or "" for text in texts]))
