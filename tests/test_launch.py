@@ -8,6 +8,10 @@ import pytest
 import yaml
 from conftest import ROOT, command_environment
 
+from prefixmem_jax.runs.checkpoint import saved_steps
+from prefixmem_jax.runs.checksums import find_damage
+from prefixmem_jax.runs.metrics import read_metrics
+
 LAUNCH = ROOT / "launch"
 QUICKSTART = ROOT / "configs" / "quickstart"
 QUEUED = {"TPU_NAME": "pod", "ZONE": "z", "ACCELERATOR": "v5litepod-16", "RUNTIME": "v2"}
@@ -17,26 +21,51 @@ GKE = {
 }  # fmt: skip
 
 
-def test_local_launcher_stops_all_when_one_fails(tmp_path):
-    done = subprocess.run(
-        [ROOT / "launch" / "local.sh", QUICKSTART / "baseline.py", "--processes", "2",
-         "data.batch_size=7", "--out", tmp_path / "run"],
-        env=command_environment(), timeout=200, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "data.batch_size=7 does not divide by 2" in done.stderr
+# A training of a second.
+TINY = (
+    "data.synthetic.items=100", "data.synthetic.users=100", "data.batch_size=4",
+    "data.sequence_length=64", "model.layers=1", "model.d_model=16", "model.d_ff=16",
+    "evaluation.every_steps=9", "evaluation.validation_examples=4", "log_every_steps=1",
+)  # fmt: skip
+
+
+def test_a_run_of_two_processes_goes_on_in_four(tmp_path):
+    """For real, each to its end: whole checkpoints, and records of the first process alone."""
+    run = tmp_path / "run"
+    for processes, steps in ((2, 2), (4, 4)):
+        done = subprocess.run(
+            [LAUNCH / "local.sh", QUICKSTART / "baseline.py", "--processes", str(processes),
+             "--out", run, *TINY, f"steps={steps}"],
+            env=command_environment(), timeout=280, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"trained baseline for {steps} steps" in done.stdout + done.stderr
+        assert saved_steps(run)[0] == steps and not find_damage(run, steps)
+    assert [r["step"] for r in read_metrics(run) if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_metrics(run) if "validation/loss" in r] == [2, 4]
 
 
 def test_local_launcher_leaves_nobody_behind(tmp_path):
-    """A process whose peer is gone waits for it, whoever tells it to end, and keeps the run's lock."""
+    """A process whose peer is gone waits for it, whoever tells it to end, and keeps the run's lock.
+
+    What the peer said last is in the one line that says so.
+    """
     stand_in(
         tmp_path, "prefixmem",
-        f"trap '' TERM; [ $PREFIXMEM_PROCESS_ID = 0 ] || {{ sleep 1; exit 7; }}; "
+        f"trap '' TERM; [ $PREFIXMEM_PROCESS_ID = 0 ] || {{ sleep 1; "
+        "printf 'some progress\\rprefixmem: no space\\n\\n' >&2; exit 7; }; "
         f"echo $$ > {tmp_path}/pid; exec sleep 60",
     )  # fmt: skip
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = launch("local.sh", "c.py", "--processes", "2", "--out", "run", PATH=path)
-    assert done.returncode == 7 and "failed with status 7" in done.stderr
+    assert done.returncode == 7
+    assert done.stderr.count("\n") == 2, done.stderr
+    begun, failed = done.stderr.splitlines()
+    logs = begun.rpartition(" ")[2]
+    assert failed == (
+        "local.sh: process 1 failed with status 7; stopping the others "
+        f"(logs: {logs}). It said: prefixmem: no space"
+    )
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
