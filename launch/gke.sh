@@ -4,21 +4,22 @@
 #     launch/gke.sh CONFIG --out gs://BUCKET/RUN [--dry-run] [arguments of `prefixmem train`]
 # IMAGE is made by launch/Dockerfile; HOSTS a slice's machines, CHIPS of one of them. Where a slice fails or
 # is taken away, all start again (100 times at most), and the run goes on from what was saved. --dry-run
-# prints the JobSet that would be created. The cluster needs the JobSet controller (clusters made by xpk
-# have it); with xpk itself:
-#   xpk workload create --workload NAME --docker-image IMAGE --tpu-type v5litepod-16 \
-#     --command "prefixmem train CONFIG --distributed --out gs://BUCKET/RUN"
+# prints the JobSet that would be created. LIBTPU_INIT_ARGS and JAX_COMPILATION_CACHE_DIR are set there as
+# they are here; where they are not, the compiler gets the flags of docs/pods.md, and its programs are kept
+# in gs://BUCKET/programs. The cluster needs the JobSet controller (clusters made by xpk have it).
 set -euo pipefail
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit "$1"; }
 [ $# -ge 1 ] || usage 2
 case "$1" in -h|--help) usage 0 ;; esac
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/launch/common.sh"
 dry_run=no
 arguments=()
 for argument in "$@"; do
   if [ "$argument" = --dry-run ]; then dry_run=yes; else arguments+=("$argument"); fi
 done
-for name in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS; do
-  [ -n "${!name:-}" ] || { echo "gke.sh: set $name (see --help)" >&2; exit 2; }
+for setting in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS; do
+  [ -n "${!setting:-}" ] || { echo "gke.sh: set $setting (see --help)" >&2; exit 2; }
 done
 case " ${arguments[*]} " in *" --out gs://"*) ;; *) echo "gke.sh: --out gs://BUCKET/RUN is needed: machines share no disk" >&2; exit 2 ;; esac
 quoted() { # a YAML string
@@ -27,6 +28,13 @@ quoted() { # a YAML string
 }
 command=""
 for word in train "${arguments[@]}" --distributed; do command+="${command:+, }$(quoted "$word")"; done
+tpu_environment "${arguments[@]}"
+variables=""
+for variable in "${environment[@]}"; do
+  variables+="
+              - name: ${variable%%=*}
+                value: $(quoted "${variable#*=}")"
+done
 jobset="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
@@ -55,6 +63,7 @@ spec:
             - name: train
               image: $(quoted "$IMAGE")
               args: [$command]
+              env:$variables
               resources:
                 limits:
                   google.com/tpu: $CHIPS"

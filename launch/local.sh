@@ -11,6 +11,8 @@
 # Needs bash 5.1, and `prefixmem` on the PATH.
 set -euo pipefail
 usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit "$1"; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/launch/common.sh"
 verb=train
 case "${1:-}" in -h|--help) usage 0 ;; train|evaluate|recommend) verb=$1; shift ;; esac
 processes=1
@@ -43,9 +45,8 @@ for ((i = processes - 1; i >= 0; i--)); do
     prefixmem "$verb" "${arguments[@]}" --distributed)
   log=$logs/process-$i.log
   if [ "$dry_run" = yes ]; then
-    printf '%q ' "${run[@]}"
-    [ "$i" -eq 0 ] || printf '>%s 2>&1 ' "$log"
-    echo '&'
+    if [ "$i" -gt 0 ]; then redirected=" >$log 2>&1"; else redirected=""; fi
+    echo "$(show "${run[@]}")$redirected &"
   elif [ "$i" -gt 0 ]; then
     "${run[@]}" >"$log" 2>&1 &
     pids[i]=$!

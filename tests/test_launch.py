@@ -19,6 +19,67 @@ GKE = {
     "NAME": "one", "IMAGE": "registry/prefixmem", "ACCELERATOR": "tpu-v5-lite-podslice",
     "TOPOLOGY": "4x4", "HOSTS": "4", "CHIPS": "4",
 }  # fmt: skip
+RUN = ("configs/recommend/base.py", "--out", "gs://bucket/run", "data.path=gs://bucket/a b")
+
+
+def launch(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    given = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    return subprocess.run(
+        [LAUNCH / name, *arguments],
+        env=given | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {folder}/called\n{script}\n')
+    (folder / name).chmod(0o755)
+
+
+def only_noted(folder: Path) -> str:
+    """A PATH on which commands of clusters only note that they were called."""
+    for name in ("gcloud", "kubectl", "srun", "scontrol", "prefixmem", "git"):
+        stand_in(folder, name, "")
+    return f"{folder}:{os.environ['PATH']}"
+
+
+# What each launcher is given; what it prints then is in launch_dry_runs.
+DRY_RUNS = {
+    "local.sh": ({}, ("recommend/base", "--processes", "3", "--out", "the runs/one", "steps=5")),
+    "tpu_vm.sh": ({**QUEUED, "PROJECT": "project"}, (*RUN, "--logs", "the logs")),
+    "tpu_queued_resource.sh": (
+        {**QUEUED, "SPOT": "yes", "LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b=2"},
+        (RUN[0], "--out", "/mnt/all/run"),
+    ),
+    "gke.sh": (GKE, (*RUN, 'name="a\\b"')),
+    "slurm.sbatch": ({}, ("recommend/base", "--out", "/shared/run", "data.path=/shared/a b")),
+}
+
+
+@pytest.mark.parametrize("name", DRY_RUNS)
+def test_a_dry_run_prints_exactly_what_would_run(tmp_path, name):
+    """And runs nothing. Where a launcher was changed: its dry run, with the repository's path as
+    REPOSITORY, is what the file is to say.
+    """
+    environment, arguments = DRY_RUNS[name]
+    path = only_noted(tmp_path / "bin")
+    done = launch(name, *arguments, "--dry-run", **environment, PATH=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = (ROOT / "tests" / "launch_dry_runs" / name).with_suffix(".txt").read_text()
+    assert done.stdout.replace(str(ROOT), "REPOSITORY") == expected
+    assert not (tmp_path / "bin" / "called").exists()
+
+
+def test_scripts_have_no_mistakes_that_shellcheck_finds():
+    scripts = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / "tests" / "run.sh"]
+    done = subprocess.run(
+        ["shellcheck", "-x", *scripts],
+        env=command_environment(), cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # A training of a second.
@@ -69,52 +130,6 @@ def test_local_launcher_leaves_nobody_behind(tmp_path):
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
-def test_tpu_launcher_prints_what_it_would_run():
-    environment = {**os.environ, "TPU_NAME": "pod", "ZONE": "us-east5-a"}
-    done = subprocess.run(
-        [ROOT / "launch" / "tpu_vm.sh", "configs/quickstart/baseline.py", "--dry-run",
-         "--out", "/mnt/bucket/run", "steps=5"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    assert len(lines) == 4 and all("gcloud" in line for line in lines[1:])
-    assert "set_up\\ .venv\\ tpu" in lines[2] or "set_up .venv tpu" in lines[2]
-    assert "--worker=all" in lines[3] and "us-east5-a" in lines[3]
-    assert (
-        "train\\ configs/quickstart/baseline.py\\ --distributed\\ --out\\ /mnt/bucket/run\\ steps=5"
-        in lines[3]
-    )
-    missing = subprocess.run(
-        [ROOT / "launch" / "tpu_vm.sh", "configs/quickstart/baseline.py", "--dry-run"],
-        env={k: v for k, v in environment.items() if k != "ZONE"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert missing.returncode == 2 and "set ZONE" in missing.stderr
-
-
-def test_slurm_launcher_prints_what_it_would_run(tmp_path):
-    script = ROOT / "launch" / "slurm.sbatch"
-    given = ["recommend/base", "--out", "/shared/run", "data.path=/shared/a b"]
-    environment = {key: x for key, x in os.environ.items() if key != "SLURM_JOB_ID"}
-
-    def launch(*arguments):
-        return subprocess.run(
-            [script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
-        )
-
-    done = launch(*given, "--dry-run")
-    assert done.returncode == 0 and done.stdout.splitlines() == [
-        "srun --kill-on-bad-exit=1 .venv/bin/prefixmem train recommend/base --out /shared/run "
-        "data.path=/shared/a\\ b --distributed ",
-        "scontrol requeue JOB   # if it was told to end (status 143)",
-    ]
-    for arguments, words in (
-        (["recommend/base"], "--out is needed"),
-        (given, "not within a Slurm job"),
-    ):
-        done = launch(*arguments)
-        assert done.returncode == 2 and words in done.stderr and not done.stdout
-
-
 @pytest.mark.parametrize("status", [0, 143, 2])
 def test_a_slurm_job_that_was_told_to_end_is_queued_again(tmp_path, status):
     """With stand-ins for Slurm's commands, which are not to be had here."""
@@ -138,74 +153,88 @@ def test_a_slurm_job_that_was_told_to_end_is_queued_again(tmp_path, status):
         assert (tmp_path / "queued").read_text() == "requeue 42\n"
 
 
-def launch(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    given = {**os.environ, **environment}
-    return subprocess.run(
-        [LAUNCH / name, *arguments], env=given, capture_output=True, text=True, timeout=60
-    )
+@pytest.fixture
+def cloud(tmp_path) -> Path:
+    """A folder `bin` with a stand-in for gcloud, and `pod`, which is the disk of both workers.
+
+    There is a queued TPU in the states that `states` lists; the training ends with status 3.
+    """
+    remote = tmp_path / "pod"
+    (remote / "prefixmem_jax" / ".venv" / "bin").mkdir(parents=True)
+    stand_in(remote / "prefixmem_jax" / ".venv" / "bin", "prefixmem",
+             'echo "$LIBTPU_INIT_ARGS" in "$JAX_COMPILATION_CACHE_DIR"; echo failed >&2; exit 3')  # fmt: skip
+    stand_in(
+        tmp_path / "bin", "gcloud",
+        f"""for last; do :; done
+        case "$*" in
+          *"queued-resources describe"*)
+            head -n 1 {tmp_path}/states
+            [ $(wc -l < {tmp_path}/states) -le 1 ] || sed -i 1d {tmp_path}/states ;;
+          *"tpu-vm describe"*) echo 2 ;;
+          *set_up*) ;;
+          *"tpu-vm ssh"*) cd {remote} && exec bash -c "$last" ;;
+          *"tpu-vm scp pod:"*) cp {remote}/"${{5#pod:}}" "$6" ;;
+        esac""",
+    )  # fmt: skip
+    return tmp_path
 
 
-def stand_in(folder: Path, name: str, script: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {folder}/called\n{script}\n')
-    (folder / name).chmod(0o755)
-
-
-RUN = ("configs/recommend/base.py", "--out", "gs://bucket/run", "data.path=gs://bucket/a b")
-
-
-def test_a_queued_tpu_prints_what_it_would_run():
-    lines = launch("tpu_queued_resource.sh", *RUN, "--dry-run", **QUEUED, SPOT="yes").stdout
-    lines, within = lines.splitlines(), launch("tpu_vm.sh", *RUN, "--dry-run", **QUEUED).stdout
-    ask = "gcloud compute tpus queued-resources"
-    assert lines[0].strip() == (
-        f"{ask} create pod --node-id pod --zone z --accelerator-type v5litepod-16 "
-        "--runtime-version v2 --spot"
-    )
-    assert lines[1].strip() == f"{ask} describe pod --zone z --format=value\\(state.state\\)"
-    assert lines[2:-1] == within.splitlines()
-    assert lines[-1].strip() == f"{ask} delete pod --zone z --force --quiet"
+def called(cloud: Path) -> list[str]:
+    return (cloud / "bin" / "called").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
     "states, status, trains",
-    [(["WAITING", "ACTIVE"], 0, True), (["FAILED"], 1, False), (["WAITING"], 1, False)],
+    [(["WAITING", "ACTIVE"], 3, True), (["FAILED"], 1, False), (["WAITING"], 1, False)],
 )
-def test_a_queued_tpu_is_waited_for_and_given_back(tmp_path, states, status, trains):
-    """Whether it comes, fails, or does not come in time."""
-    answers = "\n".join(states)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "states").write_text(f"{answers}\n")
-    stand_in(
-        tmp_path / "bin", "gcloud",
-        f'case "$*" in *describe*) head -n 1 {tmp_path}/bin/states; '
-        f"[ $(wc -l < {tmp_path}/bin/states) -le 1 ] || sed -i 1d {tmp_path}/bin/states;; esac",
-    )  # fmt: skip
+def test_a_queued_tpu_is_waited_for_and_given_back(cloud, states, status, trains):
+    """Whether it comes, fails, or does not come in time; the workers' logs are fetched before."""
+    (cloud / "states").write_text("\n".join(states) + "\n")
+    logs = cloud / "logs"
     done = launch(
-        "tpu_queued_resource.sh", *RUN, **QUEUED, PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
-        POLL_SECONDS="0", WAIT_HOURS="1",
+        "tpu_queued_resource.sh", *RUN, "--logs", str(logs), **QUEUED,
+        PATH=f"{cloud}/bin:{os.environ['PATH']}", POLL_SECONDS="0", WAIT_HOURS="1",
     )  # fmt: skip
     assert done.returncode == status, done.stderr
-    called = (tmp_path / "bin" / "called").read_text().splitlines()
-    assert "queued-resources create" in called[0] and "queued-resources delete" in called[-1]
-    assert any("prefixmem train" in line for line in called) == trains
+    assert "queued-resources create" in called(cloud)[0]
+    assert "queued-resources delete" in called(cloud)[-1]
+    assert any("prefixmem train" in line for line in called(cloud)) == trains
+    if trains:
+        flags = "--xla_enable_async_all_reduce=true --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true"
+        written = f"{flags} in gs://bucket/programs\nfailed\n"
+        assert done.stdout == written
+        assert {path.name: path.read_text() for path in logs.iterdir()} == {
+            "worker-0.log": written, "worker-1.log": written
+        }  # fmt: skip
+    else:
+        assert not logs.exists()
+
+
+def test_logs_of_workers_are_followed_and_fetched(cloud):
+    """From elsewhere than where the training was started."""
+    (cloud / "pod" / "prefixmem_jax" / "train.log").write_text("step 1\nstep 2\n")
+    stand_in(cloud / "bin", "tail", "cat $4")  # the real one goes on
+    environment = {**QUEUED, "PATH": f"{cloud}/bin:{os.environ['PATH']}"}
+    done = launch("tpu_vm.sh", "--tail", **environment)
+    assert (done.returncode, done.stdout) == (0, "step 1\nstep 2\n")
+    done = launch("tpu_vm.sh", "--logs", str(cloud / "logs"), **environment)
+    assert done.returncode == 0
+    assert (cloud / "logs" / "worker-1.log").read_text() == "step 1\nstep 2\n"
+    (cloud / "pod" / "prefixmem_jax" / "train.log").unlink()
+    assert launch("tpu_vm.sh", "--logs", str(cloud / "logs"), **environment).returncode == 1
+    assert not any("prefixmem train" in line for line in called(cloud))
 
 
 def test_a_jobset_trains_what_it_is_told(tmp_path):
-    done = launch("gke.sh", *RUN, 'name="a\\b"', "--dry-run", **GKE)
-    made = yaml.safe_load(done.stdout)
-    (job,) = made["spec"]["replicatedJobs"]
-    pod = job["template"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["args"] == ["train", *RUN, 'name="a\\b"', "--distributed"]
-    assert container["image"] == "registry/prefixmem" and job["replicas"] == 1
-    assert job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"] == 4
-    assert set(pod["nodeSelector"].values()) == {"tpu-v5-lite-podslice", "4x4"}
-    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    """As Kubernetes reads it."""
     stand_in(tmp_path, "kubectl", f"cat > {tmp_path}/created")
-    launch("gke.sh", *RUN, **GKE, SLICES="2", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    launch("gke.sh", *RUN, 'name="a\\b"', **GKE, SLICES="2", PATH=path)
     (job,) = yaml.safe_load((tmp_path / "created").read_text())["spec"]["replicatedJobs"]
-    assert job["replicas"] == 2
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["train", *RUN, 'name="a\\b"', "--distributed"]
+    assert [set(variable) for variable in container["env"]] == [{"name", "value"}] * 2
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}} and job["replicas"] == 2
 
 
 @pytest.mark.parametrize(
@@ -214,6 +243,12 @@ def test_a_jobset_trains_what_it_is_told(tmp_path):
         ("tpu_queued_resource.sh", {**QUEUED, "ACCELERATOR": ""}, RUN, "set ACCELERATOR"),
         ("tpu_queued_resource.sh", QUEUED, RUN[:1], "--out is needed"),
         ("tpu_queued_resource.sh", QUEUED, ("none.py", *RUN[1:]), "no such file"),
+        ("tpu_vm.sh", {"TPU_NAME": "pod"}, RUN, "set ZONE"),
+        ("tpu_vm.sh", QUEUED, (*RUN, "--tail"), "--tail stands alone"),
+        ("tpu_vm.sh", QUEUED, ("--logs",), "--logs: expected a folder"),
+        ("slurm.sbatch", {}, ("recommend/base",), "--out is needed"),
+        ("slurm.sbatch", {}, RUN, "not within a Slurm job"),
+        ("local.sh", {}, (*RUN, "--processes", "0"), "--processes: expected a number from 1"),
         ("gke.sh", {**GKE, "IMAGE": ""}, RUN, "set IMAGE"),
         ("gke.sh", GKE, ("recommend/base", "--out", "/disk"), "--out gs://BUCKET/RUN is needed"),
     ],
