@@ -15,6 +15,7 @@ import jax
 import pytest
 from conftest import command_environment, prefixmem
 from ended_runs import records_of, state_of
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from object_store import BUCKET, object_store
 
 from prefixmem_jax.data.formats.parquet import read_dataset
@@ -160,6 +161,32 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(store, datasets):
     after = state_of(there)
     assert after[0] == 30
     chex.assert_trees_all_equal(after[1], before[1])
+
+
+def test_compiled_programs_are_kept_there(store):
+    """As the launchers of TPUs want it, whose machines go."""
+    settings = {"jax_compilation_cache_dir": f"{store}/programs",
+                "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+    before, events = {name: getattr(jax.config, name) for name in settings}, []
+    listen = lambda event, **_: events.append(event.rpartition("/")[2])  # noqa: E731
+    jax.monitoring.register_event_listener(listen)
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        for once, other in (("cache_misses", "cache_hits"), ("cache_hits", "cache_misses")):
+            events.clear()
+            reset_cache()
+            assert (
+                jax.jit(lambda x: x * 3 + 1)(2) == 7
+            )  # each time a new function, the same program
+            assert once in events and other not in events
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
+    names = [path.name for path in files_below(to_path(f"{store}/programs"))]
+    assert names and all(name.endswith("-cache") for name in names)
 
 
 def test_several_processes_do_not_save_where_orbax_does_not(store, monkeypatch):
