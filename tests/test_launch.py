@@ -1,12 +1,19 @@
 """The launch scripts: what they print, and what they call, with stand-ins for what is not to be had."""
 
+import importlib.metadata
+import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
 from conftest import ROOT, command_environment
+from packaging.specifiers import SpecifierSet
 
 from prefixmem_jax.runs.checkpoint import saved_steps
 from prefixmem_jax.runs.checksums import find_damage
@@ -261,30 +268,69 @@ def test_mistakes_in_launching_are_one_line(tmp_path, name, environment, argumen
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "called").exists()
 
 
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile, in order; what goes on over lines is one."""
+    text = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+
 def test_the_image_has_what_the_package_needs(tmp_path):
-    """What the Dockerfile copies is installed as it says, and the command lists the configs."""
-    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    """Every line of the Dockerfile is done here: in an empty folder, without base and dependencies."""
     source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    for line in lines:
-        if line.startswith("COPY "):
-            *names, where = line.split()[1:]
-            for name in names:
-                subprocess.run(["cp", "-r", ROOT / name, source / where], check=True)
-    (install,) = (line for line in lines if line.startswith("RUN "))
-    assert install == 'RUN pip install --no-cache-dir ".[${EXTRAS}]"'
-    (entry,) = (line for line in lines if line.startswith("ENTRYPOINT "))
-    assert entry == 'ENTRYPOINT ["prefixmem"]'
-    environment = command_environment()
-    subprocess.run(
-        ["python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation",
-         "--target", target, source],
-        check=True, env=environment,
-    )  # fmt: skip
-    listed = subprocess.run(
-        ["python", "-c", "from prefixmem_jax.config_files import load_config as l; "
-         "print(l('recommend/base').name, l('qwen3_1p7b/prefixmem').name)"],
-        env={**environment, "PYTHONPATH": str(target)}, cwd=tmp_path,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    environment, built_with, command = command_environment(), {}, []
+    for word, rest in instructions():
+        match word:
+            case "FROM":
+                python = re.fullmatch(r"python:(\d+\.\d+)-slim", rest).group(1)
+            case "ARG":
+                name, _, default = rest.partition("=")
+                built_with[name] = default
+            case "WORKDIR":
+                assert Path(rest).is_absolute()
+                source.mkdir()
+            case "COPY":
+                *names, where = rest.split()
+                for name in names:
+                    subprocess.run(["cp", "-r", ROOT / name, source / where], check=True)
+            case "RUN":
+                pip, install, *options, what = shlex.split(Template(rest).substitute(built_with))
+                assert (pip, install) == ("pip", "install")
+                where, extras = re.fullmatch(r"(.+)\[(.+)\]", what).groups()
+                subprocess.run(
+                    ["python", "-m", "pip", "install", *options, "--quiet", "--no-deps",
+                     "--no-build-isolation", "--target", target, where],
+                    check=True, env=environment, cwd=source,
+                )  # fmt: skip
+            case "ENTRYPOINT" | "CMD":
+                command += json.loads(rest)
+            case _:
+                pytest.fail(f"{word}: no test does this")
+    (installed,) = importlib.metadata.distributions(name="prefixmem_jax", path=[str(target)])
+    about = installed.metadata
+    assert SpecifierSet(about["Requires-Python"]).contains(python)
+    others = re.findall(r"EXTRAS=(\S+)", (LAUNCH / "Dockerfile").read_text())
+    for extra in ",".join([extras, *others]).split(","):
+        assert extra in about.get_all("Provides-Extra"), extra
+    environment |= {"PYTHONPATH": str(target), "PATH": f"{target}/bin:{environment['PATH']}"}
+    assert shutil.which(command[0], path=environment["PATH"]) == f"{target}/bin/prefixmem"
+    within = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    shown = subprocess.run(command, check=True, **within).stdout
+    assert command[1:] == ["--help"] and shown.startswith("usage: prefixmem")
+    script = (
+        "from prefixmem_jax.config_files import load_config as l; "
+        "print(l('recommend/base').name, l('qwen3_1p7b/prefixmem').name)"
+    )
+    listed = subprocess.run(["python", "-c", script], check=True, **within)
     assert listed.stdout.split() == ["recommend", "qwen3_1p7b_prefixmem"]
+
+
+def test_the_image_is_built():
+    """Without the TPU's build of JAX, which is large."""
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True).returncode:
+        pytest.skip("needs docker, and its daemon")
+    build = [docker, "build", "-q", "-f", LAUNCH / "Dockerfile", "--build-arg", "EXTRAS=gcs", ROOT]
+    image = subprocess.run(build, check=True, capture_output=True, text=True).stdout.strip()
+    shown = subprocess.run([docker, "run", "--rm", image], capture_output=True, text=True)
+    assert shown.stdout.startswith("usage: prefixmem"), shown.stderr
