@@ -60,9 +60,8 @@ done
 
 # said PROCESS: the last line of a process whose output is not shown.
 said() {
-  local log=$logs/process-$1.log line=""
-  [ ! -e "$log" ] || line=$(tail -c 4096 "$log" | tr '\r' '\n' | sed '/^[[:space:]]*$/d' | tail -n 1)
-  [ -z "$line" ] || printf '. It said: %s' "$line"
+  local log=$logs/process-$1.log
+  [ ! -e "$log" ] || tail -c 4096 "$log" | tr '\r' '\n' | sed '/^[[:space:]]*$/d' | tail -n 1
 }
 told=0
 while :; do
@@ -74,7 +73,13 @@ while :; do
     143) told=143; continue ;;
   esac
   for i in "${!pids[@]}"; do [ "${pids[i]}" != "$ended" ] || failed=$i; done
-  echo "local.sh: process $failed failed with status $status; stopping the others (logs: $logs)$(said "$failed")" >&2
+  why=$(said "$failed")
+  echo "local.sh: process $failed failed with status $status; stopping the others (logs: $logs)${why:+. It said: $why}" >&2
+  # It may have failed because another one is about to: that one waits for its peers before it ends.
+  for i in "${!pids[@]}"; do
+    other=$(said "$i")
+    case "$other" in "$why") ;; "prefixmem: "*) echo "local.sh: process $i said: $other" >&2 ;; esac
+  done
   # Told to end they would wait for the one that is gone, and keep the run's lock. (Bash has a line
   # of its own about each that was killed.)
   { stop_all -KILL; wait; } 2>/dev/null

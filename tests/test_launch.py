@@ -116,25 +116,32 @@ def test_a_run_of_two_processes_goes_on_in_four(tmp_path):
 def test_local_launcher_leaves_nobody_behind(tmp_path):
     """A process whose peer is gone waits for it, whoever tells it to end, and keeps the run's lock.
 
-    What the peer said last is in the one line that says so.
+    What the peer said last is in the one line that says so, and what another one had ended with that
+    waits too.
     """
     stand_in(
         tmp_path, "prefixmem",
-        f"trap '' TERM; [ $PREFIXMEM_PROCESS_ID = 0 ] || {{ sleep 1; "
-        "printf 'some progress\\rprefixmem: no space\\n\\n' >&2; exit 7; }; "
-        f"echo $$ > {tmp_path}/pid; exec sleep 60",
+        f"""trap '' TERM
+        echo $$ > {tmp_path}/pid-$PREFIXMEM_PROCESS_ID
+        case $PREFIXMEM_PROCESS_ID in
+          1) sleep 1; printf 'some progress\\rits peer is gone\\n\\n' >&2; exit 7 ;;
+          2) echo 'prefixmem: no space' >&2 ;;
+          3) echo '3 of 9 steps' >&2 ;;
+        esac
+        exec sleep 60""",
     )  # fmt: skip
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = launch("local.sh", "c.py", "--processes", "2", "--out", "run", PATH=path)
+    done = launch("local.sh", "c.py", "--processes", "4", "--out", "run", PATH=path)
     assert done.returncode == 7
-    assert done.stderr.count("\n") == 2, done.stderr
-    begun, failed = done.stderr.splitlines()
+    begun, *ended = done.stderr.splitlines()
     logs = begun.rpartition(" ")[2]
-    assert failed == (
+    assert ended == [
         "local.sh: process 1 failed with status 7; stopping the others "
-        f"(logs: {logs}). It said: prefixmem: no space"
-    )
-    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+        f"(logs: {logs}). It said: its peer is gone",
+        "local.sh: process 2 said: prefixmem: no space",
+    ]
+    pids = [path.read_text().strip() for path in tmp_path.glob("pid-*")]
+    assert len(pids) == 4 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.mark.parametrize("status", [0, 143, 2])
