@@ -80,8 +80,8 @@ while :; do
     other=$(said "$i")
     case "$other" in "$why") ;; "prefixmem: "*) echo "local.sh: process $i said: $other" >&2 ;; esac
   done
-  # Told to end they would wait for the one that is gone, and keep the run's lock. (Bash has a line
-  # of its own about each that was killed.)
-  { stop_all -KILL; wait; } 2>/dev/null
+  exec 2>/dev/null # bash has a line of its own about each that is killed
+  stop_all -KILL # told to end they would wait for the one that is gone, and keep the run's lock
+  wait
   exit "$status"
 done
