@@ -8,45 +8,55 @@ import numpy as np
 import tokenizers
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.data.batch import Batch, count_rows, take_rows
-from prefixmem_jax.data.documents.document import Corpus
+from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.data.pipeline import rows_of_batch
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.data.texts import read_tokenizer
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.text import shortened
+from prefixmem_jax.training_rows import training_source
 
 
-def inspect(config: Config, documents: int, say: Callable[[str], None]) -> None:
-    """Says how much a config's data are, and shows documents of the first batch.
+def inspect(
+    config: Config, documents: int, say: Callable[[str], None], batch: int | None = None
+) -> None:
+    """Says how much a config's data are, and shows documents of the first rows.
 
     Args:
       documents: how many.
       say: called with each line.
+      batch: show those of the batch of this step, from 1, in place of the first rows.
 
     Raises:
       UserError: the config's objective does not learn from sequences of tokens.
     """
     data = prepare_data(config.data)
-    rows = config.objective.training_rows(Corpus(data, config.data), config.seed)
-    if not isinstance(rows, Batch):
+    if not isinstance(config.objective.abstract_batch(config.data), Batch):
         raise UserError("data inspect: this objective's examples are no sequences of tokens")
-    real, split = rows.segment_ids > 0, data.split
+    source, split = training_source(config, data), data.split
+    length = config.data.sequence_length
+    within = real = predicted = 0
+    for row in map(source.__getitem__, range(len(source))):
+        within += int(row.segment_ids.max())
+        real += int((row.segment_ids > 0).sum())
+        predicted += int((row.loss_mask > 0).sum())
     say(
         f"{shortened(data.dataset.name)}: {len(data.catalog):,} items, "
         f"{len(data.dataset.histories):,} users; {len(split.validation):,} validation and "
         f"{len(split.test):,} test examples"
     )
     say(
-        f"packed: {count_rows(rows):,} rows of {rows.tokens.shape[1]} tokens, "
-        f"{int(rows.segment_ids.max(axis=1).sum()):,} documents; {1 - real.mean():.1%} is padding, "
-        f"{int((rows.loss_mask > 0).sum()):,} tokens are predicted"
+        f"packed: {len(source):,} rows of {length} tokens, {within:,} documents; "
+        f"{1 - real / (len(source) * length):.1%} is padding, {predicted:,} tokens are predicted"
     )
     tokenizer = None
     if config.data.tokenizer is not None:
         tokenizer, _ = read_tokenizer(config.data.tokenizer)
-    shown = 0
-    for number in range(count_rows(rows)):
-        row = take_rows(rows, number)
+    shown, numbers = 0, range(len(source))
+    if batch is not None:
+        numbers = rows_of_batch(batch, len(source), config.data.batch_size, config.seed)
+    for number in numbers:
+        row = source[number]
         for segment in range(1, row.segment_ids.max() + 1):
             if shown == documents:
                 return

@@ -29,7 +29,12 @@ from prefixmem_jax.data.documents.items import (
 )
 from prefixmem_jax.data.formats.parquet import read_catalog, read_dataset, write_dataset
 from prefixmem_jax.data.packing import one_per_row, pack
-from prefixmem_jax.data.pipeline import RowsInMemory, global_batch, training_batches
+from prefixmem_jax.data.pipeline import (
+    RowsInMemory,
+    global_batch,
+    rows_of_batch,
+    training_batches,
+)
 from prefixmem_jax.data.prepare import data_vocabulary, fixed_sample, load_catalog, prepare_data
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
@@ -316,6 +321,7 @@ def test_pipeline_reshuffles_each_epoch_and_resumes_anywhere():
     whole = draw(training_batches(RowsInMemory(rows), 2, seed=0), 12)
     assert all(sorted(np.concatenate(whole[i : i + 5])) == list(range(10)) for i in (0, 5))
     assert whole[:5] != whole[5:10]
+    assert [rows_of_batch(step, 10, 2, seed=0) for step in range(1, 13)] == whole
     iterator = training_batches(RowsInMemory(rows), 2, seed=0)
     draw(iterator, 7)
     resumed = training_batches(RowsInMemory(rows), 2, seed=0)
@@ -400,3 +406,8 @@ def test_inspection_shows_what_is_learned():
             items.append(int(data.catalog.group_of_item[item]))
         groups = [data.catalog.group_of_item[history].tolist() for history in histories]
         assert any(items == own[i : i + len(items)] for own in groups for i in range(len(own)))
+    rows, of_batch = int(re.search(r"packed: (\d+) rows", said[1])[1]), []
+    inspect(config, 1000, of_batch.append, batch=5)
+    shown = [int(line.split()[1].strip(",")) for line in of_batch if line.startswith("\nrow ")]
+    wanted = rows_of_batch(5, rows, config.data.batch_size, config.seed)
+    assert list(dict.fromkeys(shown)) == list(dict.fromkeys(wanted)) and len(set(wanted)) > 1

@@ -1,9 +1,9 @@
 """Faults, injected for real into a training that was killed at step 80 of 120: a table of what each
 does, what it is answered, and what is left.
 
-Every command is a process of its own. What is left is one of two things: a training that ended as
-the one that nothing happened to, bit for bit; or every file as it was, to go on from once the fault is
-mended.
+Every command is a process of its own. What is left is one of three things: a training that ended as
+the one that nothing happened to, bit for bit; every file as it was, to go on from once the fault is
+mended; or, where it ended after steps, every checkpoint as it was.
 """
 
 import contextlib
@@ -22,14 +22,18 @@ from pathlib import Path
 
 import chex
 import forked
+import numpy as np
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import QUICK, ROOT, command_environment, mounted, prefixmem
 from damage import flip, largest, truncate
 from ended_runs import records_of, state_of
 
+from prefixmem_jax.data.pipeline import rows_of_batch
 from prefixmem_jax.runs.metrics import read_metrics
 
-STEPS, NEWEST = 120, "80"
+STEPS, NEWEST, BAD_STEP = 120, "80", 82
 TRAIN = [
     "quickstart/prefixmem", "init.run=none", "init.take=()", "init.fresh=()", f"steps={STEPS}", "checkpoint.every_steps=20", "checkpoint.keep=20",
     "data.batch_size=8", "data.sequence_length=64", "model.layers=1", "model.d_model=32",
@@ -146,6 +150,24 @@ def other_data(case: Case) -> None:
 
 
 @contextlib.contextmanager
+def bad_row(case: Case) -> Iterator[None]:
+    """The weights of a row that step BAD_STEP draws, and not step 81, are no numbers."""
+    source, whole = ArrayRecordDataSource(str(case.rows)), case.rows.read_bytes()
+    files = json.loads((case.rows.parent / "packed.json").read_text())["files"]
+    everywhere = sum(file["rows"] for file in files)
+    rows = [np.frombuffer(source[number], np.int32).copy() for number in range(len(source))]
+    bad = min(rows_of_batch(BAD_STEP, everywhere, 8, 0))  # in the first file, as it happens
+    _, segments, _, mask, _ = rows[bad].reshape(5, -1)
+    mask.view(np.float32)[segments > 0] = np.nan
+    writer = ArrayRecordWriter(str(case.rows), "group_size:1,zstd:1")
+    for row in rows:
+        writer.write(row.tobytes())
+    writer.close()
+    yield
+    case.rows.write_bytes(whole)
+
+
+@contextlib.contextmanager
 def gone(path: Path) -> Iterator[None]:
     away = path.with_name("away")
     path.rename(away)
@@ -174,7 +196,8 @@ class Fault:
       status, words: how the command ends, and what its one line has in it.
       command: after `prefixmem`, of the case; training goes on where it is not said.
       untouched: no file is other than it was when the command began; else the training has ended as
-        the one that nothing happened to.
+        the one that nothing happened to, or does
+      saved: where no checkpoint is other than it was, and the same command is given once it is mended.
     """
 
     inject: Callable[[Case], AbstractContextManager | None]
@@ -182,6 +205,7 @@ class Fault:
     words: str
     command: Callable[[Case], list[str]] = field(default=lambda case: case.train)
     untouched: bool = False
+    saved: bool = False
 
 
 def nothing(case: Case) -> None:
@@ -247,6 +271,9 @@ FAULTS = {
     "packed rows cut short": Fault(
         lambda case: truncate(case.rows), 2, "rows: a file is damaged", untouched=True
     ),
+    "a row that is no numbers": Fault(
+        bad_row, 2, f"step {BAD_STEP}: the loss or its gradient is not finite", saved=True
+    ),
     # Two at once: the second ends, whoever reads is not kept out.
     "another writer": Fault(another_writer, 2, "another process is training this run", untouched=True),
     "another writer, and a reader": Fault(
@@ -298,7 +325,14 @@ def test_a_fault(name, case, ended):
     if fault.untouched:
         assert after == before
     else:
+        if fault.saved:
+            assert checkpoints_of(after) == checkpoints_of(before)
+            prefixmem(*command)
         assert_ended_the_same(case, ended)
+
+
+def checkpoints_of(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: files[name] for name in files if name.startswith("run/check")}
 
 
 @pytest.mark.parametrize(

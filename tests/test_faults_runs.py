@@ -26,6 +26,7 @@ from prefixmem_jax.config_groups import (
     OptimizerConfig,
     SyntheticConfig,
 )
+from prefixmem_jax.data.pipeline import rows_of_batch
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import Stopped, UserError
 from prefixmem_jax.recommender import recommend
@@ -35,6 +36,7 @@ from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.training import loop, watchdog
 from prefixmem_jax.training.hooks import Hook
 from prefixmem_jax.training.loop import train
+from prefixmem_jax.training_rows import training_source
 
 CONFIG = Config(
     "faults",
@@ -185,8 +187,10 @@ def test_small_data_lowers_the_batch(tmp_path, caplog):
 def test_one_bad_step_is_an_error_and_leaves_no_checkpoint(tmp_path):
     model = dataclasses.replace(CONFIG.model, init_std=1e30)
     config = dataclasses.replace(CONFIG, steps=1, model=model)
-    with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite"):
+    with pytest.raises(UserError, match="step 1: the loss or its gradient is not finite") as error:
         train(config, tmp_path / "run", DATA)
+    rows = rows_of_batch(1, len(training_source(config, DATA)), 8, config.seed)
+    assert f"the batch, rows {', '.join(map(str, rows))}, with `prefixmem data" in str(error.value)
     assert not Run(tmp_path / "run").has_checkpoint
 
 

@@ -123,13 +123,20 @@ def add_inspect(subparsers: Any, overrides_help: str) -> None:
         **described(
             summary,
             "  prefixmem data inspect recommend/small data.path=DIR\n"
-            "  prefixmem data inspect runs/b2/config.json --documents 10",
+            "  prefixmem data inspect runs/b2/config.json --documents 10\n"
+            "  prefixmem data inspect runs/b2/config.json --batch 7   # of step 7",
         ),
     )
     inspecting.set_defaults(verb=verbs.inspect)
     inspecting.add_argument("config", metavar="CONFIG", help="as `prefixmem train` takes it")
     inspecting.add_argument(
         "--documents", type=positive, default=3, metavar="N", help="to show (default: %(default)s)"
+    )
+    inspecting.add_argument(
+        "--batch",
+        type=positive,
+        metavar="STEP",
+        help="show those of the batch of this step (default: those of the first rows)",
     )
     inspecting.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)
 

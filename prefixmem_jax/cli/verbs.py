@@ -144,7 +144,7 @@ def inspect(options: argparse.Namespace) -> None:
     start()
     from prefixmem_jax.inspection import inspect as inspect_data
 
-    inspect_data(config, options.documents, print)
+    inspect_data(config, options.documents, print, options.batch)
 
 
 def train(options: argparse.Namespace) -> None:

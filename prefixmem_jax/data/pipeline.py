@@ -47,9 +47,23 @@ def training_batches(
             f"data.batch_size={batch_size} rows, but the training data packs into only "
             f"{len(source)} rows; use a smaller batch"
         )
-    dataset = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    share = dataset[jax.process_index() :: processes]
+    share = _in_order(grain.MapDataset.source(source), seed)[jax.process_index() :: processes]
     return iter(share.batch(batch_size // processes).to_iter_dataset())
+
+
+def rows_of_batch(number: int, rows: int, batch_size: int, seed: int) -> list[int]:
+    """Which rows a global batch of `training_batches` has; number 1 is the first, that of step 1.
+
+    Args:
+      rows: how many there are to learn from.
+    """
+    order = _in_order(grain.MapDataset.range(rows), seed)
+    return [order[place] for place in range((number - 1) * batch_size, number * batch_size)]
+
+
+def _in_order(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """The one global order: all rows, reshuffled every epoch, without an end."""
+    return rows.shuffle(seed=seed).repeat()
 
 
 def global_batch(local: Rows, sharding: jax.sharding.Sharding) -> Rows:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Rows, batches
-from prefixmem_jax.data.pipeline import global_batch
+from prefixmem_jax.data.pipeline import global_batch, rows_of_batch
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.validation import ValidationRetrieval
 from prefixmem_jax.model_spec import ModelSpec
@@ -28,6 +28,8 @@ from prefixmem_jax.training.parts import to_parts
 from prefixmem_jax.training.state import TrainState
 from prefixmem_jax.training.step import validation_step
 
+# Rows of a bad batch that are named.
+NAMED = 8
 # Share of the time from which on the progress line says that steps wait for data.
 WAITED_LONG = 0.05
 
@@ -37,7 +39,7 @@ class Progress:
     """How far a run is.
 
     Attributes:
-      step: updates made; steps: to make.
+      step: updates made; steps: to make; rows: that there are to learn from.
       state, metrics: of the last step, on the devices.
       tokens, flops, seconds: spent on training steps so far, since the run's first.
       input_seconds, saving_seconds: of these, waiting for batches, and held up by checkpoints.
@@ -49,6 +51,7 @@ class Progress:
 
     step: int
     steps: int
+    rows: int
     tokens: int = 0
     flops: int = 0
     seconds: float = 0.0
@@ -101,10 +104,19 @@ class Progress:
         self.started = time.perf_counter()
 
 
-def not_finite(step: int, config: Config) -> UserError:
+def not_finite(step: int, rows: int, config: Config) -> UserError:
+    """What a run ends with; it names the step and its batch.
+
+    Args:
+      rows: that there are to learn from.
+    """
+    batch = rows_of_batch(step, rows, config.data.batch_size, config.seed)
+    named = ", ".join(map(str, batch[:NAMED]))
+    more = f" and {len(batch) - NAMED} more" if len(batch) > NAMED else ""
     return UserError(
         f"step {step}: the loss or its gradient is not finite; the last checkpoint stands; lower "
-        f"optimizer.learning_rate (now {config.optimizer.learning_rate})"
+        f"optimizer.learning_rate (now {config.optimizer.learning_rate}), or look at the batch, "
+        f"rows {named}{more}, with `prefixmem data inspect RUN/config.json --batch {step}`"
     )
 
 
@@ -267,7 +279,7 @@ class Checkpointing(Hook):
 
     def run(self, progress: Progress) -> None:
         if not self.is_finite(progress.state):
-            raise not_finite(progress.step, self.spec.config)
+            raise not_finite(progress.step, progress.rows, self.spec.config)
         parts = to_parts(self.spec, progress.state)
         metadata = self.metadata() | {
             "totals": progress.totals(),

@@ -99,14 +99,15 @@ def train(
         )
         checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
         patience = config.evaluation.patience
-        progress = Progress(0, config.steps, patience=patience)
+        rows = len(source)
+        progress = Progress(0, config.steps, rows, patience=patience)
         if state is None:
             step = checkpoints.choose()
             metadata = checkpoints.metadata(step)
             iterator.set_state(metadata["data_iterator"])
             # Runs from before there was a selection have none.
             noted = metadata["totals"] | metadata.get("selection", {})
-            progress = Progress(step, config.steps, patience=patience, **noted)
+            progress = Progress(step, config.steps, rows, patience=patience, **noted)
             state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
         if progress.done:
             return state
@@ -193,7 +194,7 @@ def run_steps(
             stop = asked_to_stop(progress.step)
             for hook in hooks:  # what one finds may make the next one due
                 if hook.due(progress) or (stop and stop.may_save and hook.before_stopping):
-                    check_finite(unchecked, spec.config)
+                    check_finite(unchecked, progress.rows, spec.config)
                     hook.run(progress)
                     signs_of_life.note(progress.step)
             if stop and not progress.done:
@@ -201,13 +202,16 @@ def run_steps(
     return state
 
 
-def check_finite(steps: list[tuple[int, jax.Array]], config: Config) -> None:
+def check_finite(steps: list[tuple[int, jax.Array]], rows: int, config: Config) -> None:
     """Forgets steps whose loss and gradients were finite; a step's state did not change otherwise.
+
+    Args:
+      rows: that there are to learn from.
 
     Raises:
       UserError: names the first that was not. Nothing has been saved since.
     """
     for (step, _), finite in zip(steps, jax.device_get([flag for _, flag in steps]), strict=True):
         if not finite:
-            raise not_finite(step, config)
+            raise not_finite(step, rows, config)
     steps.clear()
