@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from models import make_run, small_config
 
 from prefixmem_jax import cli
+from prefixmem_jax.cli import verbs
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig
@@ -140,6 +141,15 @@ def raises(error: BaseException):
 def test_whatever_ends_a_verb_is_one_line(monkeypatch, capsys, action, status, line):
     ends_with(monkeypatch, action)
     assert failed(capsys, status).startswith(f"prefixmem: {line}")
+
+
+@pytest.mark.parametrize("histories", [None, "histories.parquet"])
+def test_an_interrupted_command_says_that_it_goes_on_where_it_does(monkeypatch, capsys, histories):
+    monkeypatch.setattr(verbs, "recommend", lambda options: raises(KeyboardInterrupt())())
+    options = argparse.Namespace(verb=verbs.recommend, histories=histories)
+    monkeypatch.setattr(cli, "parse", lambda arguments: options)
+    more = "" if histories is None else "; the same command goes on from what was saved"
+    assert failed(capsys, 130) == f"prefixmem: interrupted{more}\n"
 
 
 def test_a_folder_where_a_file_is_to_be_written_is_one_line(monkeypatch, capsys, tmp_path):

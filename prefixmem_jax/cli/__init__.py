@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 from collections.abc import Sequence
 
@@ -29,20 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
       on.
     """
     terminal.prepare()
-    verb = None
+    resumed = False
     try:
         options = parse(arguments)
-        verb = options.verb
-        verb(options)
+        resumed = _is_resumed(options)
+        options.verb(options)
         terminal.flush()
     except SystemExit as stop:  # of --help, and of mistakes in the arguments
         return stop.code
     except UserError as error:
         return terminal.fail(str(error), 2)
     except KeyboardInterrupt as stop:
-        resumed = "; the same command goes on from what was saved" if verb in RESUMED else ""
+        more = "; the same command goes on from what was saved" if resumed else ""
         status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
-        return terminal.fail(f"interrupted{resumed}", status)
+        return terminal.fail(f"interrupted{more}", status)
     except BrokenPipeError:
         return terminal.abandon()
     except OSError as error:
@@ -53,6 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
     return 0
+
+
+def _is_resumed(options: argparse.Namespace) -> bool:
+    """Whether the command keeps what it has done: of recommending, where that is to many users."""
+    if options.verb is verbs.recommend:
+        return options.histories is not None
+    return options.verb in RESUMED
 
 
 def _reason(error: OSError) -> str:
