@@ -1,6 +1,7 @@
 """Run folders: what is read of them, how they go on, and what stops them (`test_fault_matrix`: faults)."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -118,15 +119,20 @@ def test_a_finished_run_is_extended(run, caplog):
             train(dataclasses.replace(longer, **changes), run, DATA)
 
 
-def test_tokens_and_flops_are_whole_after_a_kill(run):
+def test_what_was_counted_is_whole_after_a_kill(run):
     """Killed after step 5's checkpoint, when step 4 was the last that was logged."""
     whole = read_metrics(run)[-1]
     shutil.rmtree(run / "checkpoints" / "10")
     records = [r for r in read_metrics(run) if r["step"] <= 4]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    train(CONFIG, run, DATA)
-    last = read_metrics(run)[-1]
-    assert (last["step"], last["tokens"], last["flops"]) == (10, whole["tokens"], whole["flops"])
+    train(dataclasses.replace(CONFIG, log_every_steps=1), run, DATA)
+    at_4, *others, last = [r for r in read_metrics(run) if "memory_rounds" in r]
+    for name in ("step", "tokens", "flops", "memory_overflows"):
+        assert last[name] == whole[name]
+    for before, after in itertools.pairwise([*others, last]):
+        now = after["memory_overflows"] - before["memory_overflows"]
+        assert now == (after["memory_rounds"] > 1)
+    assert 0 < at_4["memory_overflows"] <= others[0]["memory_overflows"] < last["memory_overflows"]
 
 
 def test_a_moved_run_recommends_the_same(run, tmp_path):

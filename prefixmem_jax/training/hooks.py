@@ -41,7 +41,9 @@ class Progress:
     Attributes:
       step: updates made; steps: to make; rows: that there are to learn from.
       state, metrics: of the last step, on the devices.
+      unchecked: metrics of the steps since the last `check`, by step.
       tokens, flops, seconds: spent on training steps so far, since the run's first.
+      memory_overflows: of these steps, those whose exchange of rows needed more than one round.
       input_seconds, saving_seconds: of these, waiting for batches, and held up by checkpoints.
       seconds_at_peak: that a step would take at the devices' peak, nothing computed twice; None
         where their peak is not known.
@@ -57,12 +59,14 @@ class Progress:
     seconds: float = 0.0
     input_seconds: float = 0.0
     saving_seconds: float = 0.0
+    memory_overflows: int = 0
     seconds_at_peak: float | None = None
     best: float | None = None
     since_best: int = 0
     patience: int = 0
     state: TrainState | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    unchecked: dict[int, dict[str, jax.Array]] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -73,6 +77,25 @@ class Progress:
     def is_best(self) -> bool:
         """Whether the newest validation was better than all before."""
         return self.best is not None and self.since_best == 0
+
+    def note_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """One more; what it gave is looked at later."""
+        self.step += 1
+        self.state, self.metrics = state, metrics
+        looked_at = ("finite", "memory_rounds")
+        self.unchecked[self.step] = {name: metrics[name] for name in looked_at if name in metrics}
+
+    def check(self, config: Config) -> None:
+        """Looks at the steps since the last call, and waits for them.
+
+        Raises:
+          UserError: names the first whose loss or gradients were not finite: it changed no state.
+        """
+        for step, metrics in jax.device_get(self.unchecked).items():
+            if not metrics["finite"]:
+                raise not_finite(step, self.rows, config)
+            self.memory_overflows += int(metrics.get("memory_rounds", 1) > 1)
+        self.unchecked.clear()
 
     def note_validation(self, value: float) -> None:
         """Whether it is the best so far, and how long ago that was."""
@@ -90,7 +113,7 @@ class Progress:
         self.seconds += now - self.started
         self.started = now
         names = ("tokens", "flops", "seconds", "input_seconds", "saving_seconds")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "memory_overflows")}
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:

@@ -36,7 +36,6 @@ from prefixmem_jax.training.hooks import (
     Profiling,
     Progress,
     Validation,
-    not_finite,
 )
 from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.parts import abstract_parts, from_parts
@@ -174,7 +173,6 @@ def run_steps(
     if (peak := peak_flops(jax.devices()[0])) is not None:
         progress.seconds_at_peak = flops_once(spec, traced) / (peak * spec.mesh.size)
     compiled = traced.lower().compile()
-    unchecked: list[tuple[int, jax.Array]] = []
     progress.skip_time()
     with (
         stops_between_steps() as asked_to_stop,
@@ -184,34 +182,17 @@ def run_steps(
             with progress.timing("input_seconds"):
                 batch = global_batch(next(iterator), sharding)
             state, metrics = compiled(state, batch)
-            progress.step += 1
+            progress.note_step(state, metrics)
             signs_of_life.note(progress.step)
             progress.tokens += tokens
             progress.flops += flops
-            progress.state, progress.metrics = state, metrics
-            unchecked.append((progress.step, metrics["finite"]))
             bar.update()
             stop = asked_to_stop(progress.step)
             for hook in hooks:  # what one finds may make the next one due
                 if hook.due(progress) or (stop and stop.may_save and hook.before_stopping):
-                    check_finite(unchecked, progress.rows, spec.config)
+                    progress.check(spec.config)
                     hook.run(progress)
                     signs_of_life.note(progress.step)
             if stop and not progress.done:
                 raise stop
     return state
-
-
-def check_finite(steps: list[tuple[int, jax.Array]], rows: int, config: Config) -> None:
-    """Forgets steps whose loss and gradients were finite; a step's state did not change otherwise.
-
-    Args:
-      rows: that there are to learn from.
-
-    Raises:
-      UserError: names the first that was not. Nothing has been saved since.
-    """
-    for (step, _), finite in zip(steps, jax.device_get([flag for _, flag in steps]), strict=True):
-        if not finite:
-            raise not_finite(step, rows, config)
-    steps.clear()
