@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Trains a config, or evaluates runs, or recommends to all users of a file, in N real processes on this
-# machine, which find each other over loopback.
+# Trains a config, or evaluates runs, recommends to all users of a file, or exports, in N real processes
+# on this machine, which find each other over loopback.
 #   launch/local.sh CONFIG --processes N [--dry-run] [arguments of `prefixmem train`]
 #   launch/local.sh evaluate RUN ... --processes N [arguments of `prefixmem evaluate`]
 #   launch/local.sh recommend RUN --histories FILE --out FILE --processes N [arguments of `prefixmem recommend`]
+#   launch/local.sh export RUN --out DIR --processes N [arguments of `prefixmem export`]
 # The first process's output is shown; the others write to LOGS/process-I.log (LOGS: a new
 # temporary folder, printed). If one fails, all are stopped, and one line says which it was and what it
-# said last. Told to end (SIGTERM), or if one of them is, a training saves its state and all end with
-# status 143. --dry-run prints the commands that would run (PORT is a free one), and runs none.
-# Needs bash 5.1, and `prefixmem` on the PATH.
+# said last. Told to end (SIGTERM, or Ctrl-C), or if one of them is, a training saves its state and all
+# end with status 143, or 130. --dry-run prints the commands that would run (PORT is a free one), and
+# runs none. Needs bash 5.1, and `prefixmem` on the PATH.
 set -euo pipefail
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit "$1"; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 . "$root/launch/common.sh"
 verb=train
-case "${1:-}" in -h|--help) usage 0 ;; train|evaluate|recommend) verb=$1; shift ;; esac
+case "${1:-}" in -h|--help) usage 0 ;; train|evaluate|recommend|export) verb=$1; shift ;; esac
 processes=1
 dry_run=no
 arguments=()
@@ -37,9 +38,15 @@ if [ "$dry_run" = no ]; then
 fi
 pids=()
 stop_all() { for pid in "${pids[@]}"; do kill "${1:--TERM}" "$pid" 2>/dev/null || true; done; }
+told=0 as=143 # what all end as where one is told to end
+tell() {
+  as=$1
+  [ "$verb" = train ] || { stop_all -KILL; exit "$as"; } # JAX keeps SIGTERM for the training loop
+  stop_all
+}
 trap stop_all EXIT
-trap 'exit 130' INT
-trap stop_all TERM
+trap 'tell 130' INT
+trap 'tell 143' TERM
 for ((i = processes - 1; i >= 0; i--)); do
   run=(env "PREFIXMEM_COORDINATOR=127.0.0.1:$port" "PREFIXMEM_PROCESSES=$processes" "PREFIXMEM_PROCESS_ID=$i"
     prefixmem "$verb" "${arguments[@]}" --distributed)
@@ -63,14 +70,14 @@ said() {
   local log=$logs/process-$1.log
   [ ! -e "$log" ] || tail -c 4096 "$log" | tr '\r' '\n' | sed '/^[[:space:]]*$/d' | tail -n 1
 }
-told=0
 while :; do
   status=0
   wait -n -p ended || status=$?
   case $status in
     0) continue ;;
     127) [ -n "${ended:-}" ] || exit "$told" ;; # none is left
-    143) told=143; continue ;;
+    130) as=130 told=130; continue ;;
+    143) told=$as; continue ;;
   esac
   for i in "${!pids[@]}"; do [ "${pids[i]}" != "$ended" ] || failed=$i; done
   why=$(said "$failed")

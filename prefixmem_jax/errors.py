@@ -16,12 +16,12 @@ class Stopped(KeyboardInterrupt):
     """A signal asked to end, and it was waited until that did no harm.
 
     Attributes:
-      number: of the signal; may_save: whether what was done so far can be saved first.
+      number: of the signal.
     """
 
-    def __init__(self, number: int, may_save: bool):
+    def __init__(self, number: int):
         super().__init__()
-        self.number, self.may_save = number, may_save
+        self.number = number
 
 
 def nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:

@@ -164,7 +164,7 @@ def run_steps(
       folder: of the run, where it says what it is at if it hangs.
 
     Raises:
-      Stopped: after the step in which it was asked to; the state is saved first, if it can be.
+      Stopped: after the step in which it was asked to; the state is saved first.
     """
     sharding = batch_sharding(spec.mesh)
     tokens = jax.tree.leaves(abstract_batch(spec))[0].size
@@ -189,7 +189,7 @@ def run_steps(
             bar.update()
             stop = asked_to_stop(progress.step)
             for hook in hooks:  # what one finds may make the next one due
-                if hook.due(progress) or (stop and stop.may_save and hook.before_stopping):
+                if hook.due(progress) or (stop and hook.before_stopping):
                     progress.check(spec.config)
                     hook.run(progress)
                     signs_of_life.note(progress.step)

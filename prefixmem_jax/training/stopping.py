@@ -22,9 +22,9 @@ def stops_between_steps() -> Iterator[Callable[[int], Stopped | None]]:
     A signal does not stop whatever runs: an exception inside a library's callback may be swallowed
     there, or leave half of a save. A second Ctrl-C stops at once.
 
-    One process ends after the step in which SIGINT or SIGTERM came. Several end together after a
-    SIGTERM to any of them, at a step that JAX's preemption service agrees on; after a Ctrl-C each
-    for itself, and what it ends as says that nothing can be saved.
+    One process ends after the step in which SIGINT or SIGTERM came. Several end together, after
+    either to any of them, at a step that JAX's preemption service agrees on. That one hears SIGTERM
+    alone, so SIGINT is handed on as one.
     """
     together = jax.process_count() > 1
     received: list[int] = []
@@ -34,11 +34,12 @@ def stops_between_steps() -> Iterator[Callable[[int], Stopped | None]]:
         if received and number == signal.SIGINT:
             os._exit(128 + number)
         received.append(number)
+        if together:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(step: int) -> Stopped | None:
-        if together and multihost_utils.reached_preemption_sync_point(step):
-            return Stopped(signal.SIGTERM, may_save=True)
-        return Stopped(received[0], may_save=not together) if received else None
+        ends = multihost_utils.reached_preemption_sync_point(step) if together else bool(received)
+        return Stopped(received[0] if received else signal.SIGTERM) if ends else None
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
