@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import chex
+import fingerprint
 import forked
 import jax
 import numpy as np
@@ -22,11 +23,14 @@ from ended_runs import records_of, state_of
 from prefixmem_jax.config_files import load_config
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import write_dataset
+from prefixmem_jax.data.pipeline import rows_of_batch
+from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.training.flops import PEAK_FLOPS
 from prefixmem_jax.training.loop import train
+from prefixmem_jax.training_rows import training_source
 
 SMALL = [
     "data.synthetic.items=300",
@@ -177,18 +181,26 @@ def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):
 
 
 def test_a_run_moves_from_devices_to_processes_and_back(stage_one, tmp_path):
-    """Four devices, then two processes of two, one of which is told to end, then eight devices: the
-    losses of one device that was never interrupted.
+    """Four devices, then two processes of two, one of which is interrupted, then eight devices: the
+    batches and losses of one device that was left alone.
     """
     config, run = QUICKSTART / "prefixmem.py", tmp_path / "moved"
-    arguments = [*SMALL, f"init.run={stage_one}", "steps=60", "checkpoint.every_steps=60"]
+    arguments = [
+        *SMALL, f"init.run={stage_one}", "steps=60", "checkpoint.every_steps=60",
+        "objective=fingerprint:Fingerprint", "log_every_steps=1",
+    ]  # fmt: skip
     prefixmem("train", config, *arguments, "--out", tmp_path / "one")
     alone = ["prefixmem", "train", config, *arguments, "--out", run]
     launched = [ROOT / "launch" / "local.sh", config, "--processes", "2", *alone[3:]]
 
-    def leg(command: list, devices: int, told_at: int | None) -> None:
+    def leg(command: list, devices: int, told_at: int | None, number: int = signal.SIGTERM) -> None:
         flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
-        process = subprocess.Popen(command, env={**command_environment(), "XLA_FLAGS": flags})
+        environment = {
+            **command_environment(),
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": str(ROOT / "tests"),
+        }
+        process = subprocess.Popen(command, env=environment)
         if told_at is None:
             assert process.wait(300) == 0
             return
@@ -198,22 +210,32 @@ def test_a_run_moves_from_devices_to_processes_and_back(stage_one, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]) if command is launched else process.pid, signal.SIGTERM)
-        assert process.wait(100) == 143
+        os.kill(int(children[0]) if command is launched else process.pid, number)
+        assert process.wait(100) == 128 + number
         saved = max(int(path.name) for path in (run / "checkpoints").iterdir())
         assert told_at <= saved < 60
 
     leg(alone, 4, told_at=5)
-    leg(launched, 2, told_at=25)
+    leg(launched, 2, told_at=25, number=signal.SIGINT)
     leg(alone, 8, told_at=None)
     one, moved = read_metrics(tmp_path / "one"), read_metrics(run)
     assert [r["step"] for r in one] == [r["step"] for r in moved]
+    drawn = [r["batch"] for r in moved if "batch" in r]
+    config = Run(run).config
+    source = training_source(config, prepare_data(config.data))
+    rows = [fingerprint.of_rows(source[i].tokens[None]) for i in range(len(source))]
+    expected = [rows_of_batch(step, len(rows), 8, config.seed) for step in range(1, 61)]
+    assert drawn == [sum(rows[row] for row in batch) % 2**32 for batch in expected]
+    assert len(set(drawn)) == 60 and len(set(rows)) == len(rows) < 8 * 60
+    epoch = [row for batch in expected for row in batch][: len(rows)]
+    assert sorted(epoch) == list(range(len(rows)))  # each exactly once, before any comes again
     for a, b in zip(one, moved, strict=True):
-        for name in a.keys() - {"memory_rounds", "memory_rows"}:
+        for name in a.keys() - {"memory_rounds", "memory_rows", "memory_overflows"}:
             if not name.endswith(("seconds", "_per_second")):
                 assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
         assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-5)
-    state, other = (state_of(folder)[1] for folder in (tmp_path / "one", run))
+    (_, state, data), (_, other, other_data) = (state_of(path) for path in (tmp_path / "one", run))
+    assert data == other_data
     np.testing.assert_allclose(other.memory, state.memory, rtol=1e-3, atol=1e-5)
 
 
