@@ -22,7 +22,7 @@ from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import Decoder
-from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.mesh import all_agree, make_mesh
 from prefixmem_jax.parallel.parameters import abstract_parameters
 from prefixmem_jax.runs.checkpoint import Checkpoints, memory_part
 from prefixmem_jax.runs.run import TRANSITIONS, Run
@@ -42,7 +42,8 @@ def export_run(
 ) -> None:
     """Writes a run's newest checkpoint as a Hugging Face folder.
 
-    Dense parameters are held in memory whole, the memory's rows some megabytes at a time.
+    Dense parameters are held in memory whole, the memory's rows some megabytes at a time. With
+    several processes all of them call alike: the first writes, and the others wait.
 
     Args:
       out: an older export there is replaced, but for files that were changed since.
@@ -56,6 +57,19 @@ def export_run(
       UserError: not a run that generates, an `out` that holds something else, no tokenizer for the
         text tokens, or a decoder that no Hugging Face architecture computes.
     """
+    if jax.process_index() == 0:
+        _export_run(run, out, dtype, max_shard_size, tokenizer, catalog)
+    all_agree(True)
+
+
+def _export_run(
+    run: Run,
+    out: Path,
+    dtype: str | None,
+    max_shard_size: str,
+    tokenizer: str | None,
+    catalog: Catalog | None,
+) -> None:
     run.check_generates()
     if not run.config.objective.exports:
         kind = kind_name(type(run.config.objective))

@@ -6,7 +6,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 from string import Template
 
@@ -146,6 +148,26 @@ def test_local_launcher_leaves_nobody_behind(tmp_path):
     ]
     pids = [path.read_text().strip() for path in tmp_path.glob("pid-*")]
     assert len(pids) == 4 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "recommend", "export"])
+def test_local_launcher_runs_a_verb_in_each_process(tmp_path, verb):
+    """And interrupted it ends as such: only a training may take its time."""
+    stand_in(
+        tmp_path, "prefixmem",
+        "trap 'exit 143' TERM; echo up >> $0.up; while :; do sleep 0.05; done",
+    )  # fmt: skip
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [LAUNCH / "local.sh", verb, "RUN", "--processes", "2", "--out", "x"]
+    launcher = subprocess.Popen(command, env=environment)
+    up = tmp_path / "prefixmem.up"
+    while not up.exists() or up.read_text().count("up") < 2:
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == 130
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called == [f"prefixmem {verb} RUN --out x --distributed"] * 2
 
 
 @pytest.mark.parametrize("status", [0, 143, 2])

@@ -1,13 +1,21 @@
-"""How the processes of a run find each other: as they are told, or as a cluster tells them."""
+"""How the processes of a run find each other, as they are told or as a cluster tells them; what they do."""
 
+import socket
 import time
+from pathlib import Path
 
+import forked
 import jax
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import python_process
+from conftest import QUICK, command_environment, python_process
+from models import make_run, small_config
 
+from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.mesh import initialize_processes
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,56 @@ def test_a_wrong_description_of_the_processes_is_refused(
     with pytest.raises(UserError) as error:
         initialize_processes()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def in_processes(count: int, folder: Path, *arguments: object) -> list[str]:
+    """What each of so many processes of one command says; they have two devices, together."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    started = []
+    for number in range(count):
+        devices = f"--xla_force_host_platform_device_count={2 // count} {QUICK}"
+        environment = command_environment() | {
+            "XLA_FLAGS": devices,
+            "PREFIXMEM_COORDINATOR": f"127.0.0.1:{port}",
+            "PREFIXMEM_PROCESSES": str(count),
+            "PREFIXMEM_PROCESS_ID": str(number),
+        }
+        out, err = (folder / f"{name}-{number}" for name in ("out", "err"))
+        arguments = [*map(str, arguments)]
+        process = forked.start(forked.command, [*arguments, "--distributed"], environment, out, err)
+        started.append((process, out, err))
+    for process, _, err in started:
+        process.join(100)
+        assert process.exitcode == 0, err.read_text()
+    return [out.read_text() for _, out, _ in started]
+
+
+def test_two_processes_export_and_recommend_what_one_does(tmp_path):
+    sid_encoder = PrefixMemoryConfig(target_levels=(2, 3), orders=2, heads=2, rows=40, d_mem=8)
+    run = make_run(
+        tmp_path / "run", small_config(DecoderConfig(layers=1), 0, sid_encoder=sid_encoder)
+    )
+    items, users = len(run.catalog()), 41
+    histories = [[(7 * user + at) % items for at in range(1 + user % 4)] for user in range(users)]
+    table = pa.table({"user_id": range(users), "item_ids": histories})
+    pq.write_table(table, tmp_path / "users.parquet")
+    written = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        out.mkdir()
+        said = in_processes(count, out, "export", run.path, "--out", out / "export")
+        assert [f"exported {run.path}: {out}/export\n" in one for one in said] == [
+            number == 0 for number in range(count)
+        ]
+        in_processes(
+            count, out, "recommend", run.path, "--histories", tmp_path / "users.parquet",
+            "--out", out / "best.parquet", "--top", 5,
+        )  # fmt: skip
+        files = [*(out / "export").iterdir(), out / "best.parquet"]
+        written[count] = {path.name: path.read_bytes() for path in files}
+    assert written[1] == written[2] and "model.safetensors" in written[1]
+    assert pq.read_table(out / "best.parquet")["user_id"].to_pylist() == list(range(users))
 
 
 JOIN = """

@@ -246,6 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_catalogue(exporting)
     add_step(exporting)
+    exporting.add_argument("--distributed", action="store_true", help=distributed_help)
 
     importing = verb(
         "import",

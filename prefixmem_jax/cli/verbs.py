@@ -334,7 +334,9 @@ def _recommend_to_all(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    start()
+    start(options.distributed)
+    import jax
+
     from prefixmem_jax.convert import export_run
     from prefixmem_jax.runs.run import Run
 
@@ -347,7 +349,8 @@ def export(options: argparse.Namespace) -> None:
         options.tokenizer,
         run.catalog(options.data),
     )
-    print(visible(f"exported {options.run}: {options.out}"))
+    if jax.process_index() == 0:
+        print(visible(f"exported {options.run}: {options.out}"))
 
 
 def import_(options: argparse.Namespace) -> None:

@@ -117,18 +117,17 @@ class Checkpoints:
             )
         else:
             self._place = LocalCopy(run / FOLDER)
-        if keep is not None:  # what is kept is decided there
-            for step in saved_steps(run):
-                self._place.bring(step)
-        policy = None
-        if keep is not None:
-            policies = ocp.training.preservation_policies
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics["best"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self._saving: threading.Thread | None = None
+        if keep is None:
+            return  # to read, no process needs the others
+        for step in saved_steps(run):  # what is kept is decided there
+            self._place.bring(step)
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["best"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         context = ocp.Context()
         saving = context.array.saving
         saving.storage_options.chunk_byte_size = CHUNK_BYTES
@@ -139,12 +138,11 @@ class Checkpoints:
         saving.array_metadata_store = None
         self._checkpointer = ocp.training.Checkpointer(
             self._place.folder,
-            preservation_policy=policy,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=keep is not None,
+            cleanup_tmp_directories=True,
             context=context,
         )
-        self._saving: threading.Thread | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -153,7 +151,8 @@ class Checkpoints:
         try:
             self._wait()
         finally:
-            self._checkpointer.close()
+            if self.keep is not None:
+                self._checkpointer.close()
             self._place.close()
 
     def _move_damaged(self) -> None:
@@ -249,9 +248,8 @@ class Checkpoints:
 
     def _describe(self, step: int) -> Any:
         """What Orbax says of the checkpoint of a step."""
-        if self._place.bring(step):
-            self._checkpointer.reload()
-        return self._checkpointer.checkpointables_metadata(step)
+        self._place.bring(step)
+        return ocp.checkpointables_metadata(self._place.folder / str(step))
 
     def load(self, abstract_parts: dict[str, Any], spec: ModelSpec, step: int) -> dict[str, Any]:
         """Reads parts of the checkpoint of a step, every leaf accounted for.

@@ -33,10 +33,8 @@ class InPlace:
     def __init__(self, folder: Path):
         self.folder = absolute(folder)
 
-    def bring(self, step: int) -> bool:
-        """Sees that a step's checkpoint is in `folder`; whether it was not yet."""
-        del step
-        return False
+    def bring(self, step: int) -> None:
+        """Sees that a step's checkpoint is in `folder`."""
 
     def publish(self, step: int) -> None:
         """Brings a step's checkpoint to where it is kept."""
@@ -53,15 +51,14 @@ class LocalCopy(InPlace):
         self._temporary = tempfile.TemporaryDirectory(prefix="prefixmem-checkpoints-")
         self.folder = Path(self._temporary.name)
 
-    def bring(self, step: int) -> bool:
+    def bring(self, step: int) -> None:
         there, here = self._remote / str(step), self.folder / str(step)
         if here.exists():
-            return False
+            return
         names = [str(path.relative_to(there)) for path in files_below(there)]
         for name in names:
             (here / name).parent.mkdir(parents=True, exist_ok=True)
         download_all(there, names, here)
-        return True
 
     def publish(self, step: int) -> None:
         """Copies it there, and removes there what is no more here."""
