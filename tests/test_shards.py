@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.pipeline import training_batches
 from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.shards import PackedShards
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.training.loop import train
@@ -133,6 +136,31 @@ def test_a_run_on_files_resumes_bit_identical(packed, tmp_path):
     assert cut == whole and len(whole) >= 12
 
 
+def test_a_file_that_vanishes_while_a_run_reads_it_is_named(packed, data, tmp_path, monkeypatch):
+    """Where it has to be opened again, as over a network; or it is cut short, as it is."""
+    copied = Path(shutil.copytree(packed.data.packed, tmp_path / "rows"))
+    gone, cut = copied / "rows-00002.array_record", copied / "rows-00001.array_record"
+    config = dataclasses.replace(packed, data=dataclasses.replace(packed.data, packed=str(copied)))
+    read, reads = PackedShards.__getitem__, itertools.count()
+
+    def vanishing(source, index):
+        if next(reads) == 40:
+            gone.unlink()
+            source._records._readers[2] = None
+        return read(source, index)
+
+    source = training_source(config, data)
+    assert all(len(source[i].tokens) for i in range(len(source)))
+    os.truncate(cut, 50)
+    with pytest.raises(UserError, match=r"rows-00001.array_record is damaged .*; pack again"):
+        [source[i] for i in range(len(source))]
+    shutil.copy(Path(packed.data.packed) / cut.name, cut)
+    monkeypatch.setattr(PackedShards, "__getitem__", vanishing)
+    with pytest.raises(UserError) as error:
+        train(config, tmp_path / "run", data)
+    assert str(error.value) == f"{gone}: missing; pack again"
+
+
 def test_what_is_not_what_was_packed_is_refused(packed, data, tmp_path):
     def refused(words, config):
         with pytest.raises(UserError, match=words):
@@ -151,7 +179,9 @@ def test_what_is_not_what_was_packed_is_refused(packed, data, tmp_path):
     whole = damaged.read_bytes()
     for content in (b"", whole[: len(whole) // 2], whole[:500] + b"\0\1\2" + whole[503:]):
         damaged.write_bytes(content)
-        with pytest.raises(UserError, match=r"rows: a file is damaged .*; pack again"):
+        with pytest.raises(
+            UserError, match=r"rows(: a file|/rows-00003\S+) is damaged .*; pack again"
+        ):
             source = training_source(other(packed=str(copied)), data)
             [source[i] for i in range(len(source))]
     damaged.unlink()

@@ -5,6 +5,8 @@ Training draws rows from anywhere in them, and holds none but those of the next 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -121,26 +123,25 @@ class PackedShards(grain.sources.RandomAccessDataSource):
         self._fields = [
             (tuple(field["shape"]), np.dtype(field["dtype"])) for field in index["fields"]
         ]
+        self._row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._fields)
         expected = [(leaf.shape[1:], np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(like)]
         if self._fields != expected:
             raise UserError(f"{folder}: rows of another kind than this objective's; pack again")
-        paths = [folder / file["name"] for file in index["files"]]
+        self._paths = paths = [folder / file["name"] for file in index["files"]]
+        self._ends = list(itertools.accumulate(file["rows"] for file in index["files"]))
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: missing; pack again")
         self._name = str(folder)
-        expected_rows = sum(file["rows"] for file in index["files"])
         try:
             self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
             rows = len(self._records)
         except RuntimeError as error:  # a file that was cut off
-            raise self._damaged(error) from None
-        if rows != expected_rows:
-            raise UserError(f"{folder}: {rows} rows, {expected_rows} by {INDEX}; pack again")
-
-    def _damaged(self, error: RuntimeError) -> UserError:
-        reason = str(error).partition("\n")[0]
-        return UserError(f"{self._name}: a file is damaged ({reason}); pack again")
+            raise UserError(
+                f"{folder}: a file is damaged ({_first_line(error)}); pack again"
+            ) from None
+        if rows != self._ends[-1]:
+            raise UserError(f"{folder}: {rows} rows, {self._ends[-1]} by {INDEX}; pack again")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -148,8 +149,12 @@ class PackedShards(grain.sources.RandomAccessDataSource):
     def __getitem__(self, index: int) -> Rows:
         try:
             record = self._records[index]
+            if len(record) != self._row_bytes:  # of a file that was cut while it was open
+                raise RuntimeError(f"{len(record)} bytes of {self._row_bytes}")
         except RuntimeError as error:
-            raise self._damaged(error) from None
+            path = self._paths[bisect.bisect_right(self._ends, index)]
+            what = f" is damaged ({_first_line(error)})" if path.is_file() else ": missing"
+            raise UserError(f"{path}{what}; pack again") from None
         leaves, start = [], 0
         for shape, dtype in self._fields:
             count = int(np.prod(shape))
@@ -164,6 +169,10 @@ class PackedShards(grain.sources.RandomAccessDataSource):
 def index_sha256(folder: str | Path) -> str:
     """Digest of an index, which has those of its files."""
     return sha256_of(Path(folder) / INDEX).hex()
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _short(value: Any) -> str:
