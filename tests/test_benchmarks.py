@@ -63,7 +63,8 @@ def test_bench_step_beside_torch_trains_the_same_number_of_parameters(tmp_path):
 
 
 def test_loading_takes_the_parameters_and_little_more(tmp_path):
-    """1.3 of the largest file beside the arrays, a bound that holds at any size.
+    """1.3 of the largest file beside the arrays, a bound that holds at any size; of a state of a run's
+    own, with optimizer and the table's moments, 1.3 in all.
 
     On a busy machine a thread may let go late of what it has copied: what loading needs is the least
     of three peaks.
@@ -71,12 +72,14 @@ def test_loading_takes_the_parameters_and_little_more(tmp_path):
     for _ in range(3):
         prefixmem("bench", "load", "--size", "800MB", "--json", tmp_path / "l.json")
         found = json.loads((tmp_path / "l.json").read_text())
-        if found["over_shard"] < 1.3:
+        if max(found["over_shard"], found["over_state"]) < 1.3:
             break
     assert found["checkpoint"] == pytest.approx(8e8, rel=0.1)
     assert found["largest_shard"] < 0.4 * found["checkpoint"]
     assert found["peak"] >= found["arrays"] > found["checkpoint"]
     assert found["over_shard"] < 1.3
+    assert found["state"] == pytest.approx(8e8, rel=0.15)
+    assert found["state"] <= found["state_peak"] < 1.3 * found["state"]
 
 
 def test_bench_decode_measures_whole_decodes_and_the_constraint(tmp_path):

@@ -1,9 +1,11 @@
-"""How much host memory it takes to start a run from a sharded Hugging Face checkpoint."""
+"""How much host memory it takes to start a run: from Hugging Face's files, or from its own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,32 @@ from prefixmem_jax.hf.mapping import Architecture
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.runs.checkpoint import Checkpoints
+from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.training.initialise import parts_of_folder
+from prefixmem_jax.training.parts import abstract_parts, from_parts, to_parts
+from prefixmem_jax.training.state import abstract_state
 
 SHARDS, WIDTH, VOCABULARY = 3, 1024, 32_768
 
 
 def bench_load(size: int) -> dict[str, Any]:
-    """Loads a random Qwen3-shaped checkpoint of about `size` bytes, in a process of its own.
+    """Loads a random Qwen3-shaped checkpoint of about `size` bytes, and a run's state of as many.
 
     Returns:
       machine; checkpoint, largest_shard, arrays: bytes of the files, of the largest of them, and
       of the parameters made of them, SID tokens added.
       peak: most bytes resident at any time, beyond what was before.
       over_shard: (peak - arrays) / largest_shard.
+      state, state_peak: bytes of a run's parameters, table and both's moments, and of the peak.
+      over_state: state_peak / state.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = _write_checkpoint(Path(folder), size)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:  # what this process has had in memory must not count
-            arrays, peak = pool.apply(_load, (folder,))
+        arrays, peak = _in_its_own_process(_load, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_state(Path(folder), size)
+        state, state_peak = _in_its_own_process(_go_on, folder, size)
     largest = max(files)
     return {
         "machine": machine(),
@@ -49,7 +58,18 @@ def bench_load(size: int) -> dict[str, Any]:
         "arrays": arrays,
         "peak": peak,
         "over_shard": (peak - arrays) / largest,
+        "state": state,
+        "state_peak": state_peak,
+        "over_state": state_peak / state,
     }
+
+
+def _in_its_own_process(
+    measure: Callable[..., tuple[int, int]], *arguments: Any
+) -> tuple[int, int]:
+    """What this process has had in memory must not count."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
 
 
 def _write_checkpoint(folder: Path, size: int) -> list[int]:
@@ -74,11 +94,47 @@ def _load(folder: str) -> tuple[int, int]:
     config = Config("load", data=data, model=described.decoder)
     mesh = make_mesh(devices=jax.devices()[:1])
     spec = ModelSpec.create(config, data_vocabulary(data), mesh)
+    init = InitConfig(from_huggingface=folder)
+    return _measured(lambda: parts_of_folder(spec, init, ["llm"], seed=0))
+
+
+def _state_spec(size: int) -> ModelSpec:
+    """Of a model with Adam's moments of all; its table is most of it."""
+    memory = PrefixMemoryConfig(target_levels=(3, 4), orders=3)
+    by_row = 3 * 4 * memory.tables * memory.row_width
+    width = WIDTH // 4
+    decoder = DecoderConfig(1, width, 3 * width, 4, 4, 64)
+    data = DataConfig(codebook_sizes=(2048,) * 4)
+    sid_encoder = replace(memory, rows=max(size // by_row, 1000))
+    config = Config("load", data=data, model=decoder, sid_encoder=sid_encoder)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return ModelSpec.create(config, data_vocabulary(data), mesh)
+
+
+def _write_state(folder: Path, size: int) -> None:
+    """The same random numbers again and again in every array: they are quickly written."""
+    spec, numbers = _state_spec(size), np.random.default_rng(0).random(1 << 18, np.float32)
+
+    def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(np.resize(numbers.astype(leaf.dtype), leaf.shape), leaf.sharding)
+
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(0, to_parts(spec, jax.tree.map(filled, abstract_state(spec))), {})
+
+
+def _go_on(folder: str, size: int) -> tuple[int, int]:
+    """Bytes of a run's state, and the peak of resident memory on the way to it."""
+    spec = _state_spec(size)
+    with Checkpoints(Path(folder)) as checkpoints:
+        return _measured(lambda: from_parts(checkpoints.load(abstract_parts(spec), spec, 0)))
+
+
+def _measured(load: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes of the arrays that it gives, and the peak of resident memory on the way to them."""
     jax.block_until_ready(jax.numpy.zeros(8))
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    loaded = parts_of_folder(spec, InitConfig(from_huggingface=folder), ["llm"], seed=0)
-    jax.block_until_ready(loaded)
+    loaded = jax.block_until_ready(load())
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     return arrays, _resident("VmHWM") - before
 
@@ -98,6 +154,8 @@ def describe(measured: dict[str, Any]) -> str:
             f"  parameters with SID tokens added {gigabytes['arrays']}",
             f"  peak of host memory {gigabytes['peak']}: the parameters and "
             f"{measured['over_shard']:.2f} x the largest file",
+            f"going on from a run's own checkpoint of {gigabytes['state']}, optimizer included",
+            f"  peak of host memory {gigabytes['state_peak']}: {measured['over_state']:.2f} x that",
         ]
     )
 
@@ -107,4 +165,4 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     return [("host memory, GB", {key: measured[key] / 1e9 for key in _BYTES})]
 
 
-_BYTES = ("checkpoint", "largest_shard", "arrays", "peak")
+_BYTES = ("checkpoint", "largest_shard", "arrays", "peak", "state", "state_peak")

@@ -155,7 +155,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     load = benchmark(
         "load",
         benchmark_verbs.bench_load,
-        "Peak of host memory when a run starts from a Hugging Face checkpoint.",
+        "Peak of host memory: a run starts from a Hugging Face checkpoint, or from its own.",
         "  prefixmem bench load --size 2GB",
     )
     load.add_argument(
