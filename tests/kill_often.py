@@ -2,13 +2,16 @@
 
 python tests/kill_often.py OUT [--kills 30] [--processes 1] [CONFIG [KEY=VALUE ...]]
 
-The moments are random: while it starts, reads its checkpoint, compiles, steps or saves. With several
-processes one of them is killed, and the launcher ends the others. Parameters, tables, optimizer,
-data and recorded numbers must end bit for bit the same.
+The moments are random: while it starts, restores its checkpoint, trains, or saves one; each kill waits
+for the phase that was drawn for it, and one that passed unseen is not waited for. With several processes
+one of them is killed, and the launcher ends the others. Parameters, tables, optimizer, data and
+recorded numbers must end bit for bit the same.
 """
 
 import argparse
 import collections
+import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -31,11 +34,33 @@ CONFIG = [
 ]  # fmt: skip
 
 
-def phase_of(run: Path, before: int) -> str:
-    """What a training was at when it was killed; `before` was recorded when it began."""
-    if any(path.name for path in (run / "checkpoints").glob("*tmp*")):
-        return "saving"
-    return "training" if last_step(run) != before else "starting"
+# How long a kill waits once its phase was seen, at most: in seconds, or as --seconds says.
+PHASES = {"starting": 5.0, "restoring": 0.1, "training": None, "saving": 0.1}
+
+
+def phase_of(run: Path, before: int, newest: int, processes: list[int]) -> str:
+    """What a training is at.
+
+    Args:
+      before, newest: what was recorded, and what was saved, when it began; records after what was
+        saved are dropped before it steps.
+    """
+    step = last_step(run)
+    if step == before or step <= newest:
+        restoring = newest > 0 and any(restores(process, run) for process in processes)
+        return "restoring" if restoring else "starting"
+    return "saving" if list((run / "checkpoints").glob("*tmp*")) else "training"
+
+
+def restores(process: int, run: Path) -> bool:
+    """Whether a process holds the run's lock and does not record yet: between, it reads its state."""
+    opened = set()
+    with contextlib.suppress(OSError):  # it may end, or close one, meanwhile
+        for file in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                opened.add(os.readlink(file))
+    folder = run.resolve()
+    return f"{folder}/.lock" in opened and f"{folder}/metrics.jsonl" not in opened
 
 
 def last_step(run: Path) -> int:
@@ -48,22 +73,31 @@ def children_of(process: subprocess.Popen) -> list[int]:
 
 
 def kill_often(command: list, run: Path, kills: int, seconds: float, launcher: bool) -> None:
-    """Starts the command until it was killed so often, each after at most so many seconds."""
+    """Starts the command until it was killed so often, in each phase after at most so many seconds."""
     draw, phases, done = random.Random(0), collections.Counter(), 0
     while done < kills:
-        before = last_step(run)
+        before, newest = last_step(run), max(saved_steps(run), default=0)
+        wanted = draw.choice(list(PHASES)) if newest else "training"
         with (run.parent / "log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
-            until = time.monotonic() + draw.uniform(0, seconds)
-            while process.poll() is None and time.monotonic() < until:
-                time.sleep(0.02)
-            ended = process.poll()
-            if ended is not None:
-                raise SystemExit(f"it ended with {ended} after {done} kills; more steps are needed")
-            victims = children_of(process) if launcher else [process.pid]
+            victims, until = [], None
+            while until is None or time.monotonic() < until:
+                ended = process.poll()
+                if ended is not None:
+                    raise SystemExit(
+                        f"ended with {ended} after {done} kills; more steps are needed"
+                    )
+                victims = children_of(process) if launcher else [process.pid]
+                phase = phase_of(run, before, newest, victims)
+                # What goes by unseen is not waited for to the end.
+                missed = wanted in ("starting", "restoring") and phase in ("training", "saving")
+                if until is None and (phase == wanted or missed):
+                    longest = PHASES[wanted]
+                    until = time.monotonic() + draw.uniform(0, longest or seconds)
+                time.sleep(0.002)
             if not victims:
                 continue
-            phase = phase_of(run, before)
+            phase = phase_of(run, before, newest, victims)
             subprocess.run(["kill", "-KILL", str(draw.choice(victims))], check=True)
             status = process.wait()
         if status not in (-signal.SIGKILL, 128 + signal.SIGKILL):
@@ -79,7 +113,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=15, help="the longest until a kill")
+    parser.add_argument(
+        "--seconds", type=float, default=15, help="the longest that it trains before a kill"
+    )
     parser.add_argument("config", nargs="*", default=CONFIG)
     options = parser.parse_intermixed_args()
     options.out.mkdir(parents=True, exist_ok=True)
