@@ -299,9 +299,13 @@ def test_a_result_is_shown_again_without_training(committed, tmp_path):
     assert (tmp_path / "x" / "main.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["main.png"]
     (tmp_path / "half.json").write_text('{"table": "main"}')
+    whole = json.loads(file.read_text())
+    del whole["rows"]["prefixmem"]["metrics"]
+    (tmp_path / "damaged.json").write_text(json.dumps(whole))
     for arguments, said in [
         (["rows", "--from", file], "tiny_main.json: this is no result of `prefixmem paper rows`"),
         (["main", "--from", tmp_path / "half.json"], "half.json: this is no result of"),
+        (["main", "--from", tmp_path / "damaged.json"], "damaged.json: damaged, not all of"),
         (["main", "--from", tmp_path / "absent.json"], "absent.json"),
         (["main", "--from", file, "steps=4"], "--from trains nothing, so steps=4 means nothing"),
     ]:

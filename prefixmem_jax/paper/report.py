@@ -65,15 +65,20 @@ def read_result(path: Path, table: str) -> dict[str, Any]:
     """A table's file; the paper's numbers, and the verdict on its data, are today's.
 
     Raises:
-      UserError: it is none, or another table's.
+      UserError: it is none, another table's, or not all there.
     """
     result = read_json_object(path)
     if result.get("table") != table or not {"data", "rows", "by_met"} <= set(result):
         raise UserError(f"{path}: this is no result of `prefixmem paper {table}`")
-    for name in result["rows"].keys() & ROWS.keys():
-        result["rows"][name]["paper"] = dict(ROWS[name].paper)
-    first = next(iter(result["rows"].values()))
-    result["data"] |= judge(result["data"], first["metrics"][_deepest(result)])
+    try:
+        for name in result["rows"].keys() & ROWS.keys():
+            result["rows"][name]["paper"] = dict(ROWS[name].paper)
+        first = next(iter(result["rows"].values()))
+        result["data"] |= judge(result["data"], first["metrics"][_deepest(result)])
+        describe(result)
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: damaged, not all of a table is there ({what})") from None
     return result
 
 
