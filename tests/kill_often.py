@@ -5,7 +5,8 @@ python tests/kill_often.py OUT [--kills 30] [--processes 1] [CONFIG [KEY=VALUE .
 The moments are random: while it starts, restores its checkpoint, trains, or saves one; each kill waits
 for the phase that was drawn for it, and one that passed unseen is not waited for. With several processes
 one of them is killed, and the launcher ends the others. Parameters, tables, optimizer, data and
-recorded numbers must end bit for bit the same.
+recorded numbers must end bit for bit the same. How long it takes to start, and to start again, is
+printed too: to the first steps that are recorded, with an empty cache of compiled programs at first.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import contextlib
 import os
 import random
 import signal
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -72,13 +74,32 @@ def children_of(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
 
-def kill_often(command: list, run: Path, kills: int, seconds: float, launcher: bool) -> None:
-    """Starts the command until it was killed so often, in each phase after at most so many seconds."""
-    draw, phases, done = random.Random(0), collections.Counter(), 0
+def seconds_to_start(command: list, run: Path) -> float:
+    """Runs the command to its end; from its start to the first steps that it recorded."""
+    begun, started = time.monotonic(), None
+    with (run.parent / "log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        while process.poll() is None:
+            if started is None and last_step(run):
+                started = time.monotonic() - begun
+            time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"ended with {process.returncode}; see {run.parent / 'log'}")
+    return started
+
+
+def kill_often(command: list, run: Path, kills: int, seconds: float, launcher: bool) -> list[float]:
+    """Starts the command until it was killed so often, in each phase after at most so many seconds.
+
+    Returns:
+      Of the starts that went so far: seconds to the first steps recorded after a checkpoint.
+    """
+    draw, phases, done, restarts = random.Random(0), collections.Counter(), 0, []
     while done < kills:
         before, newest = last_step(run), max(saved_steps(run), default=0)
         wanted = draw.choice(list(PHASES)) if newest else "training"
         with (run.parent / "log").open("ab") as log:
+            begun, going = time.monotonic(), False
             process = subprocess.Popen(command, stdout=log, stderr=log)
             victims, until = [], None
             while until is None or time.monotonic() < until:
@@ -89,6 +110,9 @@ def kill_often(command: list, run: Path, kills: int, seconds: float, launcher: b
                     )
                 victims = children_of(process) if launcher else [process.pid]
                 phase = phase_of(run, before, newest, victims)
+                if phase in ("training", "saving") and newest and not going:
+                    going = True
+                    restarts.append(time.monotonic() - begun)
                 # What goes by unseen is not waited for to the end.
                 missed = wanted in ("starting", "restoring") and phase in ("training", "saving")
                 if until is None and (phase == wanted or missed):
@@ -106,6 +130,7 @@ def kill_often(command: list, run: Path, kills: int, seconds: float, launcher: b
         steps = saved_steps(run)
         print(f"kill {done}: {phase}, newest checkpoint {steps[0] if steps else None}", flush=True)
     print(f"killed {done} times: {dict(phases)}", flush=True)
+    return restarts
 
 
 def main() -> None:
@@ -125,9 +150,14 @@ def main() -> None:
         command = [ROOT / "launch" / "local.sh", *options.config]
         command += ["--processes", str(options.processes)]
     whole, killed = options.out / "whole", options.out / "killed"
-    subprocess.run([*command, "--out", whole], check=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(options.out.resolve() / "compiled")
+    cold = seconds_to_start([*command, "--out", whole], whole)
     command += ["--out", killed]
-    kill_often(command, killed, options.kills, options.seconds, launcher)
+    restarts = kill_often(command, killed, options.kills, options.seconds, launcher)
+    print(
+        f"first steps recorded after {cold:.1f} s at first; again after {statistics.median(restarts):.1f} s "
+        f"(median of {len(restarts)}): {statistics.median(restarts) / cold:.2f} x"
+    )
     subprocess.run(command, check=True)
     (step, state, data), (wanted_step, wanted, wanted_data) = state_of(killed), state_of(whole)
     assert (step, data) == (wanted_step, wanted_data)

@@ -80,6 +80,7 @@ def test_loading_takes_the_parameters_and_little_more(tmp_path):
     assert found["over_shard"] < 1.3
     assert found["state"] == pytest.approx(8e8, rel=0.15)
     assert found["state"] <= found["state_peak"] < 1.3 * found["state"]
+    assert 0 < found["state_held_up"] <= found["state_saved"] and found["state_read"] > 0
 
 
 def test_bench_decode_measures_whole_decodes_and_the_constraint(tmp_path):

@@ -127,6 +127,31 @@ def test_a_process_that_nobody_joins_ends_in_time_and_says_who_is_missing(number
     assert errors.startswith(f"prefixmem: --distributed: {words}")
 
 
+STAYS = """
+import sys
+from prefixmem_jax.parallel.mesh import all_devices, initialize_processes
+initialize_processes()
+all_devices()
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_fails_alone_ends_at_once(tmp_path, free_port):
+    """JAX would have it wait for the others, who wait for it; no launcher would see why."""
+    joins = {"PREFIXMEM_COORDINATOR": f"127.0.0.1:{free_port}", "PREFIXMEM_PROCESSES": "2"}
+    other = python_process(STAYS, **joins, PREFIXMEM_PROCESS_ID="0")
+    fails = f"import sys; from prefixmem_jax import cli; sys.exit(cli.main(['evaluate', '{tmp_path}', '--distributed']))"
+    process = python_process(fails, **joins, PREFIXMEM_PROCESS_ID="1")
+    try:
+        output, errors = process.communicate(timeout=60)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.communicate()
+    assert (output, process.returncode) == ("", 2)
+    assert errors == f"prefixmem: {tmp_path}: not a run directory (it has no config.json)\n"
+
+
 def slurm(number: int, processes: int, port: int) -> dict[str, str]:
     """What Slurm tells a process, and the port that JAX would else make of the job's number."""
     return {

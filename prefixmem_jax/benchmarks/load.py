@@ -1,9 +1,10 @@
-"""How much host memory it takes to start a run: from Hugging Face's files, or from its own."""
+"""What starting a run takes, of Hugging Face's files or of its own: host memory, and seconds."""
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,13 +44,15 @@ def bench_load(size: int) -> dict[str, Any]:
       over_shard: (peak - arrays) / largest_shard.
       state, state_peak: bytes of a run's parameters, table and both's moments, and of the peak.
       over_state: state_peak / state.
+      state_held_up, state_saved, state_read: seconds that saving it held up its caller, until it
+        was in files, and of reading it back.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = _write_checkpoint(Path(folder), size)
-        arrays, peak = _in_its_own_process(_load, folder)
+        arrays, peak, _ = _in_its_own_process(_load, folder)
     with tempfile.TemporaryDirectory() as folder:
-        _write_state(Path(folder), size)
-        state, state_peak = _in_its_own_process(_go_on, folder, size)
+        held_up, saved = _write_state(Path(folder), size)
+        state, state_peak, state_read = _in_its_own_process(_go_on, folder, size)
     largest = max(files)
     return {
         "machine": machine(),
@@ -61,12 +64,15 @@ def bench_load(size: int) -> dict[str, Any]:
         "state": state,
         "state_peak": state_peak,
         "over_state": state_peak / state,
+        "state_held_up": held_up,
+        "state_saved": saved,
+        "state_read": state_read,
     }
 
 
 def _in_its_own_process(
-    measure: Callable[..., tuple[int, int]], *arguments: Any
-) -> tuple[int, int]:
+    measure: Callable[..., tuple[int, int, float]], *arguments: Any
+) -> tuple[int, int, float]:
     """What this process has had in memory must not count."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)
@@ -87,8 +93,8 @@ def _write_checkpoint(folder: Path, size: int) -> list[int]:
     return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
 
-def _load(folder: str) -> tuple[int, int]:
-    """Bytes of a run's `llm` parameters, and the peak of resident memory on the way to them."""
+def _load(folder: str) -> tuple[int, int, float]:
+    """Of a run's `llm` parameters, see `_measured`."""
     described = read_folder(folder)
     data = DataConfig(codebook_sizes=(2048,) * 4, text_tokens=described.text_tokens)
     config = Config("load", data=data, model=described.decoder)
@@ -111,32 +117,39 @@ def _state_spec(size: int) -> ModelSpec:
     return ModelSpec.create(config, data_vocabulary(data), mesh)
 
 
-def _write_state(folder: Path, size: int) -> None:
-    """The same random numbers again and again in every array: they are quickly written."""
-    spec, numbers = _state_spec(size), np.random.default_rng(0).random(1 << 18, np.float32)
+def _write_state(folder: Path, size: int) -> tuple[float, float]:
+    """Seconds that saving random numbers held up its caller, and until they were written."""
+    spec, rng = _state_spec(size), np.random.default_rng(0)
 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(np.resize(numbers.astype(leaf.dtype), leaf.shape), leaf.sharding)
+        numbers = rng.random(leaf.shape, np.float32).astype(leaf.dtype)  # which do not compress
+        return jax.device_put(numbers, leaf.sharding)
 
+    parts = to_parts(spec, jax.tree.map(filled, abstract_state(spec)))
     with Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(0, to_parts(spec, jax.tree.map(filled, abstract_state(spec))), {})
+        begun = time.perf_counter()
+        checkpoints.save(0, parts, {})
+        held_up = time.perf_counter() - begun
+    return held_up, time.perf_counter() - begun
 
 
-def _go_on(folder: str, size: int) -> tuple[int, int]:
-    """Bytes of a run's state, and the peak of resident memory on the way to it."""
+def _go_on(folder: str, size: int) -> tuple[int, int, float]:
+    """Of a run's state, see `_measured`."""
     spec = _state_spec(size)
     with Checkpoints(Path(folder)) as checkpoints:
         return _measured(lambda: from_parts(checkpoints.load(abstract_parts(spec), spec, 0)))
 
 
-def _measured(load: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of the arrays that it gives, and the peak of resident memory on the way to them."""
+def _measured(load: Callable[[], Any]) -> tuple[int, int, float]:
+    """Bytes of the arrays that it gives, the peak of resident memory on the way there, seconds."""
     jax.block_until_ready(jax.numpy.zeros(8))
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    begun = time.perf_counter()
     loaded = jax.block_until_ready(load())
+    seconds = time.perf_counter() - begun
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
-    return arrays, _resident("VmHWM") - before
+    return arrays, _resident("VmHWM") - before, seconds
 
 
 def _resident(key: str) -> int:
@@ -156,6 +169,8 @@ def describe(measured: dict[str, Any]) -> str:
             f"{measured['over_shard']:.2f} x the largest file",
             f"going on from a run's own checkpoint of {gigabytes['state']}, optimizer included",
             f"  peak of host memory {gigabytes['state_peak']}: {measured['over_state']:.2f} x that",
+            f"  saving it: held up {measured['state_held_up']:.2f} s, in files after "
+            f"{measured['state_saved']:.1f} s; read in {measured['state_read']:.1f} s",
         ]
     )
 

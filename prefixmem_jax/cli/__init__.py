@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import traceback
 from collections.abc import Sequence
 
 from prefixmem_jax.cli import terminal, verbs
@@ -30,14 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
       on.
     """
     terminal.prepare()
-    resumed = False
     try:
         options = parse(arguments)
-        resumed = _is_resumed(options)
-        options.verb(options)
-        terminal.flush()
     except SystemExit as stop:  # of --help, and of mistakes in the arguments
         return stop.code
+    except BrokenPipeError:
+        return terminal.abandon()
+    status = _run(options)
+    if status in (1, 2) and getattr(options, "distributed", False):
+        # One that failed alone is not waited for: its launcher sees at once that it has.
+        from prefixmem_jax.parallel.mesh import leave
+
+        leave(status)
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The verb's exit status."""
+    resumed = _is_resumed(options)
+    distributed = getattr(options, "distributed", False)
+    try:
+        options.verb(options)
+        terminal.flush()
     except UserError as error:
         return terminal.fail(str(error), 2)
     except KeyboardInterrupt as stop:
@@ -49,10 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return terminal.fail(_reason(error), 1)
     except Exception as error:
-        what = _exhausted(error)
-        if what is None:
+        what = _exhausted(error) or (_left_alone(error) if distributed else None)
+        if what is not None:
+            return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
+        if not distributed:
             raise
-        return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
+        traceback.print_exc()
+        return 1
     return 0
 
 
@@ -76,4 +94,11 @@ def _exhausted(error: Exception) -> str | None:
         return "the disk is full"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "not enough memory"
+    return None
+
+
+def _left_alone(error: Exception) -> str | None:
+    """What to say where a collective, or the coordinator, lost the other processes."""
+    if any(word in str(error) for word in ("Gloo", "CoordinationService", "coordination service")):
+        return "another process has ended or does not answer; its own output says why"
     return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import time
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +19,7 @@ from prefixmem_jax.parallel.rendezvous import meet
 
 AXES = ("data", "fsdp", "tensor")
 SECONDS_TO_JOIN = 300
+SECONDS_TO_SPEAK = 2
 
 
 def initialize_processes() -> None:
@@ -33,6 +36,23 @@ def initialize_processes() -> None:
     host, _, port = address.rpartition(":")
     meet(host.strip("[]"), int(port), processes, number, SECONDS_TO_JOIN)
     jax.distributed.initialize(address, processes, number, devices)
+
+
+def leave(status: int) -> None:
+    """Ends this process, one of several, without waiting for the others as JAX would.
+
+    With the first process the coordinator ends, and JAX ends whoever is left: where all have failed
+    alike they are given the time to say so.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    from jax._src.distributed import global_state  # jax.process_index() waits for all devices
+
+    if global_state.process_id == 0:
+        time.sleep(SECONDS_TO_SPEAK)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _described() -> tuple[str, int, int, None] | None:
