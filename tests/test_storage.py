@@ -27,9 +27,9 @@ from prefixmem_jax.runs.run import Run
 from prefixmem_jax.storage import files_below, to_path
 
 TRAIN = [
-    "train", "quickstart/baseline", "steps=150", "checkpoint.every_steps=15", "log_every_steps=5",
+    "train", "quickstart/baseline", "steps=60", "checkpoint.every_steps=10", "log_every_steps=5",
     "data.batch_size=8", "data.sequence_length=64", "model.layers=1", "model.d_model=32",
-    "evaluation.every_steps=30", "evaluation.validation_examples=40",
+    "evaluation.every_steps=20", "evaluation.validation_examples=40",
     "evaluation.select_by=item_ndcg@10", "evaluation.transition_share=0.1",
 ]  # fmt: skip
 
@@ -90,7 +90,7 @@ def _runs(datasets: tuple[str, Path], folder: Path) -> tuple[str, Path]:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert saved_steps(to_path(there))[0] < 150
+    assert saved_steps(to_path(there))[0] < 60
     prefixmem("resume", there)
     return there, here
 
@@ -106,7 +106,7 @@ def test_data_are_read_as_if_they_were_here(datasets):
 def test_a_killed_run_ends_as_one_that_was_never_killed(store, runs):
     there, here = map(to_path, runs)
     (step, state, data), (wanted_step, wanted, wanted_data) = map(state_of, runs)
-    assert step == wanted_step == 150 and data == wanted_data
+    assert step == wanted_step == 60 and data == wanted_data
     chex.assert_trees_all_equal(state, wanted)
     assert records_of(there) == records_of(here)  # each step once, with the same numbers
     assert saved_steps(there) == saved_steps(here)  # the newest, and the best
@@ -114,7 +114,7 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(store, runs):
     events = [path.name for path in files_below(there / "tensorboard")]
     assert len(events) == 2 and all("tfevents" in name for name in events)
     (listed,) = list_runs([to_path(f"{store}/runs")])
-    assert (listed.path, listed.state, listed.step) == (str(there), "done", 150)
+    assert (listed.path, listed.state, listed.step) == (str(there), "done", 60)
 
 
 def test_what_is_made_of_a_run_is_the_same(store, runs, tmp_path):
@@ -152,14 +152,14 @@ def test_stage_two_takes_what_stage_one_left_there(store, runs, tmp_path):
 def test_a_checkpoint_that_was_not_finished_does_not_count(store, datasets):
     there = to_path(f"{store}/unfinished")
     options = [*TRAIN, f"data.path={datasets[0]}", "--out", there, "evaluation.select_by=None"]
-    prefixmem(*options, "steps=30")
+    prefixmem(*options, "steps=20")
     before = state_of(there)
     last = {"gs": "commit_success.txt", "s3": "_CHECKPOINT_METADATA"}[store.partition(":")[0]]
-    (there / "checkpoints" / "30" / last).unlink()
-    assert saved_steps(there) == [15]
-    prefixmem(*options, "steps=30")
+    (there / "checkpoints" / "20" / last).unlink()
+    assert saved_steps(there) == [10]
+    prefixmem(*options, "steps=20")
     after = state_of(there)
-    assert after[0] == 30
+    assert after[0] == 20
     chex.assert_trees_all_equal(after[1], before[1])
 
 
