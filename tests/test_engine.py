@@ -141,7 +141,7 @@ def test_the_search_that_is_planned_is_the_one_that_runs(tmp_path, monkeypatch):
     run = make_run(tmp_path, config)
     items = config.data.synthetic.items
     near = sparse.csr_array(np.random.default_rng(0).random((items, items)))
-    Transitions(near, 0.5).save(run.path / TRANSITIONS)
+    Transitions(near, 0.5, 0.0).save(run.path / TRANSITIONS)
     engine = run.engine()
     seen = {}
 

@@ -402,7 +402,7 @@ def test_an_item_head_and_transitions_go_along(sid_encoder, vectors, transition_
         transitions = tuned_transitions(run.data())
         # Counts that differ, or equal ones would let rounding decide on the order.
         transitions.near.data *= np.random.default_rng(0).uniform(1, 2, transitions.near.nnz)
-        transitions.save(run.path / TRANSITIONS)
+        dataclasses.replace(transitions, returns=0.3).save(run.path / TRANSITIONS)
     export_run(run, tmp_path / "out")
     engine, model = one_device_engine(run), open_in_torch(tmp_path / "out")
     if transition_share:
@@ -415,6 +415,12 @@ def test_an_item_head_and_transitions_go_along(sid_encoder, vectors, transition_
         assert [one.item for one in ours] == [one.item for one in theirs]
         np.testing.assert_allclose(
             [one.score for one in ours], [one.score for one in theirs], rtol=1e-4
+        )
+        again = recommend(engine, history, 10, exclude_seen=False, beam=12)
+        theirs = model.recommend(history, 10, beams=12, include_seen=True)
+        assert [one.item for one in again] == [one.item for one in theirs]
+        np.testing.assert_allclose(
+            [one.score for one in again], [one.score for one in theirs], rtol=1e-4
         )
         plain = engine.search([history], 12, constrained=False)  # without the head and the seen
         assert abs(plain[1][0, 0] - ours[0].score) > 1e-3

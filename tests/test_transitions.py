@@ -12,9 +12,11 @@ from test_beam_search import brute_force
 
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig
 from prefixmem_jax.convert import export_run
+from prefixmem_jax.data.dataset import Histories
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.similar_items import similar_items, words_of_items
-from prefixmem_jax.data.transitions import FADED, Transitions, following_counts
+from prefixmem_jax.data.splits import split_dataset
+from prefixmem_jax.data.transitions import FADED, Transitions, following_counts, return_rate
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import (
     ALIKE,
@@ -27,6 +29,7 @@ from prefixmem_jax.evaluation.heuristics import (
 from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.inference.engine import last_items
+from prefixmem_jax.inference.item_prior import Returning
 from prefixmem_jax.inference.transition_prior import TransitionTable, transition_prior
 from prefixmem_jax.recommender import recommend
 from prefixmem_jax.runs.run import TRANSITIONS, Run
@@ -76,13 +79,14 @@ def test_they_are_counted_within_training_sequences_only(data):
 
 def test_the_most_frequent_are_kept_and_files_are_checked(tmp_path):
     near = sparse.csr_array(np.array([[0, 2, 5, 2], [0, 0, 0, 0], [1, 0, 0, 3], [0, 0, 7, 0]]))
-    neighbours, counts = Transitions(near, 0.5).most_frequent(2)
+    neighbours, counts = Transitions(near, 0.5, 0.25).most_frequent(2)
     assert neighbours.tolist() == [[2, 1], [-1, -1], [3, 0], [2, -1]]
     assert counts.tolist() == [[5, 2], [0, 0], [3, 1], [7, 0]]
     path = tmp_path / TRANSITIONS
-    Transitions(near, 0.5).save(path)
+    Transitions(near, 0.5, 0.25).save(path)
     again = Transitions.load(path)
-    assert again.decay == 0.5 and (again.near.toarray() == near.toarray()).all()
+    assert (again.decay, again.returns) == (0.5, 0.25)
+    assert (again.near.toarray() == near.toarray()).all()
     whole = path.read_bytes()
     for content in (b"", whole[:50], b"junk"):
         path.write_bytes(content)
@@ -90,25 +94,43 @@ def test_the_most_frequent_are_kept_and_files_are_checked(tmp_path):
             Transitions.load(path)
 
 
-@pytest.mark.parametrize("share", [0.3, 1.0])
-def test_a_wide_search_ranks_by_the_mixed_probability(share):
-    """Against scoring every SID by itself; the third user's items were never followed."""
+def test_how_often_histories_come_back_to_an_item(data):
+    """Once in five later items here, whichever came first; the sequences of two users are one item."""
+    histories = [[1, 2, 1, 3, 9, 9], [4, 5, 6, 9, 9], [7, 9, 9], [7, 9, 9]]
+    offsets = np.cumsum([0, *map(len, histories)])
+    made = Histories(np.concatenate(histories), offsets, ["a", "b", "c", "d"])
+    split = split_dataset(dataclasses.replace(data.dataset, histories=made), "leave_two_out", 0.1)
+    assert split.train.lengths.tolist() == [4, 3, 1, 1]
+    assert return_rate(split) == 1 / 5
+
+
+@pytest.mark.parametrize("share, returns", [(0.3, None), (1.0, None), (0.3, 0.0), (0.6, 0.4)])
+def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
+    """Against scoring every SID by itself; the third user's items were never followed.
+
+    What was had is left out, or comes as often as users come back.
+    """
     model, rows_at, catalog, rng = make_model((3, 4, 5), 40, True, seed=1)
     near = rng.integers(0, 3, (40, 40)) * (rng.random((40, 40)) < 0.1)
     near[[30, 31]] = 0
-    transitions = Transitions(sparse.csr_array(near.astype(float)), 0.6)
+    near[17, 5] = 2  # which the first user has had
+    transitions = Transitions(sparse.csr_array(near.astype(float)), 0.6, returns or 0.0)
     histories = [[3, 17, 5], [8], [30, 31]]
     seen = np.array([[catalog.group_of_item[5], -1], [-1, -1], [-1, -1]])
-    table = TransitionTable(*transitions.most_frequent(64), transitions.decay)
+    rates = transitions.decay, transitions.returns
+    table = TransitionTable(*transitions.most_frequent(64), *rates)
     trie = jax.tree.map(jnp.asarray, catalog.trie.levels)
     groups = jnp.asarray(catalog.group_of_item)
     batch, size = prompts(model, catalog, histories, 4), len(catalog.group_sids)
 
     @jax.jit
     def search(table, recent, seen):
-        prior = transition_prior(table, recent, seen, groups, trie, share)
+        gone, returning = (
+            (seen, None) if returns is None else (None, Returning(seen, table.returns))
+        )
+        prior = transition_prior(table, recent, gone, groups, trie, share, returning)
         cached = CachedSidLM(model, rows_at)
-        return beam_search(cached, batch, size, trie, seen, transitions=prior)
+        return beam_search(cached, batch, size, trie, gone, transitions=prior)
 
     found = search(table, last_items(histories, 4), seen)
     by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
@@ -116,10 +138,15 @@ def test_a_wide_search_ranks_by_the_mixed_probability(share):
         said = np.bincount(
             catalog.group_of_item, transitions.scores(np.array(history)), minlength=size
         )
-        gone = set(seen[user]) - {-1}
-        said[list(gone)] = 0
+        had, gone = sorted(set(seen[user]) - {-1}), []
+        if returns is None:
+            said[had], gone = 0, had
         weight = share if said.any() else 0.0
         said = said / max(said.sum(), 1e-9)
+        if returns is not None and said.any() and said[had].sum() > 0:
+            new = np.delete(np.arange(size), had)
+            said[new] *= (1 - returns) / said[new].sum()
+            said[had] *= returns / said[had].sum()
         with np.errstate(divide="ignore"):
             expected = {
                 tuple(sid): np.log(

@@ -122,7 +122,8 @@ def _add_include_seen(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--include-seen",
         action="store_true",
-        help="recommend what the history holds too (default: leave it out)",
+        help="recommend what the history holds too, where the run has counted transitions as often "
+        "as training histories came back to an item (default: leave it out)",
     )
 
 

@@ -29,10 +29,12 @@ class Transitions:
       near: float [items, items], sparse: what an item of the history says of every other; see
         `smoothed`.
       decay: how much less each item says than the one after it.
+      returns: see `return_rate`.
     """
 
     near: sparse.csr_array
     decay: float
+    returns: float
 
     def scores(self, history: np.ndarray) -> np.ndarray:
         """sum over the history of decay ** (items since) * near: float64 [items]."""
@@ -62,6 +64,7 @@ class Transitions:
                 "neighbours": self.near.indices.astype(np.int32),
                 "counts": self.near.data.astype(np.float32),
                 "decay": np.float64(self.decay),
+                "returns": np.float64(self.returns),
             },
         )
 
@@ -74,7 +77,7 @@ class Transitions:
                 size = len(first) - 1
                 near = sparse.csr_array((saved["counts"], neighbours, first), shape=(size, size))
                 near.check_format()
-                return cls(near, float(saved["decay"]))
+                return cls(near, float(saved["decay"]), float(saved["returns"]))
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise UserError(f"{path}: not the transitions of a run ({error})") from None
 
@@ -87,6 +90,15 @@ def needed(transitions: Transitions | None) -> Transitions:
             "`prefixmem train` with that share and the run's --out writes it"
         )
     return transitions
+
+
+def return_rate(split: Split) -> float:
+    """Share of training's items, but for each sequence's first, that the sequence had before."""
+    train = split.train
+    user = np.repeat(np.arange(len(train)), train.lengths)
+    met = np.unique(np.stack([user, split.items[train.indices()]]), axis=1).shape[1]
+    later = len(user) - int(np.sum(train.lengths > 0))
+    return (len(user) - met) / max(later, 1)
 
 
 def following_counts(split: Split, items: int, fade: float = 0.0) -> sparse.csr_array:

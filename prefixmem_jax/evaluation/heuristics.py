@@ -19,7 +19,12 @@ from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData, fixed_sample
 from prefixmem_jax.data.similar_items import similar_items, words_of_items
 from prefixmem_jax.data.splits import Examples
-from prefixmem_jax.data.transitions import Transitions, following_counts, smoothed
+from prefixmem_jax.data.transitions import (
+    Transitions,
+    following_counts,
+    return_rate,
+    smoothed,
+)
 from prefixmem_jax.evaluation.metrics import (
     Evaluated,
     Scores,
@@ -83,12 +88,13 @@ def tuned_transitions(data: PreparedData) -> Transitions:
     items = len(data.catalog)
     after = {fade: following_counts(data.split, items, fade) for fade in FADES}
     similar = similar_items(words_of_items(data.catalog), ALIKE)
+    returns = return_rate(data.split)
 
     def candidates() -> Iterator[tuple[Scorer, Transitions]]:
         for fade, smoothing in itertools.product(FADES, SMOOTHINGS):
             near = smoothed(after[fade] + BACK * after[fade].T, similar, smoothing)
             for decay in DECAYS:
-                transitions = Transitions(near, decay)
+                transitions = Transitions(near, decay, returns)
                 yield _by_transitions(transitions, data), transitions
 
     return _best(candidates(), data)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from prefixmem_jax.inference.item_prior import item_prior
+from prefixmem_jax.inference.item_prior import Returning, item_prior
 from prefixmem_jax.inference.transition_prior import TransitionPrior
 from prefixmem_jax.semantic_ids.trie import TrieLevel
 
@@ -62,6 +62,7 @@ def beam_search(
     group_of_item: jax.Array | None = None,
     item_share: jax.Array | float = 0.0,
     transitions: TransitionPrior | None = None,
+    returning: Returning | None = None,
 ) -> Beams:
     """Decodes the next item after each prompt.
 
@@ -74,11 +75,12 @@ def beam_search(
         scores count too (constrained only).
       item_share: their share in a SID's score, 0 to 1.
       transitions: probabilities that a SID's is mixed with (constrained only).
+      returning: how often users come back to what they have had, for the scores of whole items.
     """
     logits, state = model.start(prompts)
     prior = None
     if trie is not None and group_of_item is not None:
-        prior = item_prior(model.item_logits(state), group_of_item, trie, item_share)
+        prior = item_prior(model.item_logits(state), group_of_item, trie, item_share, returning)
     users = logits.shape[0]
     scores = jnp.zeros((users, 1))
     codes = jnp.zeros((users, 1, 0), jnp.int32)

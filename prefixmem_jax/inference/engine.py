@@ -80,8 +80,9 @@ class Engine:
         if spec.config.item_head is not None or transitions is not None:
             self._groups = self._put(catalog.group_of_item.astype(np.int32), P())
         if transitions is not None:
-            table = (*transitions.most_frequent(NEIGHBOURS), np.float32(transitions.decay))
-            self._transitions = self._put(TransitionTable(*table), P())
+            rates = np.float32(transitions.decay), np.float32(transitions.returns)
+            table = TransitionTable(*transitions.most_frequent(NEIGHBOURS), *rates)
+            self._transitions = self._put(table, P())
 
     def use(self, params: dict[str, Any] | None, memory: jax.Array | None) -> None:
         """Other numbers for the same model, or none, to hold on to nothing."""
@@ -104,6 +105,8 @@ class Engine:
           histories: item ids, oldest first; cut to the last `max_items`.
           constrained: only SIDs of the catalogue.
           exclude_seen: leave out SIDs of which the history holds every item (constrained only).
+            Else they come as often as training histories came back to an item, where these were
+            counted (`options.transition_share`).
           options: how codes, items and transitions are put together (constrained only); None: the
             config's.
 
@@ -117,21 +120,19 @@ class Engine:
         if constrained:
             shared = self._catalogue(options or self.spec.config.evaluation)
         with_transitions = shared.transitions is not None
+        if with_transitions and not exclude_seen:
+            shared = shared._replace(returns=shared.transitions.returns)
         for users, prompts in self._prompts(histories, progress):
-            excluded = None
-            if exclude_seen:
-                seen = seen_groups(
-                    self.catalog, [histories[user] for user in users], self.max_items
-                )
-                missing = len(prompts.tokens) - len(seen)
-                excluded = np.pad(seen, ((0, missing), (0, 0)), constant_values=-1)
-            recent = None
+            own = [histories[user] for user in users]
+            missing = (0, len(prompts.tokens) - len(own)), (0, 0)
+            seen = recent = None
+            if exclude_seen or with_transitions:
+                seen = seen_groups(self.catalog, own, self.max_items)
+                seen = np.pad(seen, missing, constant_values=-1)
             if with_transitions:
-                recent = last_items([histories[user] for user in users], self.max_items)
-                recent = np.pad(
-                    recent, ((0, len(prompts.tokens) - len(recent)), (0, 0)), constant_values=-1
-                )
-            result = self._per_user(search, (shared,), (prompts, excluded, recent), beams=beams)
+                recent = last_items(own, self.max_items)
+                recent = np.pad(recent, missing, constant_values=-1)
+            result = self._per_user(search, (shared,), (prompts, seen, recent), beams=beams)
             codes[users], scores[users] = (x[: len(users)] for x in result)
         return codes, scores
 

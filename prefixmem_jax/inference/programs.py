@@ -21,6 +21,7 @@ from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.data.documents.items import document_length
 from prefixmem_jax.inference.beam_search import Beams, beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, RowsAt, rows_for
+from prefixmem_jax.inference.item_prior import Returning
 from prefixmem_jax.inference.sampling import generate
 from prefixmem_jax.inference.transition_prior import TransitionTable, transition_prior
 from prefixmem_jax.memory.table import Table
@@ -70,6 +71,7 @@ class SharedBySearches(NamedTuple):
       item_share: see `EvaluationConfig`; items: the vectors [items, D] of an item head that reads
         the memory.
       transitions, transition_share: what followed in training, and its share.
+      returns: how often users come back to an item, where they may get it again.
     """
 
     trie: list[TrieLevel] | None = None
@@ -78,6 +80,7 @@ class SharedBySearches(NamedTuple):
     items: jax.Array | None = None
     transitions: TransitionTable | None = None
     transition_share: jax.Array | None = None
+    returns: jax.Array | None = None
 
 
 def search(
@@ -85,7 +88,7 @@ def search(
     rows_at: RowsAt | None,
     shared: SharedBySearches,
     prompts: Batch,
-    excluded: jax.Array | None,
+    seen: jax.Array | None,
     recent: jax.Array | None,
     *,
     beams: int,
@@ -93,10 +96,14 @@ def search(
     """`beam_search` with what is known of the catalogue and of the users.
 
     Args:
-      excluded: leaves that a user must not get, int32 [users, any]; recent: their last items, int32
-        [users, any], where transitions count. -1 for none.
+      seen: leaves that a user has had, int32 [users, any], which are left out, or come as often as
+        `shared.returns` says; recent: their last items, int32 [users, any], where transitions
+        count. -1 for none.
     """
-    transitions = None
+    transitions = returning = None
+    excluded = seen
+    if shared.returns is not None:
+        excluded, returning = None, Returning(seen, shared.returns)
     if shared.transitions is not None:
         transitions = transition_prior(
             shared.transitions,
@@ -105,6 +112,7 @@ def search(
             shared.groups,
             shared.trie,
             shared.transition_share,
+            returning,
         )
     return beam_search(
         CachedSidLM(model, rows_at, shared.items),
@@ -115,6 +123,7 @@ def search(
         None if shared.item_share is None else shared.groups,
         shared.item_share,
         transitions,
+        returning,
     )
 
 
@@ -139,13 +148,13 @@ def trace_search(spec: ModelSpec) -> tuple[jax.stages.Traced, int]:
 
     everywhere = partial(placed, P())
     a_user = partial(placed, BY_USER, jnp.int32, users)
-    shared, excluded, recent = SharedBySearches(), None, None
+    shared, seen, recent = SharedBySearches(), None, None
     if items:
         levels = largest_levels(items, vocabulary.space.codebook_sizes)
         levels = jax.tree.map(lambda x: everywhere(x.dtype, *x.shape), levels)
         shared = SharedBySearches(levels)
-        if options.exclude_seen:
-            excluded = a_user(room_for_seen(room))
+        if options.exclude_seen or options.transition_share > 0:
+            seen = a_user(room_for_seen(room))
         if spec.config.item_head is not None or options.transition_share > 0:
             shared = shared._replace(groups=everywhere(np.int32, items))
         if spec.config.item_head is not None:
@@ -158,14 +167,16 @@ def trace_search(spec: ModelSpec) -> tuple[jax.stages.Traced, int]:
             near = everywhere(np.int32, items, NEIGHBOURS)
             counts = everywhere(np.float32, items, NEIGHBOURS)
             shared = shared._replace(
-                transitions=TransitionTable(near, counts, everywhere(np.float32)),
+                transitions=TransitionTable(near, counts, *[everywhere(np.float32)] * 2),
                 transition_share=everywhere(np.float32),
             )
+            if not options.exclude_seen:
+                shared = shared._replace(returns=everywhere(np.float32))
     length = document_length(vocabulary.levels, room)
     prompts = Batch.abstract(users, length, NamedSharding(spec.mesh, BY_USER))
     static = (("beams", options.beam),)
     program = Program(spec.graphdef, spec.table, spec.mesh, search, static)
-    by_user = prompts, excluded, recent
+    by_user = prompts, seen, recent
     operands = spec.replicated(), spec.memory, (shared,), by_user
     return run_on_all_devices.trace(program, *operands), users
 

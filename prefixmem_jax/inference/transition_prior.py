@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prefixmem_jax.inference.item_prior import by_level
+from prefixmem_jax.inference.item_prior import Returning, by_level
 from prefixmem_jax.semantic_ids.trie import TrieLevel
 
 
@@ -18,11 +18,13 @@ class TransitionTable(NamedTuple):
     Attributes:
       neighbours: int32 [items, most], -1 for none; counts: float32 [items, most].
       decay: how much less an item says than the one after it.
+      returns: how often users come back to an item.
     """
 
     neighbours: jax.Array
     counts: jax.Array
     decay: jax.Array
+    returns: jax.Array
 
 
 class TransitionPrior(NamedTuple):
@@ -55,6 +57,7 @@ def transition_prior(
     group_of_item: jax.Array,
     trie: Sequence[TrieLevel],
     share: jax.Array | float,
+    returning: Returning | None = None,
 ) -> TransitionPrior:
     """The prior of users' last items.
 
@@ -62,6 +65,7 @@ def transition_prior(
       recent: int32 [users, any], the newest last; -1 for none.
       excluded: leaves that a user must not get, int32 [users, any], -1 for none: they have no part.
       group_of_item: the trie's leaf of every item, int32 [items].
+      returning: what users have had and how often they come back, where they may get it.
     """
     users, length = recent.shape
     weight = jnp.where(recent >= 0, table.decay ** jnp.arange(length - 1, -1, -1.0), 0.0)
@@ -76,6 +80,8 @@ def transition_prior(
     mass = mass[:, :leaves]
     total = jnp.sum(mass, axis=1, keepdims=True)
     mass = mass / jnp.where(total > 0, total, 1.0)
+    if returning is not None:
+        mass = mass * returning.factors(mass)
     return TransitionPrior(by_level(mass, trie, _sums), jnp.where(total[:, 0] > 0, share, 0.0))
 
 

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 ITEMS, TRANSITIONS = "items.jsonl", "transitions.npz"
 NEIGHBOURS = 64  # of an item that are looked at, the most frequent
+NEVER = 1e-9  # a rate of none is as good as this, whose logarithm is a number
 # `generate` fills beams that found nothing (more beams than SIDs) with scores of -1e9 or less.
 EXHAUSTED = -1e8
 
@@ -136,19 +137,25 @@ class Catalog:
         child = first[row] + within
         return row, keys[child] % size, child, node[row]
 
-    def log_masses(self, log_probs):
+    def log_masses(self, log_probs, had=(), returns=None):
         """By level, the log-probability of all items below each node.
 
         Args:
           log_probs: of items, float64 [items].
+          had, returns: see `transition_masses`.
         """
-        return [mass.log() for mass in self._masses(log_probs.cpu().exp())]
+        probs = log_probs.cpu().exp()
+        if returns is not None:
+            probs = self._returning(probs, had, returns)
+        return [mass.log() for mass in self._masses(probs)]
 
-    def transition_masses(self, history, seen):
+    def transition_masses(self, history, had, returns=None):
         """By level, how probable the counts of training make the nodes; None where they are silent.
 
         Args:
-          history: items, the newest last; seen: those that are not to be recommended, as leaves.
+          history: items, the newest last.
+          had: what the history holds, as leaves: not to be recommended, or where `returns` is given
+            with that probability in all.
         """
         if self.transitions is None:
             return None
@@ -159,10 +166,26 @@ class Catalog:
             most = np.lexsort((neighbours[own], -counts[own]))[:NEIGHBOURS]
             weight = float(self.transitions["decay"]) ** since
             said[neighbours[own][most]] += weight * counts[own][most]
-        for item, sid in enumerate(self.sids):
-            if self.leaves[sid] in seen:
-                said[item] = 0.0
-        return self._masses(torch.from_numpy(said / said.sum())) if said.any() else None
+        if returns is None:
+            said[self._among(had)] = 0.0
+        if not said.any():
+            return None
+        probs = torch.from_numpy(said / said.sum())
+        return self._masses(probs if returns is None else self._returning(probs, had, returns))
+
+    def _among(self, had):
+        """Whether each item's leaf is among these, bool [items]."""
+        return np.isin([self.leaves[sid] for sid in self.sids], list(had))
+
+    def _returning(self, probs, had, returns):
+        """Probabilities of items, of which what was had gets `returns` in all."""
+        rate = min(max(returns, NEVER), 1 - NEVER)
+        had = torch.from_numpy(self._among(had))
+        of_had, of_new = probs[had].sum(), probs[~had].sum()
+        # Where one of both is impossible the other has it all.
+        to_had = (rate if of_new > 0 else 1.0) / (of_had if of_had > 0 else 1.0)
+        to_new = (1 - rate if of_had > 0 else 1.0) / (of_new if of_new > 0 else 1.0)
+        return probs * torch.where(had, to_had, to_new)
 
     def _masses(self, by_item):
         """By level, the sums of numbers of items [items] below each node."""
@@ -182,7 +205,8 @@ class Catalog:
           model: a causal LM that speaks this catalogue's SIDs.
           history: its last `max_items` count.
           beams: width of the beam search, at least `top` (default: `beam`, or `top` if greater).
-          include_seen: recommend items of the history too.
+          include_seen: recommend items of the history too; where the model comes with transitions,
+            as often as training histories came back to an item.
 
         Returns:
           A list of (item, title, sid, score), best first; items that share a SID follow each other.
@@ -199,9 +223,12 @@ class Catalog:
         tokens = [space.bos_token]
         for item in history[-self.max_items :]:
             tokens += space.encode(self.sids[item])
-        seen = set() if include_seen else set(history)
-        gone = {self.sids[item] for item in seen}
-        gone = [self.leaves[sid] for sid in gone if seen.issuperset(self.items[sid])]
+        known, seen = set(history), set() if include_seen else set(history)
+        had = {self.sids[item] for item in known}
+        had = [self.leaves[sid] for sid in had if known.issuperset(self.items[sid])]
+        returns = None
+        if include_seen:
+            returns = None if self.transitions is None else float(self.transitions["returns"])
         top = min(top, len(self.sids))
         beams = max(beams or self.beam, top)
         search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
@@ -209,9 +236,10 @@ class Catalog:
             prompt, prior, share = torch.tensor([tokens], device=model.device), None, 0.0
             if getattr(model.config, "item_head", None) is not None:
                 items = torch.tensor([space.encode(sid) for sid in self.sids], device=model.device)
-                prior = self.log_masses(model.item_log_probs(prompt, items))
+                prior = self.log_masses(model.item_log_probs(prompt, items), had, returns)
                 share = model.config.semantic_ids["item_share"]
-            counted = self.transition_masses(history[-self.max_items :], set(gone))
+            counted = self.transition_masses(history[-self.max_items :], had, returns)
+            gone = () if include_seen else had
             counted_share = model.config.semantic_ids.get("transition_share", 0.0)
             output = model.generate(
                 prompt,
