@@ -1,6 +1,8 @@
 """Datasets: what is refused and how, documents, packing, the pipeline, the synthetic process."""
 
+import collections
 import dataclasses
+import itertools
 import re
 import shutil
 
@@ -18,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from test_splits import spelled
 
 from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.config_groups import DataConfig, SyntheticConfig
 from prefixmem_jax.data.batch import Batch, batches
 from prefixmem_jax.data.documents.document import Corpus, Documents, mixture
@@ -228,25 +231,84 @@ def test_packing_keeps_every_item_once_and_documents_apart(small):
         packed(small, 3, 6)
 
 
-@settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=40), seed=st.integers(0, 3))
-def test_packing_is_best_fit_in_decreasing_length(lengths, seed):
-    space_left: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [space for space in space_left if space >= length]
-        space = min(fitting, default=12)
-        if fitting:
-            space_left.remove(space)
-        space_left.append(space - length)
+def numbered(lengths) -> Documents:
+    """Documents of these lengths; token n is token n of all."""
     offsets = np.cumsum([0, *lengths])
     tokens = np.arange(offsets[-1], dtype=np.int32)
-    documents = Documents(
-        tokens, np.ones(len(tokens), np.float32), np.zeros(len(tokens), np.int32), offsets
-    )
-    batch = pack(documents, 12, seed)
-    assert sorted((batch.segment_ids == 0).sum(axis=1)) == sorted(space_left)
-    with pytest.raises(UserError, match=f"a document has {max(lengths)}"):
-        pack(documents, max(lengths) - 1, seed)
+    return Documents(tokens, np.ones(len(tokens), np.float32), tokens + 1, offsets)
+
+
+def documents_of_rows(batch: Batch) -> list[list[tuple[int, ...]]]:
+    """Tokens of each document of each row; segments are numbered from 1, padding comes last."""
+    found = []
+    for tokens, segments, positions in zip(
+        batch.tokens, batch.segment_ids, batch.positions, strict=True
+    ):
+        count = segments.max(initial=0)
+        places = [np.flatnonzero(segments == number + 1) for number in range(count)]
+        used = np.concatenate([*places, np.zeros(0, int)])
+        assert np.array_equal(used, np.arange(len(used))) and len(used) == (segments > 0).sum()
+        assert all(np.array_equal(positions[at], np.arange(len(at))) for at in places)
+        found.append([tuple(tokens[at].tolist()) for at in places])
+    return found
+
+
+def fullest_row(lengths: list[int], room: int, most: int | None) -> int:
+    """The most tokens that whole documents, the longest among them, have in one row."""
+    longest, *rest = sorted(lengths, reverse=True)
+    found = {(1, longest)}
+    for length in rest:
+        found |= {(count + 1, total + length) for count, total in found}
+        found = {(c, total) for c, total in found if total <= room and c <= (most or c)}
+    return max(total for _, total in found)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), max_size=40),
+    most=st.none() | st.integers(1, 5),
+    seed=st.integers(0, 3),
+)
+def test_packing_loses_nothing_and_fills_each_row_as_full_as_it_can_be(lengths, most, seed):
+    """From the longest documents on, of what is left: rows with less in them came later."""
+    documents = numbered(lengths)
+    batch = pack(documents, 12, seed, most)
+    rows = documents_of_rows(batch)
+    whole = np.split(documents.tokens, documents.offsets[1:-1]) if lengths else []
+    assert sorted(itertools.chain(*rows)) == sorted(tuple(tokens.tolist()) for tokens in whole)
+    there = batch.segment_ids > 0
+    assert np.array_equal(batch.next_item[there], batch.tokens[there] + 1)
+    assert np.array_equal(batch.loss_mask, there)
+    left = collections.Counter(lengths)
+    for row in sorted([[*map(len, row)] for row in rows], key=lambda row: (-max(row), -sum(row))):
+        assert sum(row) == fullest_row([*left.elements()], 12, most) and len(row) <= (most or 12)
+        assert max(row) == max(left.elements())
+        left -= collections.Counter(row)
+    assert not left
+    assert all(map(np.array_equal, pack(documents, 12, seed, most), batch))
+    if lengths:
+        with pytest.raises(UserError, match=f"a document has {max(lengths)}"):
+            pack(documents, max(lengths) - 1, seed)
+
+
+def test_packing_wastes_next_to_nothing_among_many_lengths():
+    """More lengths than are tried at a time."""
+    lengths = 1 + np.random.default_rng(0).geometric(0.02, 30_000) % 400
+    batch = pack(numbered(lengths), 512, 0)
+    assert (batch.segment_ids > 0).sum() == lengths.sum()
+    assert lengths.sum() / 512 <= len(batch.tokens) < 1.0003 * lengths.sum() / 512 + 1
+
+
+@pytest.mark.parametrize(
+    "name, config, allowed",
+    [("beauty", "recommend/small", 0.01), ("microlens", "recommend/small", 0.003)],
+)
+def test_packing_wastes_little_of_real_rows(name, config, allowed):
+    """Documents of 4 codes an item and one token, few of which fill a row together."""
+    config = load_config(config, [f"data.path={real_data(name)}"])
+    data = prepare_data(config.data)
+    rows = config.objective.training_rows(Corpus(data, config.data), config.seed)
+    assert (rows.segment_ids == 0).mean() < allowed
 
 
 def test_items_that_share_a_sid_move_to_free_ones(tmp_path):
