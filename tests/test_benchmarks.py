@@ -99,6 +99,26 @@ def test_bench_decode_measures_whole_decodes_and_the_constraint(tmp_path):
     assert "MB per million" in done.stdout
 
 
+def test_bench_input_packs_reads_and_trains(tmp_path):
+    done = prefixmem(
+        "bench", "input", "--interactions", 20_000, "--shards", 3, "--workers", 2, "--repeats", 1,
+        "--json", tmp_path / "i.json", "--plot", tmp_path / "i.png",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "i.json").read_text())
+    # 9.9 items of a history on average, as none is longer than 40, and two of them held out.
+    assert found["users"] == 2000 and found["interactions"] == pytest.approx(20_000, rel=0.1)
+    tokens = 4 * (found["interactions"] - 2 * found["users"]) + found["users"]
+    assert tokens / 128 < found["rows"] < 1.03 * tokens / 128 + 3
+    assert found["packing"]["interactions_per_second"] == pytest.approx(
+        found["interactions"] / found["packing"]["seconds"]
+    )
+    assert min(found[name]["peak"] for name in ("packing", "training")) > 5e7
+    speeds = [found[name]["tokens_per_second"] for name in ("reading", "step")]
+    assert found["ratio"] == pytest.approx(speeds[0] / speeds[1])
+    assert found["ratio"] > 1  # however busy the machine is: training does not wait for its input
+    assert "interactions/s" in done.stdout
+
+
 def test_mistakes_are_one_line_before_anything_runs(tmp_path):
     done = prefixmem("bench", "load", "--size", "much", expect=2)
     assert done.stderr == "prefixmem: --size much: expected a size such as 4GB or 500MB\n"

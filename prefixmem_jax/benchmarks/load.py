@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from prefixmem_jax.benchmarks.timing import machine
+from prefixmem_jax.benchmarks.timing import in_its_own_process, machine
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, DecoderConfig, InitConfig
 from prefixmem_jax.data.prepare import data_vocabulary
@@ -49,10 +48,10 @@ def bench_load(size: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         files = _write_checkpoint(Path(folder), size)
-        arrays, peak, _ = _in_its_own_process(_load, folder)
+        arrays, peak, _ = in_its_own_process(_load, folder)
     with tempfile.TemporaryDirectory() as folder:
         held_up, saved = _write_state(Path(folder), size)
-        state, state_peak, state_read = _in_its_own_process(_go_on, folder, size)
+        state, state_peak, state_read = in_its_own_process(_go_on, folder, size)
     largest = max(files)
     return {
         "machine": machine(),
@@ -68,14 +67,6 @@ def bench_load(size: int) -> dict[str, Any]:
         "state_saved": saved,
         "state_read": state_read,
     }
-
-
-def _in_its_own_process(
-    measure: Callable[..., tuple[int, int, float]], *arguments: Any
-) -> tuple[int, int, float]:
-    """What this process has had in memory must not count."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, arguments)
 
 
 def _write_checkpoint(folder: Path, size: int) -> list[int]:

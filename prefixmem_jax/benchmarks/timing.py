@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ def median_seconds(
                         times[name].append(time.perf_counter() - started)
                     bar.update()
     return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives in a fresh process: what this one has had in memory must not count."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def machine() -> dict[str, Any]:

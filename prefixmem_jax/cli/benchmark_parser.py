@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from prefixmem_jax.cli import benchmark_verbs
 from prefixmem_jax.cli.arguments import described, new_file, number_from, positive
@@ -161,3 +162,22 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     load.add_argument(
         "--size", default="2GB", metavar="SIZE", help="of the checkpoint (default: %(default)s)"
     )
+    pipeline = benchmark(
+        "input",
+        benchmark_verbs.bench_input,
+        "From histories to batches: packing into files, and reading them beside a train step.",
+        "  prefixmem bench input --interactions 100000000   # 5 GB on disk",
+    )
+    for flag, default, what in (
+        ("--interactions", 2_000_000, "generated ones to pack"),
+        ("--shards", 16, "files"),
+        ("--workers", os.cpu_count() or 1, "processes that pack"),
+        ("--repeats", 30, "timed train steps"),
+    ):
+        pipeline.add_argument(
+            flag,
+            type=positive,
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )

@@ -80,3 +80,11 @@ def bench_load(options: argparse.Namespace):
     from prefixmem_jax.files import parse_size
 
     return load, load.bench_load(parse_size(options.size, "--size"))
+
+
+def bench_input(options: argparse.Namespace):
+    from prefixmem_jax.benchmarks import input as module
+
+    return module, module.bench_input(
+        options.interactions, options.shards, options.workers, options.repeats
+    )
