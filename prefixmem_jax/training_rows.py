@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import grain
-
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Rows
 from prefixmem_jax.data.documents.document import Corpus
-from prefixmem_jax.data.pipeline import RowsInMemory
+from prefixmem_jax.data.pipeline import RowsInMemory, RowSource
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.data.shards import INDEX, PackedShards, write_shards
 from prefixmem_jax.data.texts import tokenizer_sha256
@@ -24,7 +22,7 @@ KEYS = ("sid_column", "split", "holdout", "text_tokens", "text_length")
 KEYS += ("max_items", "sequence_length")
 
 
-def training_source(config: Config, data: PreparedData) -> grain.sources.RandomAccessDataSource:
+def training_source(config: Config, data: PreparedData) -> RowSource:
     """All rows that a config trains on.
 
     Raises:

@@ -141,7 +141,7 @@ def test_a_file_that_vanishes_while_a_run_reads_it_is_named(packed, data, tmp_pa
     copied = Path(shutil.copytree(packed.data.packed, tmp_path / "rows"))
     gone, cut = copied / "rows-00002.array_record", copied / "rows-00001.array_record"
     config = dataclasses.replace(packed, data=dataclasses.replace(packed.data, packed=str(copied)))
-    read, reads = PackedShards.__getitem__, itertools.count()
+    read, reads = PackedShards._record, itertools.count()
 
     def vanishing(source, index):
         if next(reads) == 40:
@@ -155,7 +155,7 @@ def test_a_file_that_vanishes_while_a_run_reads_it_is_named(packed, data, tmp_pa
     with pytest.raises(UserError, match=r"rows-00001.array_record is damaged .*; pack again"):
         [source[i] for i in range(len(source))]
     shutil.copy(Path(packed.data.packed) / cut.name, cut)
-    monkeypatch.setattr(PackedShards, "__getitem__", vanishing)
+    monkeypatch.setattr(PackedShards, "_record", vanishing)
     with pytest.raises(UserError) as error:
         train(config, tmp_path / "run", data)
     assert str(error.value) == f"{gone}: missing; pack again"

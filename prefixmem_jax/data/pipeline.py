@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import grain
 import jax
 import numpy as np
@@ -10,7 +13,17 @@ from prefixmem_jax.data.batch import Rows, take_rows
 from prefixmem_jax.errors import UserError
 
 
-class RowsInMemory(grain.sources.RandomAccessDataSource):
+class RowSource(Protocol):
+    """Rows by their number, one or several."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Rows: ...
+
+    def take(self, indices: Sequence[int]) -> Rows: ...
+
+
+class RowsInMemory:
     """Rows of host arrays by their number."""
 
     def __init__(self, rows: Rows):
@@ -22,13 +35,12 @@ class RowsInMemory(grain.sources.RandomAccessDataSource):
     def __getitem__(self, index: int) -> Rows:
         return take_rows(self._rows, index)
 
-    def __repr__(self) -> str:
-        return f"rows_in_memory({len(self)})"
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Some rows, in this order."""
+        return take_rows(self._rows, np.asarray(indices))
 
 
-def training_batches(
-    source: grain.sources.RandomAccessDataSource, batch_size: int, seed: int
-) -> grain.DatasetIterator:
+def training_batches(source: RowSource, batch_size: int, seed: int) -> grain.DatasetIterator:
     """Endless shuffled batches of this process's share of the global batch.
 
     Reshuffled every epoch from `seed`. Process p of P takes every P-th row of the one global
@@ -47,8 +59,10 @@ def training_batches(
             f"data.batch_size={batch_size} rows, but the training data packs into only "
             f"{len(source)} rows; use a smaller batch"
         )
-    share = _in_order(grain.MapDataset.source(source), seed)[jax.process_index() :: processes]
-    return iter(share.batch(batch_size // processes).to_iter_dataset())
+    order = _in_order(grain.MapDataset.range(len(source)), seed)[jax.process_index() :: processes]
+    # Numbers go through the pipeline: rows would do so one by one.
+    share = order.batch(batch_size // processes).map(source.take)
+    return iter(share.to_iter_dataset())
 
 
 def rows_of_batch(number: int, rows: int, batch_size: int, seed: int) -> list[int]:

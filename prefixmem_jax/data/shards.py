@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from prefixmem_jax.data.batch import Rows, count_rows
+from prefixmem_jax.data.batch import Rows, count_rows, take_rows
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import read_json_object, sha256_of, write_json
 
@@ -93,7 +93,7 @@ def _write(folder: Path, make: Callable[[int], Rows], number: int) -> _Written:
     return _Written(path.name, count_rows(leaves), sha256_of(path).hex(), fields)
 
 
-class PackedShards(grain.sources.RandomAccessDataSource):
+class PackedShards:
     """Rows by their number, from the files that `write_shards` wrote."""
 
     def __init__(self, folder: str | Path, like: Rows, made_from: dict[str, Any]):
@@ -132,7 +132,6 @@ class PackedShards(grain.sources.RandomAccessDataSource):
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: missing; pack again")
-        self._name = str(folder)
         try:
             self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
             rows = len(self._records)
@@ -147,6 +146,20 @@ class PackedShards(grain.sources.RandomAccessDataSource):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Rows:
+        return take_rows(self.take([index]), 0)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Some rows, in this order."""
+        content = b"".join(map(self._record, indices))
+        rows, leaves, start = np.frombuffer(content, np.uint8).reshape(-1, self._row_bytes), [], 0
+        for shape, dtype in self._fields:
+            stop = start + int(np.prod(shape)) * dtype.itemsize
+            field = np.ascontiguousarray(rows[:, start:stop]).view(dtype)
+            leaves.append(field.reshape(-1, *shape))
+            start = stop
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def _record(self, index: int) -> bytes:
         try:
             record = self._records[index]
             if len(record) != self._row_bytes:  # of a file that was cut while it was open
@@ -155,15 +168,7 @@ class PackedShards(grain.sources.RandomAccessDataSource):
             path = self._paths[bisect.bisect_right(self._ends, index)]
             what = f" is damaged ({_first_line(error)})" if path.is_file() else ": missing"
             raise UserError(f"{path}{what}; pack again") from None
-        leaves, start = [], 0
-        for shape, dtype in self._fields:
-            count = int(np.prod(shape))
-            leaves.append(np.frombuffer(record, dtype, count, start).reshape(shape))
-            start += count * dtype.itemsize
-        return jax.tree.unflatten(self._structure, leaves)
-
-    def __repr__(self) -> str:
-        return f"packed_shards({self._name})"
+        return record
 
 
 def index_sha256(folder: str | Path) -> str:
