@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Rows
 from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.pipeline import RowsInMemory, RowSource
-from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.data.prepare import PIECE, PreparedData, StoredData, open_data, prepare_data
 from prefixmem_jax.data.shards import INDEX, PackedShards, write_shards
 from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.errors import UserError
@@ -34,6 +36,16 @@ def training_source(config: Config, data: PreparedData) -> RowSource:
     return PackedShards(config.data.packed, like, _made_from(config, data))
 
 
+def training_data(config: Config) -> PreparedData:
+    """What training needs of a config's data: few histories, where rows are packed.
+
+    But to count what stands next to what it needs all of them.
+    """
+    if config.data.packed is None or config.evaluation.transition_share > 0:
+        return prepare_data(config.data)
+    return open_data(config.data).validation_alone(config.evaluation.validation_examples)
+
+
 def pack(config: Config, out: Path, shards: int, workers: int) -> int:
     """Packs a config's training rows into so many files, several at a time.
 
@@ -48,27 +60,28 @@ def pack(config: Config, out: Path, shards: int, workers: int) -> int:
     Raises:
       UserError: more files than training sequences, or what the documents refuse.
     """
-    data = prepare_data(config.data)
-    if shards > len(data.split.train):
-        raise UserError(
-            f"--shards {shards}: there are {len(data.split.train)} training sequences; expected no "
-            "more files than those"
-        )
+    data = open_data(config.data)
+    users = len(data.dataset.histories)
+    if shards > users:
+        raise UserError(f"--shards {shards}: there are {users} users; expected no more files")
+    ends = [users * shard // shards for shard in range(shards + 1)]
+    bounds = [data.bounds(*place, PIECE).tolist() for place in itertools.pairwise(ends)]
+    numbers = list(itertools.accumulate((len(some) - 1 for some in bounds), initial=0))
     source = _made_from(config, data)
     with (
         replacing_files(out, "packed", last=INDEX) as staged,
         progress_bar(shards, "packing", "file") as bar,
     ):
 
-        def rows_of(part: int) -> Rows:
-            return config.objective.training_rows(
-                Corpus(data, config.data, part, shards), config.seed
-            )
+        def rows_of(shard: int) -> Iterator[Rows]:
+            for part, place in enumerate(itertools.pairwise(bounds[shard]), numbers[shard]):
+                corpus = Corpus(data.piece(*place), config.data, part, numbers[-1])
+                yield config.objective.training_rows(corpus, config.seed)
 
         return write_shards(staged, rows_of, shards, workers, source, bar.update)
 
 
-def _made_from(config: Config, data: PreparedData) -> dict[str, Any]:
+def _made_from(config: Config, data: PreparedData | StoredData) -> dict[str, Any]:
     """What rows depend on, as JSON has it."""
     tokenizer = config.data.tokenizer
     content = {

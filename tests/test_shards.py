@@ -6,15 +6,18 @@ import itertools
 import json
 import os
 import shutil
+import typing
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from conftest import prefixmem
+from conftest import prefixmem, python_process
+from test_splits import spelled
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_files import to_json
+from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.config_groups import (
     CheckpointConfig,
     DataConfig,
@@ -24,9 +27,12 @@ from prefixmem_jax.config_groups import (
 )
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.data.documents.document import Corpus
+from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.pipeline import training_batches
-from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.prepare import fixed_sample, open_data, prepare_data
 from prefixmem_jax.data.shards import PackedShards
+from prefixmem_jax.data.splits import Split
+from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.training.loop import train
@@ -83,11 +89,112 @@ def documents_in(rows: Batch) -> collections.Counter:
 
 def test_files_have_every_document_once(packed, data):
     source = training_source(packed, data)
-    rows = jax.tree.map(lambda *leaves: np.stack(leaves), *(source[i] for i in range(len(source))))
+    rows = stacked(source)
     assert isinstance(rows, Batch)
     whole = CONFIG.objective.training_rows(Corpus(data, CONFIG.data), CONFIG.seed)
     assert documents_in(rows) == documents_in(whole)
     assert len(source) <= len(whole.tokens) + 5
+
+
+def stacked(source: PackedShards) -> Batch:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(source[i] for i in range(len(source))))
+
+
+def test_files_are_packed_piece_by_piece_as_memory_is(packed, data, tmp_path):
+    """A file has users that follow each other; if there is but one piece, its rows are memory's."""
+    train, ends = data.split.train, [400 * shard // 5 for shard in range(6)]
+    parts = []
+    for part, (first, stop) in enumerate(itertools.pairwise(ends)):
+        split = dataclasses.replace(data.split, train=train.take(np.arange(first, stop)))
+        corpus = Corpus(dataclasses.replace(data, split=split), CONFIG.data, part, 5)
+        parts.append(CONFIG.objective.training_rows(corpus, CONFIG.seed))
+    expected = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    jax.tree.map(np.testing.assert_array_equal, stacked(training_source(packed, data)), expected)
+
+    write_dataset(tmp_path / "data", data.dataset)
+    config = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, synthetic=SyntheticConfig())
+    )
+    (tmp_path / "config.json").write_text(to_json(config))
+    place = f"data.path={tmp_path / 'data'}"
+    prefixmem(
+        "data", "pack", tmp_path / "config.json", place, "--out", tmp_path / "rows", "--shards", 1
+    )
+    config = load_config(tmp_path / "config.json", [place, f"data.packed={tmp_path / 'rows'}"])
+    read = prepare_data(config.data)
+    whole = config.objective.training_rows(Corpus(read, config.data), config.seed)
+    jax.tree.map(np.testing.assert_array_equal, stacked(training_source(config, read)), whole)
+
+
+def sequences(split: Split) -> list[list[int]]:
+    train = zip(split.train.starts, split.train.stops, strict=True)
+    return [split.items[start:stop].tolist() for start, stop in train]
+
+
+@pytest.mark.parametrize("kind", typing.get_args(typing.get_type_hints(DataConfig)["split"]))
+def test_histories_in_a_file_are_read_and_split_by_piece_as_they_are_whole(kind, tmp_path):
+    """Whatever the file's row groups, and wherever pieces start and end."""
+    dataset, _ = make_synthetic(CONFIG.data.synthetic)
+    times = np.sort(np.random.default_rng(0).integers(0, 1000, len(dataset.histories.items)))
+    histories = dataclasses.replace(dataset.histories, timestamps=times)
+    write_dataset(tmp_path, dataclasses.replace(dataset, histories=histories))
+    path = tmp_path / "histories.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=37)
+    options = DataConfig(path=str(tmp_path), split=kind, holdout=0.2)
+    whole, stored = prepare_data(options), open_data(options)
+    users = len(whole.dataset.histories)
+    assert len(stored.dataset.histories) == users == 400
+    assert stored.dataset.sha256 == whole.dataset.sha256
+    bounds = stored.bounds(0, users, 300).tolist()
+    assert bounds[0] == 0 and bounds[-1] == users and 10 < len(bounds) < 30
+    found = collections.defaultdict(list)
+    for first, stop in [*itertools.pairwise(bounds)]:
+        piece = stored.piece(first, stop)
+        here, there = piece.dataset.histories, whole.dataset.histories.piece(first, stop)
+        for name in ("items", "offsets", "timestamps"):
+            assert np.array_equal(getattr(here, name), getattr(there, name))
+        assert list(here.user_ids) == list(there.user_ids)
+        assert abs(len(here.items) - 300) < 80
+        for name in ("validation", "test"):
+            of_piece = spelled(getattr(piece.split, name))
+            found[name] += [(first + user, *rest) for user, *rest in of_piece]
+        found["train"] += sequences(piece.split)
+    assert found["train"] == sequences(whole.split)
+    for name in ("validation", "test"):
+        assert found[name] == spelled(getattr(whole.split, name))
+    for count in (0, 30):
+        sample = whole.split.validation.take(fixed_sample(len(whole.split.validation), count))
+        alone = stored.validation_alone(count).split
+        assert spelled(alone.validation) == spelled(sample) and not len(alone.train)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from prefixmem_jax.config_files import load_config
+from prefixmem_jax.training_rows import pack
+
+config = load_config("recommend/small", [f"data.path={sys.argv[1]}"])
+pack(config, Path(sys.argv[1]) / "rows", shards=2, workers=1)
+for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+    print(resource.getrusage(whose).ru_maxrss)
+"""
+
+
+def test_packing_takes_no_more_memory_for_more_users(tmp_path):
+    """Of the process that checks the histories, and of the one that packs them."""
+    peaks = []
+    for users in (60_000, 240_000):
+        folder = tmp_path / str(users)
+        prefixmem(
+            "data", "generate", "--out", folder, f"users={users}",
+            "codebook_sizes=(32,64,64,64)", "children=(32,8,8,8)",
+        )  # fmt: skip
+        process = python_process(PEAK, folder)
+        out, said = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+        peaks.append([int(line) for line in out.split()])
+    assert all(more < 1.2 * less for less, more in zip(*peaks, strict=True)), peaks
 
 
 def test_any_number_of_processes_draws_each_row_once_an_epoch(packed, data, monkeypatch):
@@ -193,4 +300,4 @@ def test_what_is_not_what_was_packed_is_refused(packed, data, tmp_path):
         "data", "pack", tmp_path / "config.json", "--out", tmp_path / "x", "--shards", 100_000,
         expect=2,
     ).stderr  # fmt: skip
-    assert "there are 400 training sequences" in said and not (tmp_path / "x").exists()
+    assert "there are 400 users" in said and not (tmp_path / "x").exists()

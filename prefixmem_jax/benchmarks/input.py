@@ -19,12 +19,11 @@ from prefixmem_jax.config_files import load_config
 from prefixmem_jax.data.generation import generate
 from prefixmem_jax.data.generator import GeneratorConfig
 from prefixmem_jax.data.pipeline import global_batch, training_batches
-from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.training.loop import train
-from prefixmem_jax.training_rows import pack, training_source
+from prefixmem_jax.training_rows import pack, training_data, training_source
 
 LENGTH = 10  # items of a history, on average
 # Batches that are read: the first ones, which may lie ready when the clock starts, do not count.
@@ -35,7 +34,7 @@ def bench_input(interactions: int, shards: int, workers: int, repeats: int) -> d
     """Packs about so many generated interactions, reads the rows, and trains on them.
 
     The config is the quickstart's baseline, whose step is the fastest that it has. What is written
-    goes into a temporary folder: about 50 bytes an interaction.
+    goes into a temporary folder: about 20 bytes an interaction.
 
     Args:
       workers: processes that pack.
@@ -98,7 +97,7 @@ def _peak(whose: int = resource.RUSAGE_SELF) -> int:
 
 def _read_and_step(config: Config, repeats: int) -> tuple[float, float]:
     """Tokens per second that training's pipeline gives, and that a train step takes."""
-    data = prepare_data(config.data)
+    data = training_data(config)
     iterator = training_batches(training_source(config, data), config.data.batch_size, config.seed)
     for _ in range(UNTIMED):
         next(iterator)

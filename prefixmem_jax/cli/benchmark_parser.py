@@ -166,7 +166,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         "input",
         benchmark_verbs.bench_input,
         "From histories to batches: packing into files, and reading them beside a train step.",
-        "  prefixmem bench input --interactions 100000000   # 5 GB on disk",
+        "  prefixmem bench input --interactions 100000000   # 2 GB on disk",
     )
     for flag, default, what in (
         ("--interactions", 2_000_000, "generated ones to pack"),

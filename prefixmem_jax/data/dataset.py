@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -35,6 +36,26 @@ class Histories:
     def of(self, user: int) -> np.ndarray:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
+    def piece(self, first: int, stop: int) -> Histories:
+        """Of the users from the first up to the last: views."""
+        offsets = self.offsets[first : stop + 1]
+        here = slice(offsets[0], offsets[-1])
+        times = None if self.timestamps is None else self.timestamps[here]
+        return Histories(self.items[here], offsets - offsets[0], self.user_ids[first:stop], times)
+
+
+class HistorySource(Protocol):
+    """What gives `Histories` of some users: they themselves, or a file that is read by piece."""
+
+    offsets: np.ndarray
+
+    @property
+    def timestamps(self) -> np.ndarray | None: ...
+
+    def __len__(self) -> int: ...
+
+    def piece(self, first: int, stop: int) -> Histories: ...
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -42,5 +63,5 @@ class Dataset:
 
     name: str
     catalog: Catalog
-    histories: Histories
+    histories: HistorySource
     sha256: str

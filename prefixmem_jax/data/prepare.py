@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
@@ -10,7 +11,15 @@ import numpy as np
 
 from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.dataset import ITEM_ID, Dataset
-from prefixmem_jax.data.splits import Split, split_dataset
+from prefixmem_jax.data.splits import (
+    Examples,
+    Ranges,
+    Split,
+    check_some,
+    cut_times,
+    split_dataset,
+    split_histories,
+)
 from prefixmem_jax.data.synthetic import SyntheticProcess, make_synthetic, synthetic_catalog
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.kinds import find_module
@@ -35,10 +44,10 @@ class PreparedData:
     def catalog(self) -> Catalog:
         return self.dataset.catalog
 
-    @cached_property
+    @property
     def item_tokens(self) -> np.ndarray:
         """SID tokens of every item, int32 [items, levels]."""
-        return self.vocabulary.encode(self.catalog.sids)
+        return self.vocabulary.item_tokens
 
     @cached_property
     def item_counts(self) -> np.ndarray:
@@ -46,21 +55,93 @@ class PreparedData:
         return self.split.item_counts(len(self.catalog))
 
 
+@dataclass(frozen=True)
+class StoredData:
+    """A dataset whose histories are read and split a piece at a time.
+
+    Attributes:
+      cuts: `cut_times` of all histories.
+    """
+
+    dataset: Dataset
+    vocabulary: Vocabulary
+    config: DataConfig
+    cuts: np.ndarray
+
+    def piece(self, first: int, stop: int) -> PreparedData:
+        """The users from the first up to the last, split as all are."""
+        histories = self.dataset.histories.piece(first, stop)
+        split = split_histories(histories, self.config.split, self.config.holdout, self.cuts)
+        return PreparedData(replace(self.dataset, histories=histories), split, self.vocabulary)
+
+    def bounds(self, first: int, stop: int, interactions: int) -> np.ndarray:
+        """Cuts users into pieces of about so many interactions: where each starts, and the end."""
+        offsets = self.dataset.histories.offsets
+        count = -(-int(offsets[stop] - offsets[first]) // interactions)
+        ends = np.linspace(offsets[first], offsets[stop], count + 1)[1:-1]
+        inner = np.searchsorted(offsets[: stop + 1], ends)
+        return np.unique(np.concatenate([[first], inner, [stop]]))
+
+    def validation_alone(self, examples: int) -> PreparedData:
+        """Without training and test histories, and of validation `fixed_sample`'s examples alone.
+
+        Args:
+          examples: how many at most; 0: all.
+        """
+        bounds = self.bounds(0, len(self.dataset.histories), PIECE)
+        places = list(itertools.pairwise(bounds.tolist()))
+        ends = np.cumsum([len(self.piece(*place).split.validation) for place in places])
+        check_some(int(ends[-1]), "validation", self.dataset.name, self.config.split)
+        sample = fixed_sample(int(ends[-1]), examples)
+        parts = np.split(sample, np.searchsorted(sample, ends[:-1]))
+        items, users, lengths = [], [], []
+        for (first, stop), end, part in zip(places, ends, parts, strict=True):
+            if len(part):
+                everyone = self.piece(first, stop).split.validation
+                chosen = everyone.take(part - (end - len(everyone)))
+                ranges = Ranges(chosen.starts, chosen.targets_at + 1)
+                items.append(chosen.items[ranges.indices()])
+                users.append(first + chosen.users)
+                lengths.append(ranges.lengths)
+        flat, stops = np.concatenate(items), np.cumsum(np.concatenate(lengths))
+        starts = np.concatenate([[0], stops[:-1]])
+        validation = Examples(flat, np.concatenate(users), starts, stops - 1)
+        nothing = np.zeros(0, np.int64)
+        split = Split(flat, Ranges(nothing, nothing), validation, validation.take(nothing))
+        return PreparedData(self.dataset, split, self.vocabulary)
+
+
+# Interactions that are split and packed at a time.
+PIECE = 1 << 18
+
+
 def prepare_data(config: DataConfig) -> PreparedData:
     """Reads (or generates) the dataset and splits it; the config fixes every choice."""
+    dataset, process = _read(config, "read_dataset")
+    split = split_dataset(dataset, config.split, config.holdout)
+    return PreparedData(dataset, split, _vocabulary(config, dataset.catalog), process)
+
+
+def open_data(config: DataConfig) -> StoredData:
+    """As `prepare_data`, its histories left in their file where the format can do so."""
+    dataset, _ = _read(config, "open_dataset")
+    cuts = cut_times(dataset.histories, config.split, config.holdout)
+    return StoredData(dataset, _vocabulary(config, dataset.catalog), config, cuts)
+
+
+def _read(config: DataConfig, how: str) -> tuple[Dataset, SyntheticProcess | None]:
+    """The dataset, its catalogue as the config wants it, and the process that made it."""
     process = None
     if config.path is None:
         _check_synthetic(config)
         dataset, process = make_synthetic(config.synthetic)
         dataset = replace(dataset, catalog=_recoded(config, dataset.catalog))
     else:
-        dataset = _format(config).read_dataset(
-            config.path, config.sid_column, config.codebook_sizes
-        )
+        module = _format(config)
+        read = getattr(module, how, module.read_dataset)
+        dataset = read(config.path, config.sid_column, config.codebook_sizes)
         _check_codebooks(config, dataset.catalog)
-    dataset = replace(dataset, catalog=_told_apart(config, dataset.catalog))
-    split = split_dataset(dataset, config.split, config.holdout)
-    return PreparedData(dataset, split, _vocabulary(config, dataset.catalog), process)
+    return replace(dataset, catalog=_told_apart(config, dataset.catalog)), process
 
 
 def load_catalog(config: DataConfig) -> Catalog:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -40,7 +40,7 @@ class _Written:
 
 def write_shards(
     folder: Path,
-    make: Callable[[int], Rows],
+    make: Callable[[int], Iterable[Rows]],
     shards: int,
     workers: int,
     made_from: dict[str, Any],
@@ -51,7 +51,8 @@ def write_shards(
     JAX may not have started: they are forked, so that they share what `make` reads.
 
     Args:
-      make: the rows of a file by its number, as a pytree of host arrays.
+      make: the rows of a file by its number, as pytrees of host arrays: one after the other is
+        asked for, written and let go.
       made_from: what the rows depend on, in plain data.
       wrote: called after each file.
 
@@ -75,22 +76,25 @@ def write_shards(
 
 
 # What forked processes do: functions cannot be sent to them.
-_JOBS: list[tuple[Path, Callable[[int], Rows], int]] = []
+_JOBS: list[tuple[Path, Callable[[int], Iterable[Rows]], int]] = []
 
 
 def _write_job(number: int) -> _Written:
     return _write(*_JOBS[number])
 
 
-def _write(folder: Path, make: Callable[[int], Rows], number: int) -> _Written:
-    leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(make(number))]
+def _write(folder: Path, make: Callable[[int], Iterable[Rows]], number: int) -> _Written:
     path = folder / f"rows-{number:05d}.array_record"
     writer = ArrayRecordWriter(str(path), _OPTIONS)
-    for row in range(count_rows(leaves)):
-        writer.write(b"".join(leaf[row].tobytes() for leaf in leaves))
+    count, fields = 0, []
+    for rows in make(number):
+        leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(rows)]
+        for row in range(count_rows(leaves)):
+            writer.write(b"".join(leaf[row].tobytes() for leaf in leaves))
+        count += count_rows(leaves)
+        fields = [(list(leaf.shape[1:]), leaf.dtype.name) for leaf in leaves]
     writer.close()
-    fields = [(list(leaf.shape[1:]), leaf.dtype.name) for leaf in leaves]
-    return _Written(path.name, count_rows(leaves), sha256_of(path).hex(), fields)
+    return _Written(path.name, count, sha256_of(path).hex(), fields)
 
 
 class PackedShards:

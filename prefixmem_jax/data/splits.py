@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixmem_jax.data.dataset import Dataset, Histories
+from prefixmem_jax.data.dataset import Dataset, Histories, HistorySource
 from prefixmem_jax.errors import UserError
 
 
@@ -131,25 +131,46 @@ def split_dataset(dataset: Dataset, kind: str, holdout: float) -> Split:
       holdout: share of interactions (`time`), of users (`users`, `users_random`), or of both, in
         each held-out part.
     """
-    split = {
+    cuts = cut_times(dataset.histories, kind, holdout)
+    split = split_histories(dataset.histories, kind, holdout, cuts)
+    for name in ("train", "validation", "test"):
+        check_some(len(getattr(split, name)), name, dataset.name, kind)
+    return split
+
+
+def check_some(count: int, name: str, dataset: str, kind: str) -> None:
+    """Raises UserError where a split leaves nothing."""
+    if not count:
+        need = "three items" if kind == "leave_two_out" else "enough items and users"
+        raise UserError(
+            f"dataset {dataset}: data.split={kind} leaves {name} empty; it needs users with {need}"
+        )
+
+
+def cut_times(histories: HistorySource, kind: str, holdout: float) -> np.ndarray:
+    """What a kind of split needs of all users: times at which training and validation end."""
+    shares = {"time": [1 - 2 * holdout, 1 - holdout], "users_and_time": [1 - holdout]}
+    if kind not in shares:
+        return np.zeros(0)
+    times = histories.timestamps
+    if times is None:
+        raise UserError(f"data.split={kind} needs a 'timestamps' column in histories.parquet")
+    return np.quantile(times, shares[kind])
+
+
+def split_histories(histories: Histories, kind: str, holdout: float, cuts: np.ndarray) -> Split:
+    """Splits the histories of some users, as those of all are split; `cuts` are `cut_times`."""
+    return {
         "leave_two_out": _leave_two_out,
         "time": _by_time,
         "users": _by_users,
         "users_random": _by_users_at_random,
         "users_and_time": _by_users_and_time,
-    }[kind](dataset.histories, holdout)
-    for name in ("train", "validation", "test"):
-        if not len(getattr(split, name)):
-            need = "three items" if kind == "leave_two_out" else "enough items and users"
-            raise UserError(
-                f"dataset {dataset.name}: data.split={kind} leaves {name} empty; it needs users "
-                f"with {need}"
-            )
-    return split
+    }[kind](histories, holdout, cuts)
 
 
-def _leave_two_out(histories: Histories, holdout: float) -> Split:
-    del holdout
+def _leave_two_out(histories: Histories, holdout: float, cuts: np.ndarray) -> Split:
+    del holdout, cuts
     starts, stops = histories.offsets[:-1], histories.offsets[1:]
     enough = stops - starts >= 3
     return Split(
@@ -167,15 +188,10 @@ def _first_from(histories: Histories, cut: float) -> np.ndarray:
     return starts + earlier[stops] - earlier[starts]
 
 
-def _quantiles(histories: Histories, kind: str, shares: list[float]) -> np.ndarray:
-    if histories.timestamps is None:
-        raise UserError(f"data.split={kind} needs a 'timestamps' column in histories.parquet")
-    return np.quantile(histories.timestamps, shares)
-
-
-def _by_time(histories: Histories, holdout: float) -> Split:
+def _by_time(histories: Histories, holdout: float, cuts: np.ndarray) -> Split:
+    del holdout
     starts, stops = histories.offsets[:-1], histories.offsets[1:]
-    first_cut, second_cut = _quantiles(histories, "time", [1 - 2 * holdout, 1 - holdout])
+    first_cut, second_cut = cuts
     begin, middle = _first_from(histories, first_cut), _first_from(histories, second_cut)
     known = begin > starts
     return Split(
@@ -186,22 +202,24 @@ def _by_time(histories: Histories, holdout: float) -> Split:
     )
 
 
-def _by_users(histories: Histories, holdout: float) -> Split:
+def _by_users(histories: Histories, holdout: float, cuts: np.ndarray) -> Split:
+    del cuts
     stops = histories.offsets[1:]
     place, _ = _digests(histories)
     return _disjoint(histories, holdout, place, stops, stops - 1)
 
 
-def _by_users_at_random(histories: Histories, holdout: float) -> Split:
+def _by_users_at_random(histories: Histories, holdout: float, cuts: np.ndarray) -> Split:
+    del cuts
     starts, stops = histories.offsets[:-1], histories.offsets[1:]
     place, random = _digests(histories)
     targets_at = starts + 1 + (random * (stops - starts - 1)).astype(np.int64)
     return _disjoint(histories, holdout, place, stops, targets_at)
 
 
-def _by_users_and_time(histories: Histories, holdout: float) -> Split:
+def _by_users_and_time(histories: Histories, holdout: float, cuts: np.ndarray) -> Split:
     starts, stops = histories.offsets[:-1], histories.offsets[1:]
-    (cut,) = _quantiles(histories, "users_and_time", [1 - holdout])
+    (cut,) = cuts
     begin = _first_from(histories, cut)
     place, random = _digests(histories)
     first = np.maximum(begin, starts + 1)

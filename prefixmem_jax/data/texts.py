@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ class ItemTexts:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
+@lru_cache(maxsize=1)  # many parts of one corpus ask for the same
 def item_texts(catalog: Catalog, config: DataConfig) -> ItemTexts:
     """The first `config.text_length` tokens of every title.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,11 @@ class Vocabulary:
     def encode(self, codes: np.ndarray) -> np.ndarray:
         """Codes [..., levels] to tokens [..., levels], int32, on the host."""
         return (np.asarray(codes) + self._starts()[:-1]).astype(np.int32)
+
+    @cached_property
+    def item_tokens(self) -> np.ndarray:
+        """SID tokens of every item, int32 [items, levels], where `sids` are known."""
+        return self.encode(self.sids)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens [..., levels] of whole SIDs to codes [..., levels], int32, on the host."""

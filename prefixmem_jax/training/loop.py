@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.pipeline import global_batch, training_batches
-from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.data.prepare import PreparedData
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import tuned_transitions
 from prefixmem_jax.evaluation.validation import ValidationRetrieval
@@ -48,7 +48,7 @@ from prefixmem_jax.training.step import (
 )
 from prefixmem_jax.training.stopping import stops_between_steps
 from prefixmem_jax.training.watchdog import watchdog
-from prefixmem_jax.training_rows import training_source
+from prefixmem_jax.training_rows import training_data, training_source
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def train(
     if profile is not None and is_remote(folder):
         raise UserError(f"{folder}: --profile writes into the run; expected one of this machine")
     check_boards(config)
-    data, run, objective = data or prepare_data(config.data), Run(folder), config.objective
+    data, run, objective = data or training_data(config), Run(folder), config.objective
     mesh = make_mesh(config.mesh)
     source = training_source(config, data)
     config = with_batch_size(config, len(source), mesh)

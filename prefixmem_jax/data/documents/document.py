@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -66,6 +65,7 @@ class Corpus:
     """What documents are made of: a split dataset, and how long they may be.
 
     Attributes:
+      data: its histories are all that there are, or those of this part alone.
       part: of how many `parts`, which have all documents between them, this one is.
     """
 
@@ -74,7 +74,7 @@ class Corpus:
     part: int = 0
     parts: int = 1
 
-    @cached_property
+    @property
     def texts(self) -> ItemTexts:
         """The items' titles in tokens."""
         return item_texts(self.data.catalog, self.config)
@@ -82,11 +82,10 @@ class Corpus:
     @property
     def train(self) -> Ranges:
         """The training sequences of this part."""
-        train = self.data.split.train
-        return train if self.parts == 1 else train.take(self.share(len(train)))
+        return self.data.split.train
 
     def share(self, count: int) -> np.ndarray:
-        """Indices below `count` that this part has, int64."""
+        """Which of `count` items this part makes documents of by themselves, int64."""
         return np.arange(self.part, count, self.parts)
 
 

@@ -13,7 +13,7 @@ A dataset is a folder with two Parquet files (documented in docs/data.md):
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefixmem_jax.data.dataset import ITEM_ID, Dataset, Histories
+from prefixmem_jax.data.parquet_columns import integer_lists, opened, texts
+from prefixmem_jax.data.stored_histories import StoredHistories, read_histories
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing, sha256_of
 from prefixmem_jax.semantic_ids.catalog import MAX_CODES, STATE_CODES, Catalog
@@ -46,11 +48,27 @@ def read_dataset(
     Raises:
       UserError: one line that names the file, the row (0-based) and the cause.
     """
+    return _dataset(folder, sid_column, codebook_sizes, read_histories)
+
+
+def open_dataset(
+    folder: str | Path, sid_column: str = "sid", codebook_sizes: tuple[int, ...] | None = None
+) -> Dataset:
+    """As `read_dataset`, all checked, but of the histories only a piece is ever in memory."""
+    return _dataset(folder, sid_column, codebook_sizes, StoredHistories)
+
+
+def _dataset(
+    folder: str | Path,
+    sid_column: str,
+    codebook_sizes: tuple[int, ...] | None,
+    histories: Callable[[Path, int], Histories | StoredHistories],
+) -> Dataset:
     folder = to_path(folder)
     catalog = read_catalog(folder, sid_column, codebook_sizes)
-    histories = _read_histories(folder / HISTORIES, len(catalog))
+    found = histories(folder / HISTORIES, len(catalog))
     digest = hashlib.sha256(sha256_of(folder / ITEMS) + sha256_of(folder / HISTORIES))
-    return Dataset(absolute(folder).name, catalog, histories, digest.hexdigest())
+    return Dataset(absolute(folder).name, catalog, found, digest.hexdigest())
 
 
 def read_catalog(
@@ -82,13 +100,13 @@ def read_titles(folder: str | Path) -> tuple[list[str | None], list[str] | None]
 def _titles(path: Path, table: pa.Table, row_of_item: np.ndarray) -> list[str | None]:
     if "title" not in table.column_names:
         return [None] * len(row_of_item)
-    return _texts(path, table, "title").take(row_of_item).to_pylist()
+    return texts(path, "title", table["title"]).take(row_of_item).to_pylist()
 
 
 def _keys(path: Path, table: pa.Table, row_of_item: np.ndarray) -> list[str] | None:
     if "key" not in table.column_names:
         return None
-    keys = _texts(path, table, "key").take(row_of_item).to_pylist()
+    keys = texts(path, "key", table["key"]).take(row_of_item).to_pylist()
     item_of_key: dict[str, int] = {}
     for item, key in enumerate(keys):
         if key is None:
@@ -167,100 +185,9 @@ def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:
 
 def _read_table(path: Path, required: dict[str, str], optional: Sequence[str]) -> pa.Table:
     """The columns that are asked for; others may be large (embeddings) and are not read."""
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}; a dataset needs the files {ITEMS} and {HISTORIES}")
-    try:
-        with path.open("rb") as source:
-            file = pq.ParquetFile(source)
-            names = file.schema_arrow.names
-            for column, meaning in required.items():
-                if column not in names:
-                    has = ", ".join(names)
-                    raise UserError(
-                        f"{path}: no column {column!r} ({meaning}); the file has: {has}"
-                    )
-            table = file.read([name for name in names if name in (*required, *optional)])
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
-    if table.num_rows == 0:
-        raise UserError(f"{path}: the file has no rows")
-    return table
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _texts(path: Path, table: pa.Table, column: str) -> pa.ChunkedArray:
-    """A column of strings, null where there is none, every one valid."""
-    texts = table[column]
-    if pa.types.is_dictionary(texts.type):
-        texts = texts.cast(texts.type.value_type)
-    if pa.types.is_null(texts.type):
-        texts = texts.cast(pa.string())
-    kind = texts.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {column!r} is {kind}, expected strings")
-    row = 0
-    for chunk in texts.chunks:
-        try:
-            chunk.validate(full=True)
-        except pa.ArrowInvalid:
-            row += next(i for i, text in enumerate(chunk) if not _is_utf8(text))
-            raise UserError(f"{path}: row {row}: {column} is not UTF-8 text") from None
-        row += len(chunk)
-    return texts
-
-
-def _is_utf8(text: pa.Scalar) -> bool:
-    try:
-        text.as_py()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _user_ids(path: Path, table: pa.Table) -> list[str]:
-    """A string for every user, each once: splits and comparisons tell users apart by them."""
-    column = table["user_id"]
-    if not pa.types.is_integer(column.type):
-        column = _texts(path, table, "user_id")
-    row_of_user: dict[str, int] = {}
-    for row, user in enumerate(column.to_pylist()):
-        if user is None:
-            raise UserError(f"{path}: row {row}: user_id is null")
-        first = row_of_user.setdefault(str(user), row)
-        if first != row:
-            raise UserError(
-                f"{path}: row {row}: user_id {shortened(str(user))} is already in row {first}; "
-                "expected one row a user"
-            )
-    return list(row_of_user)
-
-
-def _integer_lists(path: Path, table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A list<int> column as flat int64 values and int64 offsets [rows + 1]."""
-    array = table[column].combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    kind = array.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if pa.types.is_fixed_size_list(kind):
-        array, is_list = array.cast(pa.list_(kind.value_type)), True
-    if not is_list or not pa.types.is_integer(kind.value_type):
-        raise UserError(f"{path}: column {column!r} is {kind}, expected a list of integers")
-    if array.null_count:
-        row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise UserError(f"{path}: row {row}: {column} is null, expected a list of integers")
-    values, lengths = array.flatten(), array.value_lengths().to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    if values.null_count:
-        at = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        row = int(np.searchsorted(offsets, at, side="right")) - 1
-        raise UserError(f"{path}: row {row}: {column} holds a null, expected integers")
-    return values.to_numpy(zero_copy_only=False).astype(np.int64), offsets
+    with opened(path, required) as file:
+        names = file.schema_arrow.names
+        return file.read([name for name in names if name in (*required, *optional)])
 
 
 def _row_of_item(path: Path, table: pa.Table) -> np.ndarray:
@@ -292,7 +219,7 @@ def _read_sids(
     """The SID of every row, int64 [rows, levels]."""
     if sid_column == ITEM_ID:
         return table[ITEM_ID].to_numpy().astype(np.int64)[:, None]
-    codes, offsets = _integer_lists(path, table, sid_column)
+    codes, offsets = integer_lists(path, sid_column, table[sid_column])
     lengths = np.diff(offsets)
     levels = int(lengths[0])
     ragged = np.flatnonzero(lengths != levels)
@@ -319,37 +246,3 @@ def _read_sids(
             f"expected 0..{limits[level] - 1}{hint}"
         )
     return sids
-
-
-def _read_histories(path: Path, items: int) -> Histories:
-    table = _read_table(
-        path, {"user_id": "string", "item_ids": "list of item ids, oldest first"}, ("timestamps",)
-    )
-    flat, offsets = _integer_lists(path, table, "item_ids")
-    lengths = np.diff(offsets)
-    empty = np.flatnonzero(lengths == 0)
-    if len(empty):
-        raise UserError(f"{path}: row {int(empty[0])}: item_ids is empty")
-    unknown = np.flatnonzero((flat < 0) | (flat >= items))
-    if len(unknown):
-        row = int(np.searchsorted(offsets, unknown[0], side="right")) - 1
-        raise UserError(
-            f"{path}: row {row}: unknown item {flat[unknown[0]]}; items.parquet has 0..{items - 1}"
-        )
-    timestamps = None
-    if "timestamps" in table.column_names:
-        timestamps, time_offsets = _integer_lists(path, table, "timestamps")
-        differ = np.flatnonzero(np.diff(time_offsets) != lengths)
-        if len(differ):
-            row = int(differ[0])
-            raise UserError(
-                f"{path}: row {row}: {time_offsets[row + 1] - time_offsets[row]} timestamps for "
-                f"{lengths[row]} items"
-            )
-        backwards = np.diff(timestamps) < 0
-        backwards[offsets[1:-1] - 1] = False  # from one user to the next
-        if backwards.any():
-            at = int(np.flatnonzero(backwards)[0])
-            row = int(np.searchsorted(offsets, at, side="right")) - 1
-            raise UserError(f"{path}: row {row}: timestamps go backwards, expected oldest first")
-    return Histories(flat, offsets, _user_ids(path, table), timestamps)
