@@ -12,6 +12,9 @@ import numpy as np
 from prefixmem_jax.data.batch import Rows, take_rows
 from prefixmem_jax.errors import UserError
 
+# Batches are read ahead by these; so many are held at most.
+READING = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
+
 
 class RowSource(Protocol):
     """Rows by their number, one or several."""
@@ -24,7 +27,7 @@ class RowSource(Protocol):
 
 
 class RowsInMemory:
-    """Rows of host arrays by their number."""
+    """Rows of host arrays, or of what can be indexed like one, by their number."""
 
     def __init__(self, rows: Rows):
         self._rows = rows
@@ -59,10 +62,10 @@ def training_batches(source: RowSource, batch_size: int, seed: int) -> grain.Dat
             f"data.batch_size={batch_size} rows, but the training data packs into only "
             f"{len(source)} rows; use a smaller batch"
         )
-    order = _in_order(grain.MapDataset.range(len(source)), seed)[jax.process_index() :: processes]
+    order = _in_order(len(source), seed)[jax.process_index() :: processes]
     # Numbers go through the pipeline: rows would do so one by one.
     share = order.batch(batch_size // processes).map(source.take)
-    return iter(share.to_iter_dataset())
+    return iter(share.to_iter_dataset(READING))
 
 
 def rows_of_batch(number: int, rows: int, batch_size: int, seed: int) -> list[int]:
@@ -71,13 +74,13 @@ def rows_of_batch(number: int, rows: int, batch_size: int, seed: int) -> list[in
     Args:
       rows: how many there are to learn from.
     """
-    order = _in_order(grain.MapDataset.range(rows), seed)
+    order = _in_order(rows, seed)
     return [order[place] for place in range((number - 1) * batch_size, number * batch_size)]
 
 
-def _in_order(rows: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """The one global order: all rows, reshuffled every epoch, without an end."""
-    return rows.shuffle(seed=seed).repeat()
+def _in_order(rows: int, seed: int) -> grain.MapDataset:
+    """The one global order: numbers of all rows, reshuffled every epoch, without an end."""
+    return grain.MapDataset.range(rows).shuffle(seed=seed).repeat()
 
 
 def global_batch(local: Rows, sharding: jax.sharding.Sharding) -> Rows:
