@@ -30,9 +30,9 @@ def inspect(
     Raises:
       UserError: the config's objective does not learn from sequences of tokens.
     """
-    data = prepare_data(config.data)
     if not isinstance(config.objective.abstract_batch(config.data), Batch):
         raise UserError("data inspect: this objective's examples are no sequences of tokens")
+    data = prepare_data(config.data)
     source, split = training_source(config, data), data.split
     length = config.data.sequence_length
     within = real = predicted = 0

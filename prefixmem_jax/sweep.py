@@ -11,9 +11,10 @@ from typing import Any
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config
 from prefixmem_jax.config_groups import DataConfig
-from prefixmem_jax.data.prepare import PreparedData, prepare_data
+from prefixmem_jax.data.prepare import TrainingData
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_json
+from prefixmem_jax.objectives.objective import Objective
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.text import aligned
 from prefixmem_jax.training.loop import train
@@ -38,12 +39,13 @@ def sweep(
     """
     runs = combinations(config, overrides)
     results: list[dict[str, Any]] = []
-    prepared: dict[DataConfig, PreparedData] = {}
+    prepared: dict[tuple[type[Objective], DataConfig], TrainingData] = {}
     for number, (name, values, one) in enumerate(runs, start=1):
         say(f"run {number} of {len(runs)}: {name}")
-        if one.data not in prepared:
-            prepared = {one.data: prepare_data(one.data)}  # one dataset is held at a time
-        train(one, out / name, prepared[one.data])
+        key = type(one.objective), one.data
+        if key not in prepared:
+            prepared = {key: one.objective.prepare(one.data)}  # one dataset is held at a time
+        train(one, out / name, prepared[key])
         results.append({"run": name, **values, **best_validation(one, out / name)})
         results.sort(key=lambda result: _worth(one, result), reverse=True)
         write_json(out / "sweep.json", results)

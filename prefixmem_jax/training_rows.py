@@ -12,7 +12,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Rows
 from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.pipeline import RowsInMemory, RowSource
-from prefixmem_jax.data.prepare import PIECE, PreparedData, StoredData, open_data, prepare_data
+from prefixmem_jax.data.prepare import PIECE, PreparedData, StoredData, TrainingData, open_data
 from prefixmem_jax.data.shards import INDEX, PackedShards, write_shards
 from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.errors import UserError
@@ -24,7 +24,7 @@ KEYS = ("sid_column", "split", "holdout", "text_tokens", "text_length")
 KEYS += ("max_items", "sequence_length")
 
 
-def training_source(config: Config, data: PreparedData) -> RowSource:
+def training_source(config: Config, data: TrainingData) -> RowSource:
     """All rows that a config trains on.
 
     Raises:
@@ -36,13 +36,13 @@ def training_source(config: Config, data: PreparedData) -> RowSource:
     return PackedShards(config.data.packed, like, _made_from(config, data))
 
 
-def training_data(config: Config) -> PreparedData:
+def training_data(config: Config) -> TrainingData:
     """What training needs of a config's data: few histories, where rows are packed.
 
     But to count what stands next to what it needs all of them.
     """
     if config.data.packed is None or config.evaluation.transition_share > 0:
-        return prepare_data(config.data)
+        return config.objective.prepare(config.data)
     return open_data(config.data).validation_alone(config.evaluation.validation_examples)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Any pytree of host arrays with one row per example; a `Batch` is one.
+# Any pytree of host arrays, or of what is indexed like one, with one row per example: a `Batch`.
 Rows = Any
 Array = np.ndarray | jax.Array | jax.ShapeDtypeStruct
 

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,6 +32,31 @@ from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 FORMATS = "prefixmem_jax.data.formats"
 
 
+class DataFacts(NamedTuple):
+    """What a run notes of its data.
+
+    Attributes:
+      sha256: of all; catalogue_sha256: of what there is of the items.
+      items, users: how many.
+    """
+
+    name: str
+    sha256: str
+    catalogue_sha256: str
+    items: int
+    users: int
+
+
+class TrainingData(Protocol):
+    """What every training asks of its data; their objective knows what else there is."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def facts(self) -> DataFacts: ...
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """A dataset, its split and its tokens; `process` is what made it, where it is synthetic."""
@@ -43,6 +69,13 @@ class PreparedData:
     @property
     def catalog(self) -> Catalog:
         return self.dataset.catalog
+
+    @property
+    def facts(self) -> DataFacts:
+        dataset, catalog = self.dataset, self.catalog
+        return DataFacts(
+            dataset.name, dataset.sha256, catalog.sha256, len(catalog), len(dataset.histories)
+        )
 
     @property
     def item_tokens(self) -> np.ndarray:

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.batch import Rows
 from prefixmem_jax.data.documents.document import Corpus
-from prefixmem_jax.data.prepare import PreparedData
+from prefixmem_jax.data.prepare import TrainingData, prepare_data
 from prefixmem_jax.kinds import Kind
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
@@ -31,6 +32,10 @@ class Objective(Kind, ABC):
     generates: ClassVar[bool] = False
     # Whether its LLM is a decoder too, which Hugging Face folders hold.
     exports: ClassVar[bool] = False
+    # What it learns from, one by one: what a run counts.
+    unit: ClassVar[str] = "tokens"
+    # Parts that `moved` gives: they get no gradient, and no optimizer touches them.
+    moved_parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def sids_alone(self) -> bool:
@@ -40,9 +45,23 @@ class Objective(Kind, ABC):
     def check(self, config: Any) -> None:
         """Raises UserError where another group of the `config.Config` does not go with it."""
 
+    def prepare(self, config: DataConfig) -> TrainingData:
+        """What there is to learn from."""
+        return prepare_data(config)
+
     @abstractmethod
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> nnx.Module:
         """The model that a `config.Config` describes and this trains, freshly drawn."""
+
+    def first_values(self, config: Any, data: TrainingData, mesh: Mesh) -> dict[str, Any]:
+        """Parameters that a run, where it takes none of another one, starts from in place of drawn
+        ones: host arrays by name, by part.
+
+        Args:
+          mesh: of this process's devices, to compute them on.
+        """
+        del config, data, mesh
+        return {}
 
     @abstractmethod
     def abstract_batch(
@@ -61,7 +80,7 @@ class Objective(Kind, ABC):
 
     @abstractmethod
     def validation_rows(
-        self, data: PreparedData, config: DataConfig, examples: int, length_multiple: int
+        self, data: TrainingData, config: DataConfig, examples: int, length_multiple: int
     ) -> Rows:
         """Rows of a fixed sample of held-out examples.
 
@@ -82,6 +101,22 @@ class Objective(Kind, ABC):
           key: of this step, for dropout and sampling; None where nothing may be random, as in
             validation.
         """
+
+    def moved(
+        self, params: dict[str, Any], sums: dict[str, Any], step: jax.Array, key: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a step makes of the parts that no gradient moves, such as moving averages.
+
+        Args:
+          params: after the optimizer's update.
+          sums: `loss_sums` of the whole batch.
+          step: updates before this one; key: of this step, for what is random.
+
+        Returns:
+          The `moved_parts`, and those of the sums that are reported.
+        """
+        del params, step, key
+        return {}, sums
 
     @abstractmethod
     def summarize(self, sums: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -17,7 +17,7 @@ import jax
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.config_groups import DataConfig
-from prefixmem_jax.data.prepare import PreparedData, load_catalog, prepare_data
+from prefixmem_jax.data.prepare import PreparedData, TrainingData, load_catalog, prepare_data
 from prefixmem_jax.data.shards import index_sha256
 from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.data.transitions import Transitions
@@ -68,18 +68,15 @@ class DataDescription:
     packed_sha256: str | None = None
 
     @classmethod
-    def of(cls, data: PreparedData, config: DataConfig) -> DataDescription:
+    def of(cls, data: TrainingData, config: DataConfig) -> DataDescription:
         """Of data, and of the other files that a config names."""
-        dataset, catalog = data.dataset, data.catalog
         return cls(
-            dataset.name,
-            dataset.sha256,
-            catalog.sha256,
-            catalog.space.codebook_sizes,
-            len(catalog),
-            len(dataset.histories),
-            None if config.tokenizer is None else tokenizer_sha256(config.tokenizer),
-            None if config.packed is None else index_sha256(config.packed),
+            **data.facts._asdict(),
+            codebook_sizes=data.vocabulary.space.codebook_sizes,
+            tokenizer_sha256=(
+                None if config.tokenizer is None else tokenizer_sha256(config.tokenizer)
+            ),
+            packed_sha256=None if config.packed is None else index_sha256(config.packed),
         )
 
 

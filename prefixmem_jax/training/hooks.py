@@ -199,7 +199,7 @@ class Logging(Hook):
         if self.writer:
             self.writer.write(progress.step, record)
         rate = totals["tokens"] / max(totals["seconds"], 1e-9)
-        text = f"loss {summary['loss']:.3f}, {rate:,.0f} tokens/s"
+        text = f"loss {summary['loss']:.3f}, {rate:,.0f} {self.objective.unit}/s"
         if "mfu" in record:
             text += f", {record['mfu']:.0%} MFU"
         if waited > WAITED_LONG * passed:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config_groups import InitConfig
+from prefixmem_jax.data.prepare import TrainingData
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.hf.load import load_parts, load_rows
 from prefixmem_jax.hf.safetensors_files import SafetensorsFolder, has_safetensors
@@ -62,10 +63,39 @@ def initial_state(spec: ModelSpec, options: InitConfig, seed: int) -> TrainState
     state = init_sharded(spec, seed, without=loaded)
     memory = loaded.pop("memory", {"rows": state.memory})["rows"]
     params = {part: loaded.get(part, state.params.get(part)) for part in spec.params}
+    return _with_params(spec, state._replace(memory=memory), params)
+
+
+def first_state(spec: ModelSpec, data: TrainingData) -> TrainState:
+    """`initial_state`, with what the objective computes from the data where it takes nothing."""
+    config = spec.config
+    state = initial_state(spec, config.init, config.seed)
+    if config.init.run is not None or config.init.from_huggingface is not None:
+        return state
+    values = config.objective.first_values(config, data, spec.mesh.local_mesh)
+    if not values:
+        return state
+    return _with_params(spec, state, _replaced(state.params, values))
+
+
+def _replaced(params: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters, those that `values` has in place of their own."""
+
+    def replaced(old: Any, value: Any) -> Any:
+        if isinstance(old, dict):
+            return _replaced(old, value)
+        host = np.asarray(value, old.dtype)
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: host[index])
+
+    return params | {name: replaced(params[name], value) for name, value in values.items()}
+
+
+def _with_params(spec: ModelSpec, state: TrainState, params: dict[str, Any]) -> TrainState:
+    """The state with other parameters, and where they are averaged the average of those."""
     average = None
     if spec.config.optimizer.average_decay is not None:  # arrays of its own, since steps donate
         average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(params)
-    return state._replace(params=params, memory=memory, average=average)
+    return state._replace(params=params, average=average)
 
 
 def parts_of_folder(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.pipeline import global_batch, training_batches
-from prefixmem_jax.data.prepare import PreparedData
+from prefixmem_jax.data.prepare import TrainingData
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import tuned_transitions
 from prefixmem_jax.evaluation.validation import ValidationRetrieval
@@ -37,7 +37,7 @@ from prefixmem_jax.training.hooks import (
     Progress,
     Validation,
 )
-from prefixmem_jax.training.initialise import initial_state
+from prefixmem_jax.training.initialise import first_state
 from prefixmem_jax.training.parts import abstract_parts, from_parts
 from prefixmem_jax.training.state import TrainState
 from prefixmem_jax.training.step import (
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 def train(
     config: Config,
     folder: Path,
-    data: PreparedData | None = None,
+    data: TrainingData | None = None,
     profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains to `config.steps`, resuming from the run's own newest checkpoint if it has one.
@@ -72,7 +72,8 @@ def train(
     if profile is not None and is_remote(folder):
         raise UserError(f"{folder}: --profile writes into the run; expected one of this machine")
     check_boards(config)
-    data, run, objective = data or training_data(config), Run(folder), config.objective
+    run, objective = Run(folder), config.objective
+    data = training_data(config) if data is None else data
     mesh = make_mesh(config.mesh)
     source = training_source(config, data)
     config = with_batch_size(config, len(source), mesh)
@@ -80,7 +81,7 @@ def train(
     spec = ModelSpec.create(config, data.vocabulary, mesh)
     iterator = training_batches(source, config.data.batch_size, config.seed)
     # What `init` gets wrong is found before the run directory is touched.
-    state = None if run.has_checkpoint else initial_state(spec, config.init, config.seed)
+    state = None if run.has_checkpoint else first_state(spec, data)
     first = jax.process_index() == 0
     with ExitStack() as stack:
         if first:

@@ -50,7 +50,7 @@ def init_state(spec: ModelSpec, key: jax.Array) -> TrainState:
     if spec.table is not None:
         memory = spec.table.init(memory_key)
         memory_state = spec.table.init_optimizer(memory_optimizer(config))
-    learning = trainable_tree(params, config.optimizer.trainable)
+    learning = trainable_tree(params, config)
     optimizer = dense_optimizer(config).init(learning)
     average = None if config.optimizer.average_decay is None else params
     return TrainState(jnp.int32(0), params, optimizer, memory, memory_state, average)
@@ -73,7 +73,7 @@ def abstract_state(spec: ModelSpec) -> TrainState:
         dense_optimizer(config),
         lambda _, parameter: parameter,
         shapes.optimizer,
-        trainable_tree(spec.params, config.optimizer.trainable),
+        trainable_tree(spec.params, config),
         transform_non_params=lambda leaf: placed(leaf, P()),
     )
     return TrainState(

@@ -28,6 +28,8 @@ from prefixmem_jax.training.trainable import merged_with, only_trainable, traina
 
 # What the model looks up is drawn by a key that is no piece's: pieces are numbered from 0.
 DRAWING = 2**32 - 1
+# So is what the objective moves.
+MOVING = 2**32 - 2
 
 
 def abstract_batch(spec: ModelSpec) -> Any:
@@ -72,6 +74,7 @@ def train_step(
     scale = clip_scale(squared_norm, config.optimizer.clip_norm)
 
     params, optimizer, update_norms = _update_dense(spec, state, gradients, scale, finite)
+    params, sums = _moved(spec, params, sums, state.step, key, finite)
     memory, memory_state = state.memory, state.memory_optimizer
     metrics = {
         "loss": loss,
@@ -109,6 +112,25 @@ def _updated_average(
     return jax.tree.map(lambda old, new: old + rate * (new - old), state.average, params)
 
 
+@jax.named_scope("moved")
+def _moved(
+    spec: ModelSpec,
+    params: dict[str, Any],
+    sums: dict[str, Any],
+    step: jax.Array,
+    key: jax.Array,
+    finite: jax.Array,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters with what the objective moves itself, if the step is finite; what of the sums
+    is reported.
+    """
+    moving = jax.random.fold_in(key, MOVING)
+    parts, reported = spec.config.objective.moved(params, sums, step, moving)
+    old = {part: params[part] for part in parts}
+    moved = jax.tree.map(lambda new, before: jnp.where(finite, new, before), parts, old)
+    return {**params, **moved}, reported
+
+
 @jax.named_scope("optimizer")
 def _update_dense(
     spec: ModelSpec, state: TrainState, gradients: Any, scale: jax.Array, finite: jax.Array
@@ -116,7 +138,7 @@ def _update_dense(
     """Dense parameters and their optimizer's state after an update, if it is finite; its norms."""
     trainable = spec.config.optimizer.trainable
     gradients = jax.tree.map(lambda g: g * scale, gradients)
-    old = trainable_tree(state.params, trainable)
+    old = trainable_tree(state.params, spec.config)
     updates, optimizer = dense_optimizer(spec.config).update(gradients, state.optimizer, old)
     new = only_trainable(optax.apply_updates(old, updates), old, trainable, spec.vocabulary)
     new, optimizer = jax.tree.map(
@@ -150,7 +172,7 @@ def _gradients(
         gradients, sums = jax.grad(summed_loss, argnums=(0, 1), has_aux=True)(learning, rows, piece)
         return sums, gradients
 
-    learning = trainable_tree(params, options.trainable)
+    learning = trainable_tree(params, spec.config)
     rows, index = (None, None) if fetched is None else (fetched.rows, fetched.index.by_position)
     pieces = options.accumulation_steps
     if pieces == 1:

@@ -1,4 +1,5 @@
-"""Which dense parameters learn: `config_groups.OptimizerConfig.trainable`.
+"""Which dense parameters learn by their gradient: `config_groups.OptimizerConfig.trainable`, but
+for the parts that the objective moves itself.
 
 What is frozen gets no gradient and has no optimizer state. Of the token tables, `new_tokens` trains
 the SID tokens only: their optimizer state spans the table, their text rows stay as they are.
@@ -11,13 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import Trainable
 from prefixmem_jax.models.token_tables import TOKEN_AXIS
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
-def trainable_tree(params: dict[str, Any], trainable: Trainable) -> dict[str, Any]:
+def trainable_tree(params: dict[str, Any], config: Config) -> dict[str, Any]:
     """The subtree of `params` (by part) that learns, at least in part of its numbers."""
+    trainable, moved = config.optimizer.trainable, config.objective.moved_parts
+    params = {part: tree for part, tree in params.items() if part not in moved}
     if trainable == "everything" or "llm" not in params:
         return params
     chosen = {part: tree for part, tree in params.items() if part != "llm"}
@@ -30,7 +34,7 @@ def trainable_tree(params: dict[str, Any], trainable: Trainable) -> dict[str, An
 def merged_with(params: dict[str, Any], learned: dict[str, Any]) -> dict[str, Any]:
     """`params` with the leaves of a `trainable_tree` in their places."""
     if "llm" not in params:
-        return learned
+        return {**params, **learned}
     return {**params, **learned, "llm": {**params["llm"], **learned.get("llm", {})}}
 
 
