@@ -37,7 +37,8 @@ class Config:
     Attributes:
       objective: what the run learns: `next_token` trains the decoder, with the SID encoder if there
         is one (stage 2, baseline); `classification` the SID encoder alone (stage 1); `tiger` an
-        encoder-decoder of `model`'s shape, with the SID encoder or without.
+        encoder-decoder of `model`'s shape, with the SID encoder or without; `rq_vae`, which
+        `prefixmem sids` trains, an autoencoder of items' vectors.
       wandb: the project of Weights & Biases that shows the run's records too, or none.
       sid_encoder: what is added to the input embedding at SID positions, or none.
       item_head: what scores whole items beside their codes, or none.

@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     else:
         raise UserError(f"{path}: a config file ends in .py or .json")
     try:
-        config = _validate(data, Config)
+        config = from_keys(data, Config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for text in overrides:
@@ -139,7 +139,7 @@ def override(config: Root, text: str) -> Root:
                 node[name] = [value]
             elif first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
                 node[name] = int(value)  # steps=1e3
-    return _validate(data, type(config))
+    return from_keys(data, type(config))
 
 
 def _literal(text: str) -> Any:
@@ -162,7 +162,7 @@ def read_config(path: Path, root: type[Root]) -> Root:
     """What `to_json` wrote of a job's keys; UserError names the file where it is something else."""
     data = read_json_object(path)
     try:
-        return _validate(data, root)
+        return from_keys(data, root)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -184,8 +184,8 @@ def _adapter(root: type[Root]) -> TypeAdapter[Root]:
     return TypeAdapter(root)
 
 
-def _validate(data: Any, root: type[Root]) -> Root:
-    """The config that JSON data says, or UserError about the first key that is wrong."""
+def from_keys(data: Any, root: type[Root]) -> Root:
+    """The config that keys, as JSON has them, say; UserError names the first one that is wrong."""
     try:
         return _adapter(root).validate_json(json.dumps(data))
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import zipfile
@@ -31,6 +30,7 @@ from prefixmem_jax.files import reading_npz, replacing_files, write_npz, write_t
 from prefixmem_jax.kinds import STRICT
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.progress import progress_bar
+from prefixmem_jax.quantizer_training import fit_quantizer
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.collisions import add_level, move_to_free
 from prefixmem_jax.semantic_ids.quality import measure
@@ -41,7 +41,7 @@ from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.text_models import embed_titles
 from prefixmem_jax.semantic_ids.texts import TextVectors
 from prefixmem_jax.semantic_ids.vectors import Vectors, read_vectors
-from prefixmem_jax.storage import check_local
+from prefixmem_jax.storage import check_local, remove_folder
 
 # Titles and keys of the items, as `read_titles`.
 Named = tuple[list[str | None], list[str] | None]
@@ -117,7 +117,7 @@ def make_sids(
     beside = out.absolute().parent
     if not beside.is_dir():
         raise UserError(f"{out}: no folder {beside}")
-    unfinished = beside / f".{out.name}.fit.npz"
+    unfinished = beside / f".{out.name}.fit"
     unpacked = beside / f".{out.name}.vectors.npy"
     try:
         vectors, of_texts = _vectors(config, data / ITEMS, named, embeddings, unpacked, fitted)
@@ -127,11 +127,11 @@ def make_sids(
                 f"{quantizer.name}: {vectors.count:,} vectors of {vectors.width} numbers to "
                 f"{quantizer.levels} levels of {quantizer.codes} codes"
             )
-            fitted = of_texts | _fit(quantizer, vectors, unfinished)
+            fitted = of_texts | fit_quantizer(quantizer, vectors, unfinished)
         measured = _write(config, data, out, named, vectors, fitted, earlier)
     finally:
         unpacked.unlink(missing_ok=True)
-    unfinished.unlink(missing_ok=True)
+    remove_folder(unfinished)
     return measured
 
 
@@ -176,25 +176,6 @@ def _vectors(
             f"{vectors.name}: vectors of {vectors.width} numbers, the codebooks' {width}"
         )
     return vectors, {}
-
-
-def _fit(quantizer: Quantizer, vectors: Vectors, unfinished: Path) -> Fitted:
-    """The codes, begun or taken up where an earlier call was killed."""
-    about = hashlib.sha256(to_json(quantizer).encode())
-    some = np.unique(np.linspace(0, vectors.count - 1, 1000).astype(int))
-    about.update(vectors.take(some).tobytes() + str(vectors.count).encode())
-    mine = np.frombuffer(about.digest(), np.uint8)
-    saved: Fitted = {}
-    if unfinished.exists():
-        with reading_npz(unfinished) as arrays:
-            saved = dict(arrays)
-        if not np.array_equal(saved.pop("about"), mine):
-            saved = {}
-
-    def save(state: Fitted) -> None:
-        write_npz(unfinished, {"about": mine, **state})
-
-    return quantizer.fit(vectors, make_mesh(), saved, save)
 
 
 def _write(

@@ -28,7 +28,7 @@ PACKAGE = ROOT / "prefixmem_jax"
 ROOMS = [
     "errors", "text", "progress", "storage", "files", "page", "kinds", "config_groups", "parallel", "semantic_ids",
     "data", "memory", "layers", "sid_encoders", "models", "objectives", "config", "config_files", "model_spec", "inference",
-    "hf", "runs", "evaluation", "training_rows", "training", "planning", "recommender", "inspection", "convert", "sids", "quickstart", "start", "sweep",
+    "hf", "runs", "evaluation", "training_rows", "training", "planning", "recommender", "inspection", "convert", "quantizer_training", "sids", "quickstart", "start", "sweep",
     "benchmarks", "paper", "cli",
 ]  # fmt: skip
 # Written into exported folders, where the package is not.

@@ -15,6 +15,7 @@ from prefixmem_jax.semantic_ids import collisions
 from prefixmem_jax.semantic_ids.clustering import assign, plus_plus, revive
 from prefixmem_jax.semantic_ids.collisions import add_level, move_to_free
 from prefixmem_jax.semantic_ids.quality import measure, target_levels, verdicts_on
+from prefixmem_jax.semantic_ids.quantizers.quantizer import Fitting
 from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
 from prefixmem_jax.semantic_ids.vectors import Vectors
 
@@ -63,7 +64,7 @@ def test_plus_plus_starts_in_every_cluster():
 
 def test_clusters_that_nobody_is_in_come_back():
     centroids = np.array([[0.0, 1.0], [5.0, 5.0], [9.0, 9.0]], np.float32)
-    revived = revive(centroids, np.array([8, 0, 1]), (0,))
+    revived = np.asarray(revive(centroids, np.array([8, 0, 1]), jax.random.key(0)))
     assert np.abs(revived[:2] - centroids[0]).max() < 0.1 and len(np.unique(revived, axis=0)) == 3
     np.testing.assert_array_equal(revived[2], centroids[2])
 
@@ -73,7 +74,7 @@ def test_clusters_that_nobody_is_in_come_back():
 def test_each_level_takes_off_what_it_can(mesh, init, update):
     vectors, of = blobs(900, 8)
     config = ResidualKMeans(codes=(8, 8, 16), init=init, update=update)
-    fitted = config.fit(Vectors(vectors, None, "x"), mesh, {}, lambda state: None)
+    fitted = config.fit(Vectors(vectors, None, "x"), Fitting(mesh))
     codes = config.encode(fitted, vectors, mesh)
     if init == "k-means++":  # the clusters themselves
         pairs = set(zip(codes[:, 0].tolist(), of.tolist(), strict=True))
@@ -101,7 +102,7 @@ def test_balanced_codes_have_more_alike_many_vectors(mesh):
     largest, errors = [], []
     for balance in (0.0, 0.5):
         config = ResidualKMeans(codes=(16, 16), balance=balance)
-        fitted = config.fit(fitted_to, mesh, {}, lambda state: None)
+        fitted = config.fit(fitted_to, Fitting(mesh))
         codes = config.encode(fitted, others, mesh)
         largest.append([np.bincount(codes[:, level]).max() / 1000 * 16 for level in range(2)])
         errors.append(((others - config.decode(fitted, codes)) ** 2).mean() / others.var())
@@ -115,10 +116,10 @@ def test_a_killed_fit_goes_on_bit_identical(mesh, balance):
     vectors = Vectors(blobs(400, 10)[0], None, "x")
     config = ResidualKMeans(codes=(6, 6), iterations=4, balance=balance)
     states = []
-    whole = config.fit(vectors, mesh, {}, lambda state: states.append(dict(state)))
+    whole = config.fit(vectors, Fitting(mesh, save=lambda state: states.append(dict(state))))
     assert len(states) == 8
     for state in states:
-        again = config.fit(vectors, mesh, state, lambda state: None)
+        again = config.fit(vectors, Fitting(mesh, state))
         assert again.keys() == whole.keys()
         for name in whole:
             np.testing.assert_array_equal(again[name], whole[name])
@@ -127,12 +128,12 @@ def test_a_killed_fit_goes_on_bit_identical(mesh, balance):
 def test_codes_do_not_depend_on_pieces_or_order_in_the_file(mesh, monkeypatch):
     vectors, _ = blobs(500, 10)
     config = ResidualKMeans(codes=(6, 6), iterations=4, points=0)
-    whole = config.fit(Vectors(vectors, None, "x"), mesh, {}, lambda state: None)
+    whole = config.fit(Vectors(vectors, None, "x"), Fitting(mesh))
     monkeypatch.setattr("prefixmem_jax.semantic_ids.vectors.PIECE", 64 * vectors.shape[1])
     monkeypatch.setattr("prefixmem_jax.semantic_ids.quantizers.residual_kmeans.KEPT", 0)
     order = np.random.default_rng(0).permutation(500)
     shuffled = Vectors(vectors[order], np.argsort(order), "x")
-    pieces = config.fit(shuffled, mesh, {}, lambda state: None)
+    pieces = config.fit(shuffled, Fitting(mesh))
     for name in whole:
         np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-4, atol=1e-4)
 
@@ -213,7 +214,7 @@ def test_neighbours_share_the_prefixes_that_were_made_of_them(mesh):
     vectors, _ = blobs(400, 4)
     source = Vectors(vectors, None, "x")
     config = ResidualKMeans(codes=(4, 8))
-    fitted = config.fit(source, mesh, {}, lambda state: None)
+    fitted = config.fit(source, Fitting(mesh))
     sids = config.encode(fitted, vectors, mesh)
     measured = measure(
         sids, (4, 8), vectors=source, decode=lambda some: config.decode(fitted, some)
@@ -247,4 +248,4 @@ def test_verdicts_say_what_to_look_at():
 def test_a_config_says_how(mesh):
     narrow = dataclasses.replace(ResidualKMeans(), codes=(600,))
     with pytest.raises(Exception, match="400 vectors for 600 codes"):
-        narrow.fit(Vectors(blobs(400, 4)[0], None, "x"), mesh, {}, lambda state: None)
+        narrow.fit(Vectors(blobs(400, 4)[0], None, "x"), Fitting(mesh))

@@ -1,18 +1,23 @@
 """`prefixmem sids`: a dataset without SIDs becomes one that can be trained on."""
 
 import json
+import signal
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import prefixmem
+from conftest import prefixmem, python_process
 
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.formats.parquet import read_catalog, read_dataset, write_dataset
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.models.new_tokens import read_codebooks
+from prefixmem_jax.runs.checkpoint import saved_steps
+from prefixmem_jax.runs.metrics import read_metrics
+from prefixmem_jax.runs.run import Run
 from prefixmem_jax.semantic_ids import texts, vectors
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.sids import make_sids
@@ -132,6 +137,41 @@ def test_a_killed_call_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ResidualKMeans, "_pass", one_pass)
     make_sids(data, tmp_path / "killed", None, [*WAYS, "quantizer.seed=1"])
     assert whole.read_bytes() != killed.read_bytes()
+
+
+def test_an_autoencoder_is_trained_like_any_other_run(data, tmp_path):
+    """It ends when it is told to and goes on; what it learnt gives new items their SIDs."""
+    ways = ["quantizer=rq_vae", "quantizer.codes=(16,16)", "quantizer.hidden=(16,)"]
+    ways += ["quantizer.batch_size=64", "text_width=12", "collisions=keep"]
+    run = tmp_path / ".x.fit" / "run"
+    call = [data, "--out", tmp_path / "x", *ways, "quantizer.steps=1000000"]
+    script = "import sys; from prefixmem_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = python_process(script, "sids", *call)
+    try:
+        while process.poll() is None and len(read_metrics(run)) < 3:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143, process.communicate()
+    finally:
+        process.kill()
+    assert {"config.json", "data.json", "tensorboard"} <= {path.name for path in run.iterdir()}
+    description = Run(run).data_description
+    assert (description.items, description.codebook_sizes) == (240, (16, 16))
+    assert saved_steps(run)
+    assert not (tmp_path / "x").exists()
+    done = prefixmem("sids", data, "--out", tmp_path / "x", *ways, "quantizer.steps=30")
+    assert "rq_vae: step 30: validation loss" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "x"]
+    report = json.loads((tmp_path / "x" / "sids.json").read_text())
+    assert report["levels"][1]["reconstruction_error"] < 1
+    found = read_codebooks(tmp_path / "x" / "codebooks.npz", SidSpace((16, 16)))
+    assert [array.shape for array in found] == [(16, 12), (16, 12)]
+    table = pq.read_table(data / "items.parquet").sort_by("item_id")
+    more = table.set_column(0, "item_id", [np.arange(240, 480)])  # called as the others are
+    pq.write_table(pa.concat_tables([table, more]), data / "items.parquet")
+    make_sids(data, tmp_path / "more", None, earlier=tmp_path / "x")
+    old, new = (read_catalog(tmp_path / name).sids for name in ("x", "more"))
+    np.testing.assert_array_equal(new, np.concatenate([old, old]))
 
 
 @pytest.mark.parametrize("collisions", ["keep", "level", "move"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from prefixmem_jax.benchmarks.timing import machine
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.progress import say
+from prefixmem_jax.quantizer_training import fit_quantizer
 from prefixmem_jax.semantic_ids.quantizers.quantizer import Quantizer
 from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
 from prefixmem_jax.semantic_ids.quantizers.rq_vae import RqVae
@@ -42,7 +45,7 @@ def bench_sids(
     if codes & (codes - 1):
         raise UserError(f"--codes {codes}: expected a power of two, as faiss wants")
     array = _vectors(count, width)
-    mesh, sizes = make_mesh(devices=jax.devices()[:1]), (codes,) * levels
+    mesh, sizes = make_mesh(), (codes,) * levels
     systems = {"residual_kmeans": _ours(ResidualKMeans(sizes, iterations=iterations), array, mesh)}
     if importlib.util.find_spec("faiss") is not None:
         systems["faiss"] = _faiss(array, levels, codes, iterations)
@@ -90,11 +93,15 @@ def _vectors(count: int, width: int) -> np.ndarray:
 def _ours(config: Quantizer, array: np.ndarray, mesh: jax.sharding.Mesh) -> Codec:
     vectors = Vectors(array, None, "random vectors")
 
+    def fitted_afresh() -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            return fit_quantizer(config, vectors, Path(folder) / "fit")
+
     def encode(fitted: Any) -> np.ndarray:
         return np.concatenate([config.encode(fitted, piece, mesh) for _, piece in vectors.pieces()])
 
     return (
-        lambda: config.fit(vectors, mesh, {}, lambda state: None),
+        fitted_afresh,
         encode,
         config.decode,
     )

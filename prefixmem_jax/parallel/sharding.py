@@ -219,6 +219,28 @@ def by_heads(
     )(heads, batch, *by_head, *shared)
 
 
+def by_rows(
+    function: Callable, batch: tuple[jax.Array, ...], *shared: Any
+) -> tuple[jax.Array, Any]:
+    """Runs a function on each device's own rows of the batch.
+
+    Args:
+      function: of (*batch, *shared); gives an array with a row for each of the batch's, and sums
+        over them, which are added up over the devices.
+      batch: arrays [B, ...]; shared: of every device alike.
+    """
+    if not _explicit_mesh():
+        return function(*batch, *shared)
+
+    def local(batch: tuple, shared: tuple) -> tuple[jax.Array, Any]:
+        by_row, sums = function(*batch, *shared)
+        return by_row, jax.lax.psum(sums, BATCH_AXES)
+
+    return jax.shard_map(local, in_specs=(P(BATCH_AXES), P()), out_specs=(P(BATCH_AXES), P()))(
+        batch, shared
+    )
+
+
 def by_vocabulary(
     function: Callable, hidden_BSD: jax.Array, weight_DV: jax.Array, of_batch: tuple
 ) -> tuple[jax.Array, jax.Array]:

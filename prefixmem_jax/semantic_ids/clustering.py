@@ -65,7 +65,7 @@ def _assign(
         vectors_ND: jax.Array, count: jax.Array, centroids_KD: jax.Array
     ) -> tuple[jax.Array, ...]:
         first = jax.lax.axis_index(axes) * len(vectors_ND)
-        codes_N, errors, counts_K, sums_KD = _nearest(vectors_ND, count - first, centroids_KD)
+        codes_N, errors, counts_K, sums_KD = nearest(vectors_ND, count - first, centroids_KD)
         return codes_N, errors[None], jax.lax.psum(counts_K, axes), jax.lax.psum(sums_KD, axes)
 
     return jax.shard_map(
@@ -76,10 +76,13 @@ def _assign(
     )(vectors_ND, count, centroids_KD)
 
 
-def _nearest(
+def nearest(
     vectors_ND: jax.Array, count: jax.Array, centroids_KD: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Of the first `count` vectors: codes, summed error, vectors by centroid and their sums."""
+    """Of the first `count` vectors: codes, summed error, vectors by centroid and their sums.
+
+    Traceable, on one device's vectors.
+    """
     size, centroids = len(vectors_ND), len(centroids_KD)
     piece = min(max(SCORED // centroids, 1), size)
     while size % piece:
@@ -137,24 +140,30 @@ def _plus_plus(vectors_ND: jax.Array, key: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([first[None], others])
 
 
+@jax.jit
 def revive(
-    centroids: np.ndarray, counts: np.ndarray, seed: tuple[int, ...], least: float = 0.0
-) -> np.ndarray:
+    centroids_KD: jax.Array, counts_K: jax.Array, key: jax.Array, least: float = 0.0
+) -> jax.Array:
     """Centroids, those of small clusters put beside the largest clusters' ones.
 
     Args:
-      counts: vectors of each cluster.
+      counts_K: vectors of each cluster.
       least: clusters of no more than so many are small, if half of the largest is more than that.
     """
-    centroids, counts = centroids.copy(), counts.astype(np.float64)
-    rng = np.random.default_rng(seed)
-    small = np.flatnonzero(counts <= least)
-    for code in small[np.argsort(counts[small], kind="stable")]:
-        largest = int(counts.argmax())
-        if counts[largest] / 2 <= counts[code]:
-            break
-        apart = 1e-3 * rng.standard_normal(centroids.shape[1]) * np.abs(centroids[largest]).mean()
-        centroids[code] = centroids[largest] + apart
-        centroids[largest] -= apart
-        counts[code] = counts[largest] = counts[largest] / 2
-    return centroids
+    order_K, small = jnp.argsort(counts_K), jnp.sum(counts_K <= least)
+
+    def is_left(state: tuple) -> jax.Array:
+        number, _, counts_K = state
+        return (number < small) & (jnp.max(counts_K) / 2 > counts_K[order_K[number]])
+
+    def put_beside(state: tuple) -> tuple:
+        number, centroids_KD, counts_K = state
+        code, largest = order_K[number], jnp.argmax(counts_K)
+        there_D, half = centroids_KD[largest], counts_K[largest] / 2
+        noise_D = jax.random.normal(jax.random.fold_in(key, number), there_D.shape)
+        apart_D = 1e-3 * noise_D * jnp.mean(jnp.abs(there_D))
+        centroids_KD = centroids_KD.at[code].set(there_D + apart_D).at[largest].add(-apart_D)
+        return number + 1, centroids_KD, counts_K.at[code].set(half).at[largest].set(half)
+
+    first = jnp.int32(0), centroids_KD, counts_K.astype(jnp.float32)
+    return jax.lax.while_loop(is_left, put_beside, first)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from prefixmem_jax.errors import UserError
 EMBEDDING = "embedding"
 # Numbers read at a time.
 PIECE = 1 << 24
+# Vectors by which others are told from these.
+DIGESTED = 1000
 
 
 class Vectors:
@@ -43,6 +46,19 @@ class Vectors:
         if len(bad):
             raise UserError(f"{self.name}: the vector of item {items[bad[0]]} is not finite")
         return found
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, items: int | np.ndarray) -> np.ndarray:
+        """As `take`, or of one item: so that batches can be drawn from them as from an array."""
+        return self.take(np.array([items]))[0] if np.ndim(items) == 0 else self.take(items)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of how many there are, and of some of them."""
+        some = np.unique(np.linspace(0, self.count - 1, DIGESTED).astype(int))
+        return hashlib.sha256(self.take(some).tobytes() + str(self.count).encode()).hexdigest()
 
     def slices(self) -> Iterator[slice]:
         """All items, a piece at a time."""

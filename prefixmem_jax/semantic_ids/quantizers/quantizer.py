@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,11 +17,30 @@ from prefixmem_jax.semantic_ids.vectors import Vectors
 # Arrays by name: what was fitted, or how far it has come.
 Fitted = dict[str, np.ndarray]
 Save = Callable[[Fitted], None]
+# Parameters by part of a model, from the keys of the `config.Config` that it is trained by.
+Train = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def level_name(level: int) -> str:
     """Of a level's centroids, by its number from 0; as `init.codebooks` wants them."""
     return f"level_{level + 1}"
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a fit has to work with.
+
+    Attributes:
+      saved: what an earlier, killed fit saved last; empty for a fresh one.
+      save: to be called now and then with all that is needed to go on.
+      train: for what gradients find: trains a model on the vectors as any other run is trained, and
+        goes on by itself where an earlier one was killed.
+    """
+
+    mesh: Mesh
+    saved: Fitted = field(default_factory=dict)
+    save: Save = lambda state: None
+    train: Train | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +73,8 @@ class Quantizer(Kind, abc.ABC):
         return fitted[level_name(0)].shape[1]
 
     @abc.abstractmethod
-    def fit(self, vectors: Vectors, mesh: Mesh, saved: Fitted, save: Save) -> Fitted:
+    def fit(self, vectors: Vectors, fitting: Fitting) -> Fitted:
         """Codes fitted to vectors.
-
-        Args:
-          saved: what an earlier, killed fit saved last; empty for a fresh one.
-          save: called now and then with all that is needed to go on.
 
         Returns:
           arrays by name, of which `level_1`, ... are centroids by level, float32 [codes, any].

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from pydantic import NonNegativeInt, PositiveInt
@@ -14,7 +15,12 @@ from prefixmem_jax.config_groups import Share
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.clustering import assign, plus_plus, revive
-from prefixmem_jax.semantic_ids.quantizers.quantizer import Fitted, Quantizer, Save, level_name
+from prefixmem_jax.semantic_ids.quantizers.quantizer import (
+    Fitted,
+    Fitting,
+    Quantizer,
+    level_name,
+)
 from prefixmem_jax.semantic_ids.residuals import (
     last_level_distances,
     residual_codes,
@@ -47,10 +53,10 @@ class ResidualKMeans(Quantizer):
     update: Literal["pass", "piece"] = "pass"
     balance: Share = 0.0
 
-    def fit(self, vectors: Vectors, mesh: Mesh, saved: Fitted, save: Save) -> Fitted:
-        sample = self._sample(vectors)
+    def fit(self, vectors: Vectors, fitting: Fitting) -> Fitted:
+        sample, saved = self._sample(vectors), fitting.saved
         done = {name: array for name, array in saved.items() if name.startswith("level_")}
-        residuals = _Residuals(self, sample, mesh)
+        residuals = _Residuals(self, sample, fitting.mesh)
         for level in range(len(done)):
             residuals.take_off(done[level_name(level)], level)
         passes = int(saved.get("passes", 0))
@@ -60,8 +66,9 @@ class ResidualKMeans(Quantizer):
             for level in range(len(done), self.levels):
                 centroids = saved["centroids"] if passes else self._first(residuals, level)
                 for number in range(passes, self.iterations):
-                    centroids = self._pass(residuals, centroids, (self.seed, level, number))
-                    save({**done, "centroids": centroids, "passes": np.array(number + 1)})
+                    centroids = self._pass(residuals, centroids, level, number)
+                    state = {"centroids": centroids, "passes": np.array(number + 1)}
+                    fitting.save(done | state)
                     bar.update()
                 passes = 0
                 done[level_name(level)] = centroids
@@ -100,7 +107,7 @@ class ResidualKMeans(Quantizer):
         return found if self.init == "sample" else plus_plus(found, count, int(rng.integers(2**31)))
 
     def _pass(
-        self, residuals: _Residuals, centroids: np.ndarray, seed: tuple[int, ...]
+        self, residuals: _Residuals, centroids: np.ndarray, level: int, number: int
     ) -> np.ndarray:
         """Centroids after one more pass over the vectors."""
         counts = np.zeros(len(centroids), np.int64)
@@ -111,8 +118,10 @@ class ResidualKMeans(Quantizer):
             counts, sums = counts + found.counts, sums + found.sums
             if self.update == "piece":
                 means = _means(centroids, counts, sums)
-        least = self.balance * counts.mean() if 2 * seed[-1] < self.iterations else 0
-        return revive(_means(centroids, counts, sums), counts, seed, least)
+        means = _means(centroids, counts, sums)
+        least = self.balance * counts.mean() if 2 * number < self.iterations else 0.0
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), level), number)
+        return np.asarray(revive(means, counts.astype(np.float32), key, least))
 
 
 class _Residuals:
