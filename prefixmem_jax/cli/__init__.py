@@ -31,47 +31,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
       on.
     """
     terminal.prepare()
+    resumed = distributed = False
     try:
         options = parse(arguments)
-    except SystemExit as stop:  # of --help, and of mistakes in the arguments
-        return stop.code
-    except BrokenPipeError:
-        return terminal.abandon()
-    status = _run(options)
-    if status in (1, 2) and getattr(options, "distributed", False):
-        # One that failed alone is not waited for: its launcher sees at once that it has.
-        from prefixmem_jax.parallel.mesh import leave
-
-        leave(status)
-    return status
-
-
-def _run(options: argparse.Namespace) -> int:
-    """The verb's exit status."""
-    resumed = _is_resumed(options)
-    distributed = getattr(options, "distributed", False)
-    try:
+        resumed, distributed = _is_resumed(options), getattr(options, "distributed", False)
         options.verb(options)
         terminal.flush()
-    except UserError as error:
-        return terminal.fail(str(error), 2)
+    except SystemExit as stop:  # of --help, and of mistakes in the arguments
+        return stop.code
     except KeyboardInterrupt as stop:
         more = "; the same command goes on from what was saved" if resumed else ""
         status = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
         return terminal.fail(f"interrupted{more}", status)
     except BrokenPipeError:
         return terminal.abandon()
-    except OSError as error:
-        return terminal.fail(_reason(error), 1)
     except Exception as error:
-        what = _exhausted(error) or (_left_alone(error) if distributed else None)
-        if what is not None:
-            return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
-        if not distributed:
-            raise
-        traceback.print_exc()
-        return 1
+        status = _failed(error, distributed)
+        if distributed:  # one that failed alone is not waited for: its launcher sees that it has
+            from prefixmem_jax.parallel.mesh import leave
+
+            leave(status)
+        return status
     return 0
+
+
+def _failed(error: Exception, distributed: bool) -> int:
+    """Says what a verb failed with, in one line unless the mistake is ours: the exit status."""
+    if isinstance(error, UserError):
+        return terminal.fail(str(error), 2)
+    if isinstance(error, OSError):
+        return terminal.fail(_reason(error), 1)
+    what = _exhausted(error) or (_left_alone(error) if distributed else None)
+    if what is not None:
+        return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
+    traceback.print_exception(error)
+    return 1
 
 
 def _is_resumed(options: argparse.Namespace) -> bool:
