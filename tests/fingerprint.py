@@ -18,12 +18,16 @@ def of_rows(tokens: np.ndarray | jax.Array) -> int | jax.Array:
     on_host = isinstance(tokens, np.ndarray)
     numpy = np if on_host else jnp
     places = numpy.arange(1, tokens.shape[1] + 1, dtype=numpy.uint32) * numpy.uint32(2654435761)
-    mixed = numpy.sum((tokens.astype(numpy.uint32) + 1) * places, axis=1, dtype=numpy.uint32)
-    mixed = (mixed ^ (mixed >> 15)) * numpy.uint32(
-        2246822519
-    )  # a sum of rows is not that of tokens
+    mixed = (tokens.astype(numpy.uint32) + 1) * places
+    # A row's sum is not that of other tokens, nor that of rows a sum of tokens.
+    mixed = numpy.sum(_scrambled(mixed), axis=1, dtype=numpy.uint32)
+    mixed = _scrambled(mixed)
     total = numpy.sum(mixed, dtype=numpy.uint32)
     return int(total) if on_host else total
+
+
+def _scrambled(numbers: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    return (numbers ^ (numbers >> 15)) * np.uint32(2246822519)
 
 
 @dataclass(frozen=True)
