@@ -27,7 +27,7 @@ from prefixmem_jax.training_rows import pack, training_data, training_source
 
 LENGTH = 10  # items of a history, on average
 # Batches that are read: the first ones, which may lie ready when the clock starts, do not count.
-UNTIMED, TIMED = 600, 1500
+UNTIMED, TIMED = 550, 500
 
 
 def bench_input(interactions: int, shards: int, workers: int, repeats: int) -> dict[str, Any]:
@@ -58,7 +58,13 @@ def bench_input(interactions: int, shards: int, workers: int, repeats: int) -> d
         )
         about = in_its_own_process(generate, generator, data)
         config = load_config(
-            "quickstart/baseline", [f"data.path={data}", f"data.packed={rows}", "steps=3"]
+            "quickstart/baseline",
+            [
+                f"data.path={data}",
+                f"data.packed={rows}",
+                "steps=3",
+                "evaluation.validation_examples=40",
+            ],
         )
         measured = {
             "machine": machine(),

@@ -13,7 +13,8 @@ def bench(options: argparse.Namespace) -> None:
     from prefixmem_jax.files import write_json
     from prefixmem_jax.planning.topology import simulate_cpu_devices
 
-    simulate_cpu_devices(8)
+    if options.benchmark is not bench_input:  # which starts a run: on all devices that there are
+        simulate_cpu_devices(8)
     if getattr(options, "peer", False):  # or JAX takes most of a GPU's memory before torch's turn
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     start()
