@@ -101,7 +101,7 @@ def test_help_teaches_every_verb(capsys):
     for verb in verbs:
         assert f"examples:\n  prefixmem {verb} " in printed(capsys, verb, "--help")
     benchmarks = re.findall(r"^    (\w+)", printed(capsys, "bench"), re.MULTILINE)
-    assert len(benchmarks) == 5
+    assert len(benchmarks) == 6
     for name in benchmarks:
         assert f"examples:\n  prefixmem bench {name}" in printed(capsys, "bench", name, "--help")
 

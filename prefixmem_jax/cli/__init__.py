@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return terminal.abandon()
     except Exception as error:
         status = _failed(error, distributed)
+        if status is None and not distributed:
+            raise
+        if status is None:
+            traceback.print_exc()
+            status = 1
         if distributed:  # one that failed alone is not waited for: its launcher sees that it has
             from prefixmem_jax.parallel.mesh import leave
 
@@ -55,17 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _failed(error: Exception, distributed: bool) -> int:
-    """Says what a verb failed with, in one line unless the mistake is ours: the exit status."""
+def _failed(error: Exception, distributed: bool) -> int | None:
+    """Says in one line what a verb failed with: the exit status; None where the mistake is ours."""
     if isinstance(error, UserError):
         return terminal.fail(str(error), 2)
     if isinstance(error, OSError):
         return terminal.fail(_reason(error), 1)
     what = _exhausted(error) or (_left_alone(error) if distributed else None)
-    if what is not None:
-        return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
-    traceback.print_exception(error)
-    return 1
+    if what is None:
+        return None
+    return terminal.fail(f"{what} ({str(error).partition(chr(10))[0]})", 1)
 
 
 def _is_resumed(options: argparse.Namespace) -> bool:
