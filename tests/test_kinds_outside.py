@@ -214,10 +214,10 @@ def test_an_engine_searches_with_it_as_whole_forward_passes_do(trained):
     parts = jax.tree.map(lambda leaf: jnp.asarray(jax.device_get(leaf)), run.load(spec))
     expected = scores_without_cache(spec, parts, engine.item_tokens, histories, codes)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=2e-5)
-    # The vectors matter: without them, every SID gets another score.
+    # The vectors matter: without them, every SID gets another score, by ten times the tolerance.
     silent = {**parts, "sid_encoder": jax.tree.map(jnp.zeros_like, parts["sid_encoder"])}
     silent = scores_without_cache(spec, silent, engine.item_tokens, histories, codes)
-    assert (np.abs(silent - expected) > 1e-3).all()
+    assert (np.abs(silent - expected) > 2e-4).all()
 
 
 def scores_without_cache(spec, parts, item_tokens, histories, codes):
