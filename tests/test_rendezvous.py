@@ -53,15 +53,15 @@ def test_a_process_that_comes_long_before_the_first_hears_the_same(free_port):
 
     def come_early() -> None:
         with pytest.raises(UserError) as error:
-            meet("127.0.0.1", free_port, 3, 2, 3)
+            meet("127.0.0.1", free_port, 3, 2, 8)
         heard.append(str(error.value))
 
     early = threading.Thread(target=come_early)
     early.start()
     time.sleep(2)
-    heard += meeting(free_port, (0,), 3, 8)  # it ends later than the other would by itself
+    heard += meeting(free_port, (0,), 3, 12)  # it ends later than the other would by itself
     early.join(60)
-    words = "--distributed: process 1 of 3 did not come within 8 s (they count from 0)"
+    words = "--distributed: process 1 of 3 did not come within 12 s (they count from 0)"
     assert heard == [words, words]
 
 
