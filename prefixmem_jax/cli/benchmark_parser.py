@@ -113,39 +113,27 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
             metavar="N",
             help=f"{what} (default: {' '.join(map(str, default))})",
         )
-    for flag, default, what in (
+    add_counts(
+        decode,
         ("--users", 2, "in one batch"),
         ("--levels", 5, "of the SIDs"),
         ("--codes", 2048, "by level"),
         ("--repeats", 15, "timed calls"),
-    ):
-        decode.add_argument(
-            flag,
-            type=positive,
-            default=default,
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
+    )
     sids = benchmark(
         "sids",
         benchmark_verbs.bench_sids,
         "Vectors to codes: k-means, RQ-VAE, and faiss where it is installed (faiss-cpu).",
         "  prefixmem bench sids --vectors 1000000 --codes 2048",
     )
-    for flag, default, what in (
+    add_counts(
+        sids,
         ("--vectors", 200_000, "random ones"),
         ("--width", 256, "numbers of a vector"),
         ("--levels", 3, "of the SIDs"),
         ("--codes", 1024, "by level; a power of two"),
         ("--iterations", 10, "of k-means"),
-    ):
-        sids.add_argument(
-            flag,
-            type=positive,
-            default=default,
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
+    )
     sids.add_argument(
         "--steps",
         type=number_from(0),
@@ -168,13 +156,19 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         "From histories to batches: packing into files, and reading them beside a train step.",
         "  prefixmem bench input --interactions 100000000   # 2 GB on disk",
     )
-    for flag, default, what in (
+    add_counts(
+        pipeline,
         ("--interactions", 2_000_000, "generated ones to pack"),
         ("--shards", 16, "files"),
         ("--workers", os.cpu_count() or 1, "processes that pack"),
         ("--repeats", 30, "timed train steps"),
-    ):
-        pipeline.add_argument(
+    )
+
+
+def add_counts(to: argparse.ArgumentParser, *flags: tuple[str, int, str]) -> None:
+    """Flags that take a number from 1: name, default, and what there are so many of."""
+    for flag, default, what in flags:
+        to.add_argument(
             flag,
             type=positive,
             default=default,
