@@ -205,7 +205,7 @@ def test_an_engine_searches_with_it_as_whole_forward_passes_do(trained):
         with pytest.raises(UserError, match="a nearness:Nearness run has no decoder"):
             run.engine()
         return
-    histories = [np.array([3, 17, 5]), np.array([8]), np.array([40, 2])]
+    histories = [np.array([3, 17, 5]), np.array([9]), np.array([40, 2])]
     engine = run.engine(devices=devices[:4])  # a table's rows are spread over them
     codes, scores = engine.search(histories, 5, constrained=True)
     assert (engine.catalog.groups(codes.reshape(-1, 3)) >= 0).all()
@@ -214,10 +214,10 @@ def test_an_engine_searches_with_it_as_whole_forward_passes_do(trained):
     parts = jax.tree.map(lambda leaf: jnp.asarray(jax.device_get(leaf)), run.load(spec))
     expected = scores_without_cache(spec, parts, engine.item_tokens, histories, codes)
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=2e-5)
-    # The vectors matter: without them, every SID gets another score, by ten times the tolerance.
+    # The vectors matter: without them, every SID gets another score.
     silent = {**parts, "sid_encoder": jax.tree.map(jnp.zeros_like, parts["sid_encoder"])}
     silent = scores_without_cache(spec, silent, engine.item_tokens, histories, codes)
-    assert (np.abs(silent - expected) > 2e-4).all()
+    assert (np.abs(silent - expected) > 1e-3).all()
 
 
 def scores_without_cache(spec, parts, item_tokens, histories, codes):
