@@ -15,6 +15,7 @@ from models import DECODER, FAMILIES, make_encoder_decoder, make_model, prompts,
 from prefixmem_jax.data.formats.parquet import read_catalog
 from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
+from prefixmem_jax.inference.item_prior import Returning
 
 
 def brute_force(model, rows_at, catalog, histories, candidates):
@@ -91,7 +92,8 @@ def searched(request):
     model, rows_at, catalog, rng = make_model((5, 4, 6), 40, request.param, 3)
     histories = [rng.integers(0, 40, length) for length in (4, 1, 3)]
     cached = CachedSidLM(model, rows_at)
-    compiled = jax.jit(lambda p, gone: beam_search(cached, p, 6, catalog.trie.levels, gone))
+    levels = catalog.trie.levels
+    compiled = jax.jit(lambda p, gone: beam_search(cached, p, 6, levels, Returning(gone, 0)))
 
     def search(histories, excluded=((-1, -1),) * 3):
         given = prompts(model, catalog, histories, 4)

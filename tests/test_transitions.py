@@ -29,7 +29,7 @@ from prefixmem_jax.evaluation.heuristics import (
 from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.inference.engine import last_items
-from prefixmem_jax.inference.item_prior import Returning
+from prefixmem_jax.inference.item_prior import NEVER, Returning
 from prefixmem_jax.inference.transition_prior import TransitionTable, transition_prior
 from prefixmem_jax.recommender import recommend
 from prefixmem_jax.runs.run import TRANSITIONS, Run
@@ -104,7 +104,7 @@ def test_how_often_histories_come_back_to_an_item(data):
     assert return_rate(split) == 1 / 5
 
 
-@pytest.mark.parametrize("share, returns", [(0.3, None), (1.0, None), (0.3, 0.0), (0.6, 0.4)])
+@pytest.mark.parametrize("share, returns", [(0.3, 0.0), (1.0, 0.0), (0.3, NEVER), (0.6, 0.4)])
 def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
     """Against scoring every SID by itself; the third user's items were never followed.
 
@@ -114,7 +114,7 @@ def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
     near = rng.integers(0, 3, (40, 40)) * (rng.random((40, 40)) < 0.1)
     near[[30, 31]] = 0
     near[17, 5] = 2  # which the first user has had
-    transitions = Transitions(sparse.csr_array(near.astype(float)), 0.6, returns or 0.0)
+    transitions = Transitions(sparse.csr_array(near.astype(float)), 0.6, returns)
     histories = [[3, 17, 5], [8], [30, 31]]
     seen = np.array([[catalog.group_of_item[5], -1], [-1, -1], [-1, -1]])
     rates = transitions.decay, transitions.returns
@@ -125,12 +125,10 @@ def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
 
     @jax.jit
     def search(table, recent, seen):
-        gone, returning = (
-            (seen, None) if returns is None else (None, Returning(seen, table.returns))
-        )
-        prior = transition_prior(table, recent, gone, groups, trie, share, returning)
+        returning = Returning(seen, table.returns)
+        prior = transition_prior(table, recent, returning, groups, trie, share)
         cached = CachedSidLM(model, rows_at)
-        return beam_search(cached, batch, size, trie, gone, transitions=prior)
+        return beam_search(cached, batch, size, trie, returning, transitions=prior)
 
     found = search(table, last_items(histories, 4), seen)
     by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
@@ -138,12 +136,11 @@ def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
         said = np.bincount(
             catalog.group_of_item, transitions.scores(np.array(history)), minlength=size
         )
-        had, gone = sorted(set(seen[user]) - {-1}), []
-        if returns is None:
-            said[had], gone = 0, had
+        had = sorted(set(seen[user]) - {-1})
+        gone = had if returns == 0 else []
         weight = share if said.any() else 0.0
         said = said / max(said.sum(), 1e-9)
-        if returns is not None and said.any() and said[had].sum() > 0:
+        if said[had].sum() > 0:
             new = np.delete(np.arange(size), had)
             said[new] *= (1 - returns) / said[new].sum()
             said[had] *= returns / said[had].sum()

@@ -58,11 +58,10 @@ def beam_search(
     prompts: Any,
     beams: int,
     trie: Sequence[TrieLevel] | None,
-    excluded: jax.Array | None = None,
+    returning: Returning | None = None,
     group_of_item: jax.Array | None = None,
     item_share: jax.Array | float = 0.0,
     transitions: TransitionPrior | None = None,
-    returning: Returning | None = None,
 ) -> Beams:
     """Decodes the next item after each prompt.
 
@@ -70,12 +69,12 @@ def beam_search(
 
     Args:
       trie: `Trie.levels`; allows only its SIDs. None allows every combination of codes.
-      excluded: leaves of the trie that a user must not get, int32 [users, any]; -1 for none.
+      returning: what users have had and how often they come back: never leaves it out, else it
+        counts for the scores of whole items (constrained only).
       group_of_item: leaf of every item, int32 [items], where the model scores whole items and these
         scores count too (constrained only).
       item_share: their share in a SID's score, 0 to 1.
       transitions: probabilities that a SID's is mixed with (constrained only).
-      returning: how often users come back to what they have had, for the scores of whole items.
     """
     logits, state = model.start(prompts)
     prior = None
@@ -98,9 +97,10 @@ def beam_search(
                     jnp.isfinite(candidates.scores), scores[..., None] + gained, -jnp.inf
                 )
             )
-        if excluded is not None and level == model.levels:
-            seen = jnp.any(candidates.nodes[..., None] == excluded[:, None, None], axis=-1)
-            candidates = candidates._replace(scores=jnp.where(seen, -jnp.inf, candidates.scores))
+        if returning is not None and level == model.levels:
+            had = jnp.any(candidates.nodes[..., None] == returning.leaves[:, None, None], axis=-1)
+            gone = had & (returning.rate == 0)
+            candidates = candidates._replace(scores=jnp.where(gone, -jnp.inf, candidates.scores))
         by = candidates.scores
         if transitions is not None:
             by = transitions.mixed(level, by, candidates.nodes)

@@ -26,6 +26,7 @@ from prefixmem_jax.data.documents.items import (
 from prefixmem_jax.data.packing import one_per_row
 from prefixmem_jax.data.transitions import Transitions, needed
 from prefixmem_jax.inference.cached_sid_lm import read_items
+from prefixmem_jax.inference.item_prior import NEVER
 from prefixmem_jax.inference.programs import (
     BY_USER,
     NEIGHBOURS,
@@ -80,7 +81,8 @@ class Engine:
         if spec.config.item_head is not None or transitions is not None:
             self._groups = self._put(catalog.group_of_item.astype(np.int32), P())
         if transitions is not None:
-            rates = np.float32(transitions.decay), np.float32(transitions.returns)
+            # A rate of zero would leave out what was had, even where it may be had again.
+            rates = np.float32(transitions.decay), np.float32(max(transitions.returns, NEVER))
             table = TransitionTable(*transitions.most_frequent(NEIGHBOURS), *rates)
             self._transitions = self._put(table, P())
 
@@ -120,13 +122,15 @@ class Engine:
         if constrained:
             shared = self._catalogue(options or self.spec.config.evaluation)
         with_transitions = shared.transitions is not None
-        if with_transitions and not exclude_seen:
+        if exclude_seen and constrained:
+            shared = shared._replace(returns=self._put(np.float32(0.0), P()))
+        elif with_transitions:
             shared = shared._replace(returns=shared.transitions.returns)
         for users, prompts in self._prompts(histories, progress):
             own = [histories[user] for user in users]
             missing = (0, len(prompts.tokens) - len(own)), (0, 0)
             seen = recent = None
-            if exclude_seen or with_transitions:
+            if shared.returns is not None:
                 seen = seen_groups(self.catalog, own, self.max_items)
                 seen = np.pad(seen, missing, constant_values=-1)
             if with_transitions:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from prefixmem_jax.semantic_ids.trie import TrieLevel
 
-# A rate of none is as good as this, whose logarithm is a number.
+# A factor of none is as good as this, whose logarithm is a number.
 NEVER = 1e-9
 
 
@@ -41,7 +41,7 @@ class Returning(NamedTuple):
 
     Attributes:
       leaves: of the trie, int32 [users, any]; -1 for none.
-      rate: probability that the next item is one of them.
+      rate: probability that the next item is one of them; zero leaves them out.
     """
 
     leaves: jax.Array
@@ -50,16 +50,19 @@ class Returning(NamedTuple):
     def factors(self, mass: jax.Array) -> jax.Array:
         """What probabilities of leaves [users, leaves] are multiplied by, so that what was had has
         `rate` of them in all.
+
+        Where one of both is impossible the other has it all; but nothing has any where only what is
+        left out is possible.
         """
         users, leaves = mass.shape
         had = jnp.zeros((users, leaves + 1), bool)
         had = had.at[jnp.arange(users)[:, None], self.leaves].set(True)[:, :leaves]
-        rate = jnp.clip(self.rate, NEVER, 1 - NEVER)
         of_had = jnp.sum(mass, axis=1, keepdims=True, where=had)
         of_new = jnp.sum(mass, axis=1, keepdims=True, where=~had)
-        # Where one of both is impossible the other has it all.
-        to_had = jnp.where(of_new > 0, rate, 1.0) / jnp.where(of_had > 0, of_had, 1.0)
-        to_new = jnp.where(of_had > 0, 1 - rate, 1.0) / jnp.where(of_new > 0, of_new, 1.0)
+        to_had = jnp.where(of_new > 0, self.rate, jnp.ceil(self.rate))
+        to_new = jnp.where(of_had > 0, 1 - self.rate, 1.0)
+        to_had /= jnp.where(of_had > 0, of_had, 1.0)
+        to_new /= jnp.where(of_new > 0, of_new, 1.0)
         return jnp.where(had, to_had, to_new)
 
 
@@ -79,7 +82,7 @@ def item_prior(
     log_p = jax.nn.log_softmax(item_logits[:, : len(group_of_item)], axis=-1)
     leaves = _log_sums(log_p, group_of_item, trie[-1].code.shape[0])
     if returning is not None:
-        leaves = leaves + jnp.log(returning.factors(jnp.exp(leaves)))
+        leaves = leaves + jnp.log(jnp.maximum(returning.factors(jnp.exp(leaves)), NEVER))
     return ItemPrior(by_level(leaves, trie, _log_sums), share)
 
 

@@ -71,7 +71,7 @@ class SharedBySearches(NamedTuple):
       item_share: see `EvaluationConfig`; items: the vectors [items, D] of an item head that reads
         the memory.
       transitions, transition_share: what followed in training, and its share.
-      returns: how often users come back to an item, where they may get it again.
+      returns: how often users come back to an item; zero leaves out what they have had.
     """
 
     trie: list[TrieLevel] | None = None
@@ -96,34 +96,31 @@ def search(
     """`beam_search` with what is known of the catalogue and of the users.
 
     Args:
-      seen: leaves that a user has had, int32 [users, any], which are left out, or come as often as
-        `shared.returns` says; recent: their last items, int32 [users, any], where transitions
-        count. -1 for none.
+      seen: leaves that a user has had, int32 [users, any], which come as often as `shared.returns`
+        says, None where it says nothing; recent: their last items, int32 [users, any], where
+        transitions count. -1 for none.
     """
     transitions = returning = None
-    excluded = seen
     if shared.returns is not None:
-        excluded, returning = None, Returning(seen, shared.returns)
+        returning = Returning(seen, shared.returns)
     if shared.transitions is not None:
         transitions = transition_prior(
             shared.transitions,
             recent,
-            excluded,
+            returning,
             shared.groups,
             shared.trie,
             shared.transition_share,
-            returning,
         )
     return beam_search(
         CachedSidLM(model, rows_at, shared.items),
         prompts,
         beams,
         shared.trie,
-        excluded,
+        returning,
         None if shared.item_share is None else shared.groups,
         shared.item_share,
         transitions,
-        returning,
     )
 
 
@@ -154,6 +151,7 @@ def trace_search(spec: ModelSpec) -> tuple[jax.stages.Traced, int]:
         levels = jax.tree.map(lambda x: everywhere(x.dtype, *x.shape), levels)
         shared = SharedBySearches(levels)
         if options.exclude_seen or options.transition_share > 0:
+            shared = shared._replace(returns=everywhere(np.float32))
             seen = a_user(room_for_seen(room))
         if spec.config.item_head is not None or options.transition_share > 0:
             shared = shared._replace(groups=everywhere(np.int32, items))
@@ -170,8 +168,6 @@ def trace_search(spec: ModelSpec) -> tuple[jax.stages.Traced, int]:
                 transitions=TransitionTable(near, counts, *[everywhere(np.float32)] * 2),
                 transition_share=everywhere(np.float32),
             )
-            if not options.exclude_seen:
-                shared = shared._replace(returns=everywhere(np.float32))
     length = document_length(vocabulary.levels, room)
     prompts = Batch.abstract(users, length, NamedSharding(spec.mesh, BY_USER))
     static = (("beams", options.beam),)

@@ -53,19 +53,17 @@ class TransitionPrior(NamedTuple):
 def transition_prior(
     table: TransitionTable,
     recent: jax.Array,
-    excluded: jax.Array | None,
+    returning: Returning,
     group_of_item: jax.Array,
     trie: Sequence[TrieLevel],
     share: jax.Array | float,
-    returning: Returning | None = None,
 ) -> TransitionPrior:
     """The prior of users' last items.
 
     Args:
       recent: int32 [users, any], the newest last; -1 for none.
-      excluded: leaves that a user must not get, int32 [users, any], -1 for none: they have no part.
+      returning: what users have had and how often they come back.
       group_of_item: the trie's leaf of every item, int32 [items].
-      returning: what users have had and how often they come back, where they may get it.
     """
     users, length = recent.shape
     weight = jnp.where(recent >= 0, table.decay ** jnp.arange(length - 1, -1, -1.0), 0.0)
@@ -75,14 +73,12 @@ def transition_prior(
     leaf = jnp.where(neighbours >= 0, group_of_item[neighbours], -1).reshape(users, -1)
     leaves = trie[-1].code.shape[0]
     mass = jnp.zeros((users, leaves + 1)).at[user, leaf].add(said.reshape(users, -1))
-    if excluded is not None:
-        mass = mass.at[user, excluded].set(0.0)  # -1 is the place after the last leaf
-    mass = mass[:, :leaves]
+    mass = mass[:, :leaves]  # -1 is the place after the last leaf
     total = jnp.sum(mass, axis=1, keepdims=True)
     mass = mass / jnp.where(total > 0, total, 1.0)
-    if returning is not None:
-        mass = mass * returning.factors(mass)
-    return TransitionPrior(by_level(mass, trie, _sums), jnp.where(total[:, 0] > 0, share, 0.0))
+    mass = mass * returning.factors(mass)
+    known = jnp.any(mass > 0, axis=1)
+    return TransitionPrior(by_level(mass, trie, _sums), jnp.where(known, share, 0.0))
 
 
 def _sums(x: jax.Array, segment: jax.Array, segments: int) -> jax.Array:

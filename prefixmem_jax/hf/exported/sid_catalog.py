@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 ITEMS, TRANSITIONS = "items.jsonl", "transitions.npz"
 NEIGHBOURS = 64  # of an item that are looked at, the most frequent
-NEVER = 1e-9  # a rate of none is as good as this, whose logarithm is a number
+NEVER = 1e-9  # a rate or factor of none is as good as this, whose logarithm is a number
 # `generate` fills beams that found nothing (more beams than SIDs) with scores of -1e9 or less.
 EXHAUSTED = -1e8
 
@@ -137,7 +137,7 @@ class Catalog:
         child = first[row] + within
         return row, keys[child] % size, child, node[row]
 
-    def log_masses(self, log_probs, had=(), returns=None):
+    def log_masses(self, log_probs, had, returns):
         """By level, the log-probability of all items below each node.
 
         Args:
@@ -146,16 +146,16 @@ class Catalog:
         """
         probs = log_probs.cpu().exp()
         if returns is not None:
-            probs = self._returning(probs, had, returns)
+            probs = probs * self._factors(probs, had, returns).clamp(min=NEVER)
         return [mass.log() for mass in self._masses(probs)]
 
-    def transition_masses(self, history, had, returns=None):
+    def transition_masses(self, history, had, returns):
         """By level, how probable the counts of training make the nodes; None where they are silent.
 
         Args:
           history: items, the newest last.
-          had: what the history holds, as leaves: not to be recommended, or where `returns` is given
-            with that probability in all.
+          had: what the history holds, as leaves.
+          returns: how probable it is in all; zero leaves it out, None leaves all as it is.
         """
         if self.transitions is None:
             return None
@@ -166,26 +166,24 @@ class Catalog:
             most = np.lexsort((neighbours[own], -counts[own]))[:NEIGHBOURS]
             weight = float(self.transitions["decay"]) ** since
             said[neighbours[own][most]] += weight * counts[own][most]
-        if returns is None:
-            said[self._among(had)] = 0.0
         if not said.any():
             return None
         probs = torch.from_numpy(said / said.sum())
-        return self._masses(probs if returns is None else self._returning(probs, had, returns))
+        probs = probs * self._factors(probs, had, returns)
+        return self._masses(probs) if probs.any() else None
 
     def _among(self, had):
         """Whether each item's leaf is among these, bool [items]."""
         return np.isin([self.leaves[sid] for sid in self.sids], list(had))
 
-    def _returning(self, probs, had, returns):
-        """Probabilities of items, of which what was had gets `returns` in all."""
-        rate = min(max(returns, NEVER), 1 - NEVER)
+    def _factors(self, probs, had, returns):
+        """Multiplied by them, probabilities of items give what was had `returns` in all."""
         had = torch.from_numpy(self._among(had))
         of_had, of_new = probs[had].sum(), probs[~had].sum()
-        # Where one of both is impossible the other has it all.
-        to_had = (rate if of_new > 0 else 1.0) / (of_had if of_had > 0 else 1.0)
-        to_new = (1 - rate if of_had > 0 else 1.0) / (of_new if of_new > 0 else 1.0)
-        return probs * torch.where(had, to_had, to_new)
+        # Where one of both is impossible the other has it all, unless it is left out.
+        to_had = (returns if of_new > 0 else float(returns > 0)) / (of_had if of_had > 0 else 1.0)
+        to_new = (1 - returns if of_had > 0 else 1.0) / (of_new if of_new > 0 else 1.0)
+        return torch.where(had, to_had, to_new)
 
     def _masses(self, by_item):
         """By level, the sums of numbers of items [items] below each node."""
@@ -226,9 +224,11 @@ class Catalog:
         known, seen = set(history), set() if include_seen else set(history)
         had = {self.sids[item] for item in known}
         had = [self.leaves[sid] for sid in had if known.issuperset(self.items[sid])]
-        returns = None
+        returns = 0.0
         if include_seen:
-            returns = None if self.transitions is None else float(self.transitions["returns"])
+            returns = None
+            if self.transitions is not None:
+                returns = max(float(self.transitions["returns"]), NEVER)
         top = min(top, len(self.sids))
         beams = max(beams or self.beam, top)
         search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0}
