@@ -162,4 +162,5 @@ def test_bench_sids_measures_every_quantizer(tmp_path):
     assert set(found["systems"]) >= {"residual_kmeans", "rq_vae"}
     for one in found["systems"].values():
         assert one["fit_seconds"] > 0 and one["encode_seconds"] > 0 and 0 < one["error"] < 0.8
+        assert 1e8 < one["peak"] < 1e11
     assert "rq_vae" in done.stdout

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import re
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +33,39 @@ Codec = tuple[Fit, Encode, Callable[[Any, np.ndarray], np.ndarray]]
 
 
 def bench_sids(
-    count: int, width: int, levels: int, codes: int, iterations: int, steps: int
+    count: int, width: int, levels: int, codes: int, iterations: int, steps: int, peer: bool
 ) -> dict[str, Any]:
     """Fits and encodes `count` random vectors; every system has all of the machine's cores.
+
+    The vectors are in a file, as items' are; faiss wants them in memory, and so comes last.
 
     Args:
       iterations: of k-means, ours and faiss's, which both see at most 256 vectors a code.
       steps: of RQ-VAE; 0 leaves it out.
+      peer: with faiss, where it is installed.
 
     Returns:
-      machine; by system fit_seconds, encode_seconds (all vectors), and error: what does not come
-      back, as a share of the vectors' variance.
+      machine; by system fit_seconds, encode_seconds (all vectors), peak: most bytes that the
+      process had in memory meanwhile, but for pages of files, and error: what does not come back,
+      as a share of the vectors' variance.
     """
     if codes & (codes - 1):
         raise UserError(f"--codes {codes}: expected a power of two, as faiss wants")
-    array = _vectors(count, width)
-    mesh, sizes = make_mesh(), (codes,) * levels
+    with tempfile.TemporaryDirectory() as folder:
+        array = _vectors(Path(folder) / "vectors.npy", count, width)
+        return _measured(array, levels, codes, iterations, steps, peer)
+
+
+def _measured(
+    array: np.ndarray, levels: int, codes: int, iterations: int, steps: int, peer: bool
+) -> dict[str, Any]:
+    (count, width), sizes, mesh = array.shape, (codes,) * levels, make_mesh()
     systems = {"residual_kmeans": _ours(ResidualKMeans(sizes, iterations=iterations), array, mesh)}
-    if importlib.util.find_spec("faiss") is not None:
-        systems["faiss"] = _faiss(array, levels, codes, iterations)
     if steps:
         systems["rq_vae"] = _ours(RqVae(sizes, steps=steps), array, mesh)
-    variance = array.var(axis=0, dtype=np.float64).sum()
+    if peer and importlib.util.find_spec("faiss") is not None:
+        systems["faiss"] = _faiss(array, levels, codes, iterations)
+    variance = _variance(array)
     measured: dict[str, Any] = {
         "machine": machine(),
         "vectors": [count, width],
@@ -60,11 +74,12 @@ def bench_sids(
     }
     for name, (fit, encode, decode) in systems.items():
         say(f"{name} ...")
-        start = time.perf_counter()
-        fitted = fit()
-        between = time.perf_counter()
-        found = encode(fitted)
-        end = time.perf_counter()
+        with _peak() as peak:
+            start = time.perf_counter()
+            fitted = fit()
+            between = time.perf_counter()
+            found = encode(fitted)
+            end = time.perf_counter()
         lost = 0.0
         for first in range(0, count, _PIECE):
             back = decode(fitted, found[first : first + _PIECE])
@@ -72,22 +87,50 @@ def bench_sids(
         measured["systems"][name] = {
             "fit_seconds": between - start,
             "encode_seconds": end - between,
+            "peak": peak[0],
             "error": lost / count / variance,
         }
     return measured
 
 
-def _vectors(count: int, width: int) -> np.ndarray:
-    """Vectors on a curved surface, with noise: float32 [count, width]."""
+@contextlib.contextmanager
+def _peak() -> Iterator[list[int]]:
+    """The most bytes of memory that no file stands for, looked at twenty times a second."""
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            status = Path("/proc/self/status").read_text()
+            peak[0] = max(peak[0], 1024 * int(re.search(r"RssAnon:\s*(\d+)", status)[1]))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watching.join()
+
+
+def _variance(array: np.ndarray) -> float:
+    """Of all numbers of a vector together, without a copy of the vectors."""
+    mean = array.mean(axis=0, dtype=np.float64)
+    pieces = (array[first : first + _PIECE] for first in range(0, len(array), _PIECE))
+    return sum(float(((piece - mean) ** 2).sum()) for piece in pieces) / len(array)
+
+
+def _vectors(file: Path, count: int, width: int) -> np.ndarray:
+    """Vectors on a curved surface, with noise: float32 [count, width], in a file."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((_FACTORS, width)).astype(np.float32)
-    array = np.empty((count, width), np.float32)
+    array = np.lib.format.open_memmap(file, "w+", np.float32, (count, width))
     for first in range(0, count, _PIECE):
         size = min(_PIECE, count - first)
         factors = rng.standard_normal((size, _FACTORS), np.float32)
         noise = rng.standard_normal((size, width), np.float32)
         array[first : first + size] = np.tanh(factors @ mix / 3) + 0.1 * noise
-    return array
+    array.flush()
+    return np.load(file, mmap_mode="r")
 
 
 def _ours(config: Quantizer, array: np.ndarray, mesh: jax.sharding.Mesh) -> Codec:
@@ -110,7 +153,7 @@ def _ours(config: Quantizer, array: np.ndarray, mesh: jax.sharding.Mesh) -> Code
 def _faiss(array: np.ndarray, levels: int, codes: int, iterations: int) -> Codec:
     import faiss
 
-    bits = (codes - 1).bit_length()
+    array, bits = np.array(array), (codes - 1).bit_length()
 
     def fit() -> Any:
         quantizer = faiss.ResidualQuantizer(array.shape[1], levels, bits)
@@ -128,11 +171,11 @@ def describe(measured: dict[str, Any]) -> str:
     """The measurements as text."""
     count, width = measured["vectors"]
     lines = [f"{count:,} vectors of {width} numbers to {measured['codes']} codes", ""]
-    lines.append(f"  {'':16s}{'fit':>10s}{'encode':>10s}{'error':>10s}")
+    lines.append(f"  {'':16s}{'fit':>10s}{'encode':>10s}{'memory':>10s}{'error':>10s}")
     for name, one in measured["systems"].items():
         lines.append(
             f"  {name:16s}{one['fit_seconds']:9.1f}s{one['encode_seconds']:9.1f}s"
-            f"{one['error']:10.2%}"
+            f"{one['peak'] / 1e9:8.2f}GB{one['error']:10.2%}"
         )
     systems = measured["systems"]
     if "faiss" in systems:
@@ -152,6 +195,7 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
         for title, key in (
             ("fit, seconds", "fit_seconds"),
             ("encode, seconds", "encode_seconds"),
+            ("memory, bytes", "peak"),
             ("error, share of variance", "error"),
         )
     ]

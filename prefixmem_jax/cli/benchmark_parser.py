@@ -124,7 +124,8 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         "sids",
         benchmark_verbs.bench_sids,
         "Vectors to codes: k-means, RQ-VAE, and faiss where it is installed (faiss-cpu).",
-        "  prefixmem bench sids --vectors 1000000 --codes 2048",
+        "  prefixmem bench sids --vectors 1000000 --codes 2048\n"
+        "  prefixmem bench sids --vectors 10000000 --width 64 --steps 0 --no-peer   # 3 GB on disk",
     )
     add_counts(
         sids,
@@ -140,6 +141,9 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         default=1000,
         metavar="N",
         help="of RQ-VAE; 0: without (default: %(default)s)",
+    )
+    sids.add_argument(
+        "--no-peer", action="store_true", help="without faiss, which wants all vectors in memory"
     )
     load = benchmark(
         "load",

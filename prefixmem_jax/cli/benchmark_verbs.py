@@ -73,6 +73,7 @@ def bench_sids(options: argparse.Namespace):
         options.codes,
         options.iterations,
         options.steps,
+        not options.no_peer,
     )
 
 
