@@ -36,6 +36,8 @@ CONFIG = [
 ]  # fmt: skip
 
 
+UNSAVED = 8  # kills before the first checkpoint, after which there will hardly be one
+
 # How long a kill waits once its phase was seen, at most: in seconds, or as --seconds says.
 PHASES = {"starting": 5.0, "restoring": 0.1, "training": None, "saving": 0.1}
 
@@ -129,6 +131,11 @@ def kill_often(command: list, run: Path, kills: int, seconds: float, launcher: b
         done, phases[phase] = done + 1, phases[phase] + 1
         steps = saved_steps(run)
         print(f"kill {done}: {phase}, newest checkpoint {steps[0] if steps else None}", flush=True)
+        if not steps and done == UNSAVED:
+            raise SystemExit(
+                f"no checkpoint after {done} kills; expected a smaller checkpoint.every_steps, or more "
+                "--seconds"
+            )
     print(f"killed {done} times: {dict(phases)}", flush=True)
     return restarts
 

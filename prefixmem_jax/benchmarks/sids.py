@@ -99,7 +99,9 @@ def _peak() -> Iterator[list[int]]:
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
-        while not ended.wait(0.05):
+        last = False
+        while not last:
+            last = ended.wait(0.05)  # and looks once more
             status = Path("/proc/self/status").read_text()
             peak[0] = max(peak[0], 1024 * int(re.search(r"RssAnon:\s*(\d+)", status)[1]))
 
