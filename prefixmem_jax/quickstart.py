@@ -35,7 +35,7 @@ SYNTHETIC = {
     "prefixmem": "quickstart/prefixmem.py",
 }
 ON_DATA = {"baseline": "recommend/baseline.py", "prefixmem": "recommend/small.py"}
-# Fewer than the recipe's, so that 20,000 users take less than a quarter of an hour on two CPU cores.
+# Fewer than the recipe's: 20,000 users take less than a quarter of an hour on two CPU cores.
 STEPS_ON_DATA = 700
 
 

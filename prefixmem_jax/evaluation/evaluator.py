@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from prefixmem_jax.config_files import to_json
 from prefixmem_jax.config_groups import EvaluationConfig
@@ -34,6 +36,7 @@ from prefixmem_jax.evaluation.statistics import intervals
 from prefixmem_jax.files import reading_npz, write_json, write_npz
 from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.parallel.mesh import all_agree
+from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.storage import make_folder, remove_folder
 
@@ -41,6 +44,8 @@ from prefixmem_jax.storage import make_folder, remove_folder
 NAMES = ("ranks", "unconstrained", "constrained", "constrained_scores", "greedy")
 # Users whose beams are kept in memory, and lost where an evaluation is killed.
 SHARE = 4096
+# Over the users: their targets' ranks; beams without and with the catalogue; greedily.
+PASSES = 4
 
 
 def chosen_examples(
@@ -63,7 +68,7 @@ def evaluate(
     """Every metric of a model on a split. With several processes all of them call alike.
 
     Args:
-      name: of the run, on progress bars; without one, none are shown.
+      name: of the run, on the progress bar; without one, none is shown.
       work: folder for what is done already, so that a killed evaluation goes on from there; it is
         removed at the end. The processes of an evaluation share it.
       text_model: Hugging Face folder with the text tokenizer, if there is one.
@@ -72,16 +77,20 @@ def evaluate(
     everyone, sample = chosen_examples(options, data, split)
     in_sample = np.isin(np.arange(len(everyone)), sample)
     shares = []
-    for start in range(0, len(everyone), SHARE):
-        users = np.arange(start, min(start + SHARE, len(everyone)))
-        path = None if work is None else work / f"{start}.npz"
-        share = None if path is None else _saved_share(path)
-        if not all_agree(share is not None):
-            share = _search(engine, everyone.take(users), in_sample[users], options, name)
-            if path is not None and jax.process_index() == 0:
-                make_folder(path.parent)
-                write_npz(path, share)
-        shares.append(share)
+    with progress_bar(len(everyone), f"{name} evaluated" if name else "", "user") as bar:
+        told = _by_user(bar, len(everyone) + (PASSES - 1) * len(sample))
+        for start in range(0, len(everyone), SHARE):
+            users = np.arange(start, min(start + SHARE, len(everyone)))
+            path = None if work is None else work / f"{start}.npz"
+            share = None if path is None else _saved_share(path)
+            if all_agree(share is not None):
+                told(len(users) + (PASSES - 1) * int(in_sample[users].sum()))
+            else:
+                share = _search(engine, everyone.take(users), in_sample[users], options, told)
+                if path is not None and jax.process_index() == 0:
+                    make_folder(path.parent)
+                    write_npz(path, share)
+            shares.append(share)
     results = {key: np.concatenate([share[key] for share in shares]) for key in shares[0]}
 
     popularity = prefix_popularity(catalog, data.item_counts, everyone.targets)
@@ -117,31 +126,39 @@ def _saved_share(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
+def _by_user(bar: tqdm, total: int) -> Callable[[int], None]:
+    """Moves a bar that counts users, told how many are done of one pass; `total`: of all passes."""
+    done = 0
+
+    def told(users: int) -> None:
+        nonlocal done
+        done += users
+        bar.update(bar.total * done // total - bar.n)
+
+    return told
+
+
 def _search(
-    engine: Engine, examples: Examples, chosen: np.ndarray, options: EvaluationConfig, name: str
+    engine: Engine,
+    examples: Examples,
+    chosen: np.ndarray,
+    options: EvaluationConfig,
+    told: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
-    """Teacher-forced ranks of all, SIDs of the chosen ones."""
-
-    def label(text: str) -> str:
-        return f"{name} {text}" if name else ""
-
+    """Teacher-forced ranks of all, SIDs of the chosen ones: `PASSES` over the users."""
     histories = examples.take(np.flatnonzero(chosen)).histories()
-    results = {
-        "ranks": engine.target_ranks(
-            examples.histories(), examples.targets, label("teacher-forced")
-        )
-    }
+    results = {"ranks": engine.target_ranks(examples.histories(), examples.targets, told)}
     for suffix, constrained in (("unconstrained", False), ("constrained", True)):
         results[suffix], results[f"{suffix}_scores"] = engine.search(
             histories,
             options.beam,
             constrained,
-            label(f"{suffix} beam search"),
+            told,
             exclude_seen=constrained and options.exclude_seen,
             options=options,
         )
     del results["unconstrained_scores"]
-    greedy, _ = engine.search(histories, 1, constrained=False)
+    greedy, _ = engine.search(histories, 1, constrained=False, told=told)
     results["greedy"] = greedy[:, 0]
     return results
 

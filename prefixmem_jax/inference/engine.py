@@ -40,11 +40,14 @@ from prefixmem_jax.inference.programs import (
 )
 from prefixmem_jax.inference.transition_prior import TransitionTable
 from prefixmem_jax.model_spec import ModelSpec
-from prefixmem_jax.progress import progress_bar
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
 MANY_USERS = 2000
 ITEMS_AT_ONCE = 1 << 16
+
+
+def _nobody(users: int) -> None:
+    """Is told how many users more are done."""
 
 
 class Engine:
@@ -97,7 +100,7 @@ class Engine:
         histories: Sequence[np.ndarray],
         beams: int,
         constrained: bool,
-        progress: str = "",
+        told: Callable[[int], object] = _nobody,
         exclude_seen: bool = False,
         options: EvaluationConfig | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +109,7 @@ class Engine:
         Args:
           histories: item ids, oldest first; cut to the last `max_items`.
           constrained: only SIDs of the catalogue.
+          told: is called with the number of users that are done, batch by batch.
           exclude_seen: leave out SIDs of which the history holds every item (constrained only).
             Else they come as often as training histories came back to an item, where these were
             counted (`options.transition_share`).
@@ -126,7 +130,7 @@ class Engine:
             shared = shared._replace(returns=self._put(np.float32(0.0), P()))
         elif with_transitions:
             shared = shared._replace(returns=shared.transitions.returns)
-        for users, prompts in self._prompts(histories, progress):
+        for users, prompts in self._prompts(histories, told):
             own = [histories[user] for user in users]
             missing = (0, len(prompts.tokens) - len(own)), (0, 0)
             seen = recent = None
@@ -141,15 +145,18 @@ class Engine:
         return codes, scores
 
     def target_ranks(
-        self, histories: Sequence[np.ndarray], targets: np.ndarray, progress: str = ""
+        self,
+        histories: Sequence[np.ndarray],
+        targets: np.ndarray,
+        told: Callable[[int], object] = _nobody,
     ) -> np.ndarray:
         """Teacher-forced ranks int32 [users, levels] of each target item's codes.
 
         The rank of c_l given the history and the true c_1..c_{l-1}, from 1, among all tokens of the
-        vocabulary; equal logits count against it.
+        vocabulary; equal logits count against it. `told`: as in `search`.
         """
         ranks = np.zeros((len(histories), self.catalog.space.levels), np.int32)
-        for users, batch in self._prompts(histories, progress, targets):
+        for users, batch in self._prompts(histories, told, targets):
             ranks[users] = self._per_user(target_ranks, (), (batch,))[: len(users)]
         return ranks
 
@@ -162,7 +169,7 @@ class Engine:
         """
         written = np.full((len(items), new_tokens), -1, np.int32)
         histories = [np.array([item]) for item in items]
-        for users, prompts in self._prompts(histories, "", rooms=[1]):
+        for users, prompts in self._prompts(histories, _nobody, rooms=[1]):
             result = self._per_user(
                 write, (), (prompts,), new_tokens=new_tokens, end_tokens=tuple(end_tokens)
             )
@@ -223,7 +230,7 @@ class Engine:
     def _prompts(
         self,
         histories: Sequence[np.ndarray],
-        progress: str,
+        told: Callable[[int], object],
         targets: np.ndarray | None = None,
         rooms: list[int] | None = None,
     ) -> Iterator[tuple[list[int], Batch]]:
@@ -236,19 +243,18 @@ class Engine:
         size = min(self._batch_size, len(histories))
         size += -size % self.spec.mesh.size
         vocabulary, extra = self.spec.vocabulary, 0 if targets is None else 1
-        with progress_bar(len(histories), progress, "user") as bar:
-            for room, users in self._by_length(histories, rooms):
-                cut = [histories[user][max(0, len(histories[user]) - room) :] for user in users]
-                if targets is not None:
-                    cut = [np.append(h, targets[u]) for h, u in zip(cut, users, strict=True)]
-                documents = prompt_documents(cut, self.item_tokens, vocabulary, room + extra)
-                if targets is not None:
-                    ask_for_last_item(documents, vocabulary.levels)
-                length = document_length(vocabulary.levels, room + extra)
-                for start, batch in enumerate(batches(one_per_row(documents, length), size)):
-                    own = users[start * size : (start + 1) * size]
-                    yield own, batch
-                    bar.update(len(own))
+        for room, users in self._by_length(histories, rooms):
+            cut = [histories[user][max(0, len(histories[user]) - room) :] for user in users]
+            if targets is not None:
+                cut = [np.append(h, targets[u]) for h, u in zip(cut, users, strict=True)]
+            documents = prompt_documents(cut, self.item_tokens, vocabulary, room + extra)
+            if targets is not None:
+                ask_for_last_item(documents, vocabulary.levels)
+            length = document_length(vocabulary.levels, room + extra)
+            for start, batch in enumerate(batches(one_per_row(documents, length), size)):
+                own = users[start * size : (start + 1) * size]
+                yield own, batch
+                told(len(own))
 
     def _by_length(
         self, histories: Sequence[np.ndarray], rooms: list[int] | None
