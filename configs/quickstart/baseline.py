@@ -22,7 +22,5 @@ def get_config() -> Config:
         # The best of docs/results.md's grid for this system, as in prefixmem.py for that one.
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
         checkpoint=CheckpointConfig(every_steps=250),
-        evaluation=EvaluationConfig(
-            every_steps=50, validation_examples=1000, users=10_000, beam=20
-        ),
+        evaluation=EvaluationConfig(every_steps=50, validation_examples=1000, users=10_000),
     )
