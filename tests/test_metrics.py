@@ -12,6 +12,7 @@ from prefixmem_jax.config_groups import DataConfig, EvaluationConfig, SyntheticC
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.transitions import Transitions, following_counts
 from prefixmem_jax.evaluation import heuristics
+from prefixmem_jax.evaluation.lists import item_lists
 from prefixmem_jax.evaluation.metrics import (
     beam_scores,
     by_transition,
@@ -67,6 +68,34 @@ def test_beam_metrics_by_hand():
     assert metrics["item_ndcg@5/unconstrained"] == pytest.approx(expected)
     assert metrics["sid_valid@5/unconstrained"] == pytest.approx((4 + 2 + 2) / 15)
     assert not any("@10" in name for name in metrics)  # the beam is narrower than 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_items_that_are_left_out_are_in_no_list(seed):
+    """Against lists that are written out, in every order of the items that share a SID."""
+    rng = np.random.default_rng(seed)
+    catalog = Catalog(rng.integers(0, 2, (6, 2)), [None] * 6, SidSpace((2, 2)))
+    groups = rng.permutation(len(catalog.group_sizes))[None]
+    target, seen = int(rng.integers(6)), rng.integers(0, 6, rng.integers(0, 5))
+    whole = [catalog.items_of_group(group) for group in groups[0]]
+    shown = [[int(item) for item in items if item not in seen] for items in whole]
+    ranks = [
+        item.index(target) + 1 if target in (item := list(itertools.chain(*orders))) else None
+        for orders in itertools.product(*(itertools.permutations(items) for items in shown))
+    ]
+    groups = np.pad(groups, ((0, 0), (0, 5 - groups.shape[1])), constant_values=-2)
+    scores = beam_scores(groups, np.array([target]), catalog, "constrained", [seen])
+    for name, gain in (("recall", lambda rank: 1.0), ("mrr", lambda rank: 1 / rank)):
+        gains = [gain(rank) if rank is not None and rank <= 5 else 0.0 for rank in ranks]
+        assert scores[f"item_{name}@5/constrained"][0] == pytest.approx(np.mean(gains))
+    assert scores["sid_recall@5/constrained"][0] == 1.0
+
+    codes = np.where(groups[..., None] < 0, -1, catalog.group_sids[np.maximum(groups, 0)])
+    listed = item_lists(np.array([0]), codes, np.zeros(codes.shape[:2]), catalog, [seen])
+    assert [item for item in listed.items[0].tolist() if item >= 0] == list(
+        itertools.chain(*map(sorted, shown))
+    )[:5]
 
 
 @pytest.mark.parametrize(

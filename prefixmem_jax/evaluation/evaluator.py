@@ -96,12 +96,13 @@ def evaluate(
     popularity = prefix_popularity(catalog, data.item_counts, everyone.targets)
     scores = teacher_forced_scores(results["ranks"], popularity)
     retrieved: Scores = {}
-    targets = everyone.targets[sample]
-    for suffix in ("unconstrained", "constrained"):
+    chosen, constrained = everyone.take(sample), results["constrained"]
+    seen = chosen.histories() if options.exclude_seen else None
+    for suffix, left_out in (("unconstrained", None), ("constrained", seen)):
         groups = groups_of(results[suffix], catalog)
-        retrieved |= beam_scores(groups, targets, catalog, suffix)
-    retrieved |= by_transition(retrieved, data.split.followed(everyone.take(sample)))
-    retrieved |= diversity_scores(results["constrained"])
+        retrieved |= beam_scores(groups, chosen.targets, catalog, suffix, left_out)
+    retrieved |= by_transition(retrieved, data.split.followed(chosen))
+    retrieved |= diversity_scores(constrained)
     depths = catalog.trie.depths(results["greedy"])
     for level in range(1, catalog.space.levels + 1):
         retrieved[f"prefix_hit_rate/level_{level}"] = (depths >= level).astype(np.float64)
@@ -113,7 +114,7 @@ def evaluate(
         overall["bleu"] = bleu
     if work is not None and jax.process_index() == 0:
         remove_folder(work)
-    lists = item_lists(sample, results["constrained"], results["constrained_scores"], catalog)
+    lists = item_lists(sample, constrained, results["constrained_scores"], catalog, seen)
     return Evaluated(scores, overall, lists)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,22 +37,30 @@ class ItemLists(NamedTuple):
 
 
 def item_lists(
-    users: np.ndarray, codes: np.ndarray, scores: np.ndarray, catalog: Catalog
+    users: np.ndarray,
+    codes: np.ndarray,
+    scores: np.ndarray,
+    catalog: Catalog,
+    left_out: Sequence[np.ndarray] | None = None,
 ) -> ItemLists:
     """Searched SIDs as items; those that share a SID share its probability, in ascending order.
 
     Args:
       codes: int32 [users, depth, levels]; scores: float32 [users, depth], as `Engine.search`.
+      left_out: of each user the items that are not shown, though others of their SIDs are.
     """
     groups = groups_of(codes, catalog)
     items = np.full(groups.shape, -1, np.int32)
     values = np.full(groups.shape, -np.inf, np.float32)
     for row, (own, own_scores) in enumerate(zip(groups, scores, strict=True)):
-        at = 0
+        at, gone = 0, () if left_out is None else left_out[row]
         for group, score in zip(own[own >= 0].tolist(), own_scores[own >= 0], strict=True):
-            members = catalog.items_of_group(group)[: len(own) - at]
+            members = catalog.items_of_group(group)
+            members = members[~np.isin(members, gone)]
+            share = score - np.log(max(len(members), 1))
+            members = members[: len(own) - at]
             items[row, at : at + len(members)] = members
-            values[row, at : at + len(members)] = score - np.log(catalog.group_sizes[group])
+            values[row, at : at + len(members)] = share
             at += len(members)
             if at == len(own):
                 break

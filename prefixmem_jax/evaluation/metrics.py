@@ -11,6 +11,7 @@ metric is their mean (`statistics.means`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,22 +67,50 @@ def groups_of(codes: np.ndarray, catalog: Catalog) -> np.ndarray:
     return groups.reshape(users, ranks)
 
 
-def beam_scores(groups: np.ndarray, targets: np.ndarray, catalog: Catalog, suffix: str) -> Scores:
+def items_left(
+    groups: np.ndarray, left_out: Sequence[np.ndarray] | None, catalog: Catalog
+) -> np.ndarray:
+    """How many items of each group a list shows: int64 [users, ranks]; 0 where there is no group.
+
+    Args:
+      groups: [users, ranks] from `groups_of`.
+      left_out: of each user the items that are not shown; None where all are.
+    """
+    left = np.where(groups >= 0, catalog.group_sizes[np.maximum(groups, 0)], 0)
+    for row, own, items in zip(left, groups, left_out or (), strict=False):
+        gone, counts = np.unique(catalog.group_of_item[np.unique(items)], return_counts=True)
+        at = np.searchsorted(gone, own)
+        held = np.append(gone, -3)[at] == own
+        row[held] -= counts[at[held]]
+    return left
+
+
+def beam_scores(
+    groups: np.ndarray,
+    targets: np.ndarray,
+    catalog: Catalog,
+    suffix: str,
+    left_out: Sequence[np.ndarray] | None = None,
+) -> Scores:
     """Scores of ranked SIDs: `rank_scores`, and `sid_valid@K`, the share that name an item.
 
     Args:
       groups: [users, ranks] from `groups_of`, best first.
       targets: int [users], the target items.
+      left_out: of each user the items that are not shown, though others of their SIDs are; a
+        target among them is not found.
     """
-    target_groups = catalog.group_of_item[targets]
-    hit = groups == target_groups[:, None]
+    target_groups = catalog.group_of_item[targets][:, None]
+    hit = groups == target_groups
     sid_rank = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, NOT_FOUND)
-    sizes = np.where(groups >= 0, catalog.group_sizes[np.maximum(groups, 0)], 0)
+    sizes = items_left(groups, left_out, catalog)
     items_before = np.where(np.cumsum(hit, axis=1) > 0, 0, sizes).sum(axis=1)
-    items_before = np.where(sid_rank == NOT_FOUND, NOT_FOUND, items_before)
-    scores = rank_scores(
-        sid_rank, items_before, catalog.group_sizes[target_groups], groups.shape[1], suffix
-    )
+    found = sid_rank != NOT_FOUND
+    if left_out is not None:
+        found &= [target not in own for target, own in zip(targets, left_out, strict=True)]
+    items_before = np.where(found, items_before, NOT_FOUND)
+    alike = np.maximum(items_left(target_groups, left_out, catalog)[:, 0], 1)
+    scores = rank_scores(sid_rank, items_before, alike, groups.shape[1], suffix)
     for cutoff in cutoffs(groups.shape[1]):
         scores[f"sid_valid@{cutoff}/{suffix}"] = (groups[:, :cutoff] >= 0).mean(axis=1)
     return scores

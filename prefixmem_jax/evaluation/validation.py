@@ -41,7 +41,9 @@ class ValidationRetrieval:
             exclude_seen=self.options.exclude_seen,
         )
         self.engine.use(None, None)
-        scores = beam_scores(groups_of(codes, self.catalog), self.targets, self.catalog, "")
+        seen = self.histories if self.options.exclude_seen else None
+        groups = groups_of(codes, self.catalog)
+        scores = beam_scores(groups, self.targets, self.catalog, "", seen)
         return {
             f"item_{name}@{CUTOFF}": value
             for name in ("recall", "ndcg")
