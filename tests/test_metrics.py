@@ -149,9 +149,13 @@ def test_scorer_ranks_and_predictions_by_brute_force(exclude_seen):
             left_out = set(examples.history(user)) if exclude_seen else set()
             order = sorted(range(60), key=lambda i: (i in left_out, -scores[i], i))
             ranks.append(order.index(item) + 1)
-            sids = list(dict.fromkeys(tuple(catalog.sids[i]) for i in order))
             target = tuple(catalog.sids[item])
-            sid_ranks.append(sids.index(target) + 1)
+            sums = {}
+            for other in (i for i in range(60) if i not in left_out):
+                sid = tuple(catalog.sids[other])
+                sums[sid] = sums.get(sid, 0.0) + scores[other]
+            sids = sorted(sums, key=lambda sid: (-sums[sid], sid))
+            sid_ranks.append(sids.index(target) + 1 if target in sums else 60)
             for level in range(3):
                 mass = np.zeros(4)
                 for other in range(60):

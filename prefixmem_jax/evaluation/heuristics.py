@@ -1,8 +1,9 @@
 """What any recommender must beat, and for synthetic data the best that any could do.
 
 Each system here scores every item of the catalogue for a history. From the scores follow a
-ranking (equal scores by ascending item id) and, per level, the teacher-forced prediction: the
-code with the largest summed score among the items that share the target's true prefix.
+ranking of items (equal scores by ascending item id), one of SIDs (by their items' summed scores)
+and, per level, the teacher-forced prediction: the code with the largest summed score among the
+items that share the target's true prefix.
 These systems only ever name catalogue items, so constrained and unconstrained are the same.
 """
 
@@ -26,6 +27,7 @@ from prefixmem_jax.data.transitions import (
     smoothed,
 )
 from prefixmem_jax.evaluation.metrics import (
+    NOT_FOUND,
     Evaluated,
     Scores,
     by_transition,
@@ -38,6 +40,7 @@ from prefixmem_jax.evaluation.metrics import (
 from prefixmem_jax.progress import counted
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
+# Scores of all items, 0 or more, after a history.
 Scorer = Callable[[np.ndarray], np.ndarray]
 
 
@@ -238,16 +241,21 @@ def evaluate_scorer(
 
 
 def _ranks(scores: np.ndarray, target: int, catalog: Catalog) -> tuple[int, int]:
-    """1-based rank of the target's SID among distinct SIDs, and of the target among items."""
-    better = scores > scores[target]
-    better[:target] |= scores[:target] == scores[target]
-    ahead = np.flatnonzero(better)
-    sid_ahead = np.zeros(len(catalog.group_sizes), bool)
-    sid_ahead[catalog.group_of_item[ahead]] = True
-    group = int(catalog.group_of_item[target])
-    if sid_ahead[group]:  # another item brings the same SID earlier
-        twins = catalog.items_of_group(group)
-        twins = twins[better[twins]]
-        first = twins[np.lexsort((twins, -scores[twins]))[0]]
-        return _ranks(scores, int(first), catalog)[0], len(ahead) + 1
-    return int(sid_ahead.sum()) + 1, len(ahead) + 1
+    """1-based rank of the target's SID among SIDs that have an item to show, and of the target
+    among items; equal ones in ascending order.
+
+    Args:
+      scores: float [items], 0 or more; -inf of an item that is not shown.
+    """
+    group, shown = catalog.group_of_item[target], np.isfinite(scores)
+    groups = len(catalog.group_sizes)
+    sums = np.bincount(catalog.group_of_item, np.where(shown, scores, 0.0), groups)
+    sums[np.bincount(catalog.group_of_item[shown], minlength=groups) == 0] = -np.inf
+    return _rank(sums, group), _rank(scores, target)
+
+
+def _rank(values: np.ndarray, one: int) -> int:
+    """The place of one of the values, from 1; NOT_FOUND where it is -inf."""
+    if np.isneginf(values[one]):
+        return NOT_FOUND
+    return 1 + int(np.sum(values > values[one]) + np.sum(values[:one] == values[one]))
