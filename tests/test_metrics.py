@@ -151,9 +151,11 @@ def test_scorer_ranks_and_predictions_by_brute_force(exclude_seen):
             ranks.append(order.index(item) + 1)
             target = tuple(catalog.sids[item])
             sums = {}
-            for other in (i for i in range(60) if i not in left_out):
+            for other in range(60):
                 sid = tuple(catalog.sids[other])
                 sums[sid] = sums.get(sid, 0.0) + scores[other]
+            shown = {tuple(catalog.sids[i]) for i in range(60) if i not in left_out}
+            sums = {sid: value for sid, value in sums.items() if sid in shown}
             sids = sorted(sums, key=lambda sid: (-sums[sid], sid))
             sid_ranks.append(sids.index(target) + 1 if target in sums else 60)
             for level in range(3):

@@ -219,10 +219,8 @@ def evaluate_scorer(
         values = score(examples.history(user))
         hits.append(prefix_sums.hits(values, target))
         if user in chosen:
-            if options.exclude_seen:
-                values = values.copy()
-                values[examples.history(user)] = -np.inf
-            ranks.append(_ranks(values, target, catalog))
+            left_out = examples.history(user) if options.exclude_seen else np.zeros(0, np.int64)
+            ranks.append(_ranks(values, target, catalog, left_out))
     levels = np.array(hits).T
     scores: Scores = {f"tf_accuracy/level_{n}": hit for n, hit in enumerate(levels, start=1)}
     thirds = popularity_thirds(prefix_popularity(catalog, data.item_counts, examples.targets))
@@ -240,18 +238,21 @@ def evaluate_scorer(
     return Evaluated(scores | over_users(retrieved, sample, len(examples)), {})
 
 
-def _ranks(scores: np.ndarray, target: int, catalog: Catalog) -> tuple[int, int]:
+def _ranks(
+    scores: np.ndarray, target: int, catalog: Catalog, left_out: np.ndarray
+) -> tuple[int, int]:
     """1-based rank of the target's SID among SIDs that have an item to show, and of the target
-    among items; equal ones in ascending order.
+    among the items that are shown; equal ones in ascending order.
 
     Args:
-      scores: float [items], 0 or more; -inf of an item that is not shown.
+      scores: float [items], 0 or more.
     """
-    group, shown = catalog.group_of_item[target], np.isfinite(scores)
-    groups = len(catalog.group_sizes)
-    sums = np.bincount(catalog.group_of_item, np.where(shown, scores, 0.0), groups)
-    sums[np.bincount(catalog.group_of_item[shown], minlength=groups) == 0] = -np.inf
-    return _rank(sums, group), _rank(scores, target)
+    group_of_item, groups = catalog.group_of_item, len(catalog.group_sizes)
+    sums = np.bincount(group_of_item, scores, groups)
+    shown = np.ones(len(scores), bool)
+    shown[left_out] = False
+    sums[np.bincount(group_of_item[shown], minlength=groups) == 0] = -np.inf
+    return _rank(sums, group_of_item[target]), _rank(np.where(shown, scores, -np.inf), target)
 
 
 def _rank(values: np.ndarray, one: int) -> int:
