@@ -76,17 +76,17 @@ def successor_heuristic(data: PreparedData) -> Scorer:
 
 
 # How counts are made and used; the best together on validation are taken.
-FADES, DECAYS, SMOOTHINGS = (0.0, 0.85), (0.5, 0.7), (0.0, 10.0, 30.0)
-BACK = 0.5  # of a time that an item came before
+FADES, DECAYS, SMOOTHINGS = (0.0, 0.85), (0.5, 0.7, 0.9), (0.0, 10.0, 30.0)
+BACKS = (0.0, 0.5, 1.0)  # what a time counts that an item came before, not after
 ALIKE = 32  # items that an item's counts are smoothed with
 
 
 def tuned_transitions(data: PreparedData) -> Transitions:
-    """Times that an item came after another + `BACK` * times that it came before it, smoothed with
+    """Times that an item came after another + back * times that it came before it, smoothed with
     what is alike, and a decay.
 
-    Fade (see `following_counts`), smoothing (see `smoothed`) and decay are those with the best
-    Recall@10 on validation.
+    Back, fade (see `following_counts`), smoothing (see `smoothed`) and decay are those with the
+    best Recall@10 on validation.
     """
     items = len(data.catalog)
     after = {fade: following_counts(data.split, items, fade) for fade in FADES}
@@ -94,8 +94,8 @@ def tuned_transitions(data: PreparedData) -> Transitions:
     returns = return_rate(data.split)
 
     def candidates() -> Iterator[tuple[Scorer, Transitions]]:
-        for fade, smoothing in itertools.product(FADES, SMOOTHINGS):
-            near = smoothed(after[fade] + BACK * after[fade].T, similar, smoothing)
+        for fade, back, smoothing in itertools.product(FADES, BACKS, SMOOTHINGS):
+            near = smoothed(after[fade] + back * after[fade].T, similar, smoothing)
             for decay in DECAYS:
                 transitions = Transitions(near, decay, returns)
                 yield _by_transitions(transitions, data), transitions
