@@ -1,6 +1,7 @@
 """What followed what: counted by hand, and mixed into every search as a user would expect."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from prefixmem_jax.data.transitions import FADED, Transitions, following_counts,
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import (
     ALIKE,
-    BACK,
+    BACKS,
     FADES,
     SMOOTHINGS,
     transition_heuristic,
@@ -62,11 +63,10 @@ def test_they_are_counted_within_training_sequences_only(data):
     near = tuned.near.toarray()
     alike = similar_items(words_of_items(data.catalog), ALIKE).toarray()
     tried = []
-    for counts in by_fade.values():
-        for more in SMOOTHINGS:
-            both = counts + BACK * counts.T + more * alike
-            sums = (counts + BACK * counts.T).sum(axis=1, keepdims=True) + more
-            tried.append(both / np.maximum(sums, 1e-12))
+    for counts, back, more in itertools.product(by_fade.values(), BACKS, SMOOTHINGS):
+        both = counts + back * counts.T + more * alike
+        sums = (counts + back * counts.T).sum(axis=1, keepdims=True) + more
+        tried.append(both / np.maximum(sums, 1e-12))
     assert sum(np.allclose(near, one) for one in tried) == 1
     history = data.split.test.history(3)
     expected = sum(
