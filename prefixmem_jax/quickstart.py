@@ -35,8 +35,6 @@ SYNTHETIC = {
     "prefixmem": "quickstart/prefixmem.py",
 }
 ON_DATA = {"baseline": "recommend/baseline.py", "prefixmem": "recommend/small.py"}
-# Fewer than the recipe's: 20,000 users take less than a quarter of an hour on two CPU cores.
-STEPS_ON_DATA = 700
 
 
 def quickstart_configs(
@@ -53,7 +51,6 @@ def quickstart_configs(
             )
         if data is not None:
             config = override(config, f"data.path={data}")
-            config = dataclasses.replace(config, steps=STEPS_ON_DATA)
         for text in overrides:
             if text.startswith("sid_encoder.") and config.sid_encoder is None:
                 continue  # the baseline has none
