@@ -77,7 +77,9 @@ def items_left(
       left_out: of each user the items that are not shown; None where all are.
     """
     left = np.where(groups >= 0, catalog.group_sizes[np.maximum(groups, 0)], 0)
-    for row, own, items in zip(left, groups, left_out or (), strict=False):
+    if left_out is None:
+        return left
+    for row, own, items in zip(left, groups, left_out, strict=True):
         gone, counts = np.unique(catalog.group_of_item[np.unique(items)], return_counts=True)
         at = np.searchsorted(gone, own)
         held = np.append(gone, -3)[at] == own
