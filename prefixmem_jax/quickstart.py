@@ -102,8 +102,10 @@ def quickstart(
     configs = {name: fit_sid_encoder(config, levels) for name, config in configs.items()}
     out.mkdir(parents=True, exist_ok=True)
     say(describe_data(prepared))
+    transitions = None
     for name, config in configs.items():
-        train(config, out / name, prepared)
+        train(config, out / name, prepared, transitions=transitions)
+        transitions = transitions or Run(out / name).transitions
 
     everyone, sample = chosen_examples(configs["baseline"].evaluation, prepared)
     facts = (
@@ -122,7 +124,7 @@ def quickstart(
         results[name] = evaluate_run(run, prepared, engine=engine)
         results[name] |= costs(out, name, engine, configs)
     options = configs["baseline"].evaluation
-    for name, evaluated in evaluate_heuristics(prepared, options).items():
+    for name, evaluated in evaluate_heuristics(prepared, options, transitions=transitions).items():
         results[name] = evaluated.metrics
     for values in results.values():
         values["dataset_sha256"] = prepared.dataset.sha256

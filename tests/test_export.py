@@ -399,7 +399,7 @@ def test_an_item_head_and_transitions_go_along(sid_encoder, vectors, transition_
     )
     run = make_run(tmp_path / "run", config)
     if transition_share:
-        transitions = tuned_transitions(run.data())
+        transitions = tuned_transitions(run.data(), True)
         # Counts that differ, or equal ones would let rounding decide on the order.
         transitions.near.data *= np.random.default_rng(0).uniform(1, 2, transitions.near.nnz)
         dataclasses.replace(transitions, returns=0.3).save(run.path / TRANSITIONS)

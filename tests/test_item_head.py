@@ -23,6 +23,7 @@ from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM, read_items
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.models import negatives
 from prefixmem_jax.models.item_head import OwnVectors, item_places
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.training.step import compile_train_step
@@ -130,9 +131,12 @@ def test_items_that_are_drawn_stand_for_all_others(data):
     hidden = np.asarray(model(batch, found.by_position, jax.random.key(2))[0])
     of_items, drawn, losses = vectors_of(model, rows_at, data), np.asarray(found.names), []
     assert len(drawn) == 20 and "item_hits" not in sums
+    shares = data.item_counts / data.item_counts.sum()
+    expected = 10 / len(data.catalog) + 10 * shares
+    assert np.std(expected) > 0.05
     for row, place, target in places_of_targets(data, batch, 6):
         scores = (of_items @ hidden[row, place]).astype(np.float64)
-        others = scores[drawn[drawn != target]] + np.log(len(data.catalog) / 20)
+        others = (scores - np.log(expected))[drawn[drawn != target]]
         losses.append(np.log(np.exp(scores[target]) + np.exp(others).sum()) - scores[target])
     np.testing.assert_allclose(sums["item_loss"], np.sum(losses), rtol=1e-5)
     names = [model.memory_addresses(batch, jax.random.key(seed)).names for seed in (2, 3)]
@@ -146,11 +150,11 @@ def test_a_step_that_draws_holds_nothing_of_every_item(data):
     sids = np.random.default_rng(0).integers(0, 6, (items, 4), np.int32)
     vocabulary = dataclasses.replace(data.vocabulary, items=items, sids=sids)
     shapes = {}
-    for negatives in (None, 64):
-        config = with_head("memory", negatives=negatives)
+    for few in (None, 64):
+        config = with_head("memory", negatives=few)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
         spec = ModelSpec.create(config, vocabulary, make_mesh(devices=jax.devices()[:1]))
-        shapes[negatives] = set(
+        shapes[few] = set(
             re.findall(r"(f32|pred)\[([\d,]*7919)\b", compile_train_step(spec).as_text())
         )
     assert shapes[None] and not shapes[64]
@@ -229,3 +233,19 @@ def test_a_model_that_does_not_know_its_items_is_refused(data):
     unknown = dataclasses.replace(data.vocabulary, items=0)
     with pytest.raises(UserError, match="item_head needs the number of items"):
         ModelSpec.create(CONFIG, unknown, make_mesh(devices=jax.devices()[:1]))
+
+
+def test_items_are_drawn_as_often_as_the_loss_expects(data):
+    """The one half alike, the other as they occur: those that never do, half as often as alike."""
+    counts = np.zeros(len(data.catalog), np.int64)
+    counts[[3, 5, 149]] = 1, 6, 3
+    vocabulary = dataclasses.replace(data.vocabulary, item_counts=counts)
+    drawn = np.asarray(negatives.draw(vocabulary, jax.random.key(1), 60_001))
+    times = np.bincount(drawn, minlength=len(counts))
+    assert drawn.shape == (60_001,) and len(times) == len(counts)
+    expected = np.asarray(negatives.expected(vocabulary, jnp.arange(len(counts)), 60_001))
+    np.testing.assert_allclose(expected, 30_001 / len(counts) + 3000 * counts, rtol=1e-5)
+    assert np.max(np.abs(times - expected) / np.sqrt(expected)) < 4.5
+    unknown = dataclasses.replace(vocabulary, item_counts=None)
+    alike = np.asarray(negatives.expected(unknown, jnp.arange(len(counts)), 60_001))
+    np.testing.assert_allclose(alike, 60_001 / len(counts), rtol=1e-5)

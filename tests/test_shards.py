@@ -164,8 +164,9 @@ def test_histories_in_a_file_are_read_and_split_by_piece_as_they_are_whole(kind,
         assert found[name] == spelled(getattr(whole.split, name))
     for count in (0, 30):
         sample = whole.split.validation.take(fixed_sample(len(whole.split.validation), count))
-        alone = stored.validation_alone(count).split
-        assert spelled(alone.validation) == spelled(sample) and not len(alone.train)
+        alone = stored.validation_alone(count)
+        assert spelled(alone.split.validation) == spelled(sample) and not len(alone.split.train)
+        assert alone.item_counts.tolist() == whole.item_counts.tolist()
 
 
 PEAK = """

@@ -17,7 +17,13 @@ from prefixmem_jax.data.dataset import Histories
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.similar_items import similar_items, words_of_items
 from prefixmem_jax.data.splits import split_dataset
-from prefixmem_jax.data.transitions import FADED, Transitions, following_counts, return_rate
+from prefixmem_jax.data.transitions import (
+    FADED,
+    NORMED,
+    Transitions,
+    following_counts,
+    return_rate,
+)
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import (
     ALIKE,
@@ -59,21 +65,21 @@ def test_they_are_counted_within_training_sequences_only(data):
         found = following_counts(data.split, 150, fade).toarray()
         np.testing.assert_allclose(found, counts)
     assert (by_fade[0.85] > by_fade[0.0]).any()
-    tuned = tuned_transitions(data)
+    tuned = tuned_transitions(data, True)
     near = tuned.near.toarray()
     alike = similar_items(words_of_items(data.catalog), ALIKE).toarray()
     tried = []
     for counts, back, more in itertools.product(by_fade.values(), BACKS, SMOOTHINGS):
         both = counts + back * counts.T + more * alike
         sums = (counts + back * counts.T).sum(axis=1, keepdims=True) + more
-        tried.append(both / np.maximum(sums, 1e-12))
+        tried.append(both / np.maximum(sums, 1e-12) ** NORMED)
     assert sum(np.allclose(near, one) for one in tried) == 1
     history = data.split.test.history(3)
     expected = sum(
         tuned.decay**since * near[item] for since, item in enumerate(history[::-1].tolist())
     )
     np.testing.assert_allclose(tuned.scores(history), expected)
-    scored = transition_heuristic(data)(history)
+    scored = transition_heuristic(data, tuned)(history)
     np.testing.assert_allclose(scored, expected, atol=1e-8)
 
 
@@ -164,7 +170,7 @@ def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
 
 def test_any_number_of_devices_finds_the_same(data, tmp_path):
     run = make_run(tmp_path / "run", CONFIG)
-    tuned_transitions(data).save(run.path / TRANSITIONS)
+    tuned_transitions(data, True).save(run.path / TRANSITIONS)
     histories = data.split.test.take(np.arange(11)).histories()
     one, eight = (
         run.engine(data.catalog, jax.devices()[:count]).search(
@@ -185,7 +191,7 @@ def test_training_counts_them_and_a_run_without_says_so(data, tmp_path):
         CONFIG, steps=2, data=dataclasses.replace(CONFIG.data, batch_size=8)
     )
     train(config, tmp_path / "run")
-    assert (Run(tmp_path / "run").transitions.near != tuned_transitions(data).near).nnz == 0
+    assert (Run(tmp_path / "run").transitions.near != tuned_transitions(data, True).near).nnz == 0
     (tmp_path / "run" / TRANSITIONS).unlink()
     run = Run(tmp_path / "run")
     with pytest.raises(UserError, match=r"has no transitions\.npz"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -82,10 +81,10 @@ class PreparedData:
         """SID tokens of every item, int32 [items, levels]."""
         return self.vocabulary.item_tokens
 
-    @cached_property
+    @property
     def item_counts(self) -> np.ndarray:
         """Occurrences of every item in training, int64 [items]."""
-        return self.split.item_counts(len(self.catalog))
+        return self.vocabulary.item_counts
 
 
 @dataclass(frozen=True)
@@ -116,14 +115,20 @@ class StoredData:
         return np.unique(np.concatenate([[first], inner, [stop]]))
 
     def validation_alone(self, examples: int) -> PreparedData:
-        """Without training and test histories, and of validation `fixed_sample`'s examples alone.
+        """Without training and test histories, but for the counts of items, and of validation
+        `fixed_sample`'s examples alone.
 
         Args:
           examples: how many at most; 0: all.
         """
         bounds = self.bounds(0, len(self.dataset.histories), PIECE)
         places = list(itertools.pairwise(bounds.tolist()))
-        ends = np.cumsum([len(self.piece(*place).split.validation) for place in places])
+        counts, held_out = np.zeros(len(self.dataset.catalog), np.int64), []
+        for place in places:
+            split = self.piece(*place).split
+            counts += split.item_counts(len(counts))
+            held_out.append(len(split.validation))
+        ends = np.cumsum(held_out)
         check_some(int(ends[-1]), "validation", self.dataset.name, self.config.split)
         sample = fixed_sample(int(ends[-1]), examples)
         parts = np.split(sample, np.searchsorted(sample, ends[:-1]))
@@ -141,7 +146,7 @@ class StoredData:
         validation = Examples(flat, np.concatenate(users), starts, stops - 1)
         nothing = np.zeros(0, np.int64)
         split = Split(flat, Ranges(nothing, nothing), validation, validation.take(nothing))
-        return PreparedData(self.dataset, split, self.vocabulary)
+        return PreparedData(self.dataset, split, replace(self.vocabulary, item_counts=counts))
 
 
 # Interactions that are split and packed at a time.
@@ -152,7 +157,9 @@ def prepare_data(config: DataConfig) -> PreparedData:
     """Reads (or generates) the dataset and splits it; the config fixes every choice."""
     dataset, process = _read(config, "read_dataset")
     split = split_dataset(dataset, config.split, config.holdout)
-    return PreparedData(dataset, split, _vocabulary(config, dataset.catalog), process)
+    vocabulary = _vocabulary(config, dataset.catalog)
+    counted = replace(vocabulary, item_counts=split.item_counts(len(dataset.catalog)))
+    return PreparedData(dataset, split, counted, process)
 
 
 def open_data(config: DataConfig) -> StoredData:

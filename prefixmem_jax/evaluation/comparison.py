@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData
+from prefixmem_jax.data.transitions import Transitions
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.evaluator import chosen_examples, evaluate_run, load_scores
 from prefixmem_jax.evaluation.heuristics import (
@@ -20,6 +22,7 @@ from prefixmem_jax.evaluation.heuristics import (
     popularity_heuristic,
     successor_heuristic,
     transition_heuristic,
+    tuned_transitions,
 )
 from prefixmem_jax.evaluation.lists import blend, list_scores, load_lists
 from prefixmem_jax.evaluation.metrics import Evaluated, over_users
@@ -31,15 +34,24 @@ from prefixmem_jax.storage import absolute, make_folder
 
 
 def evaluate_heuristics(
-    data: PreparedData, options: EvaluationConfig, split: str = "test"
+    data: PreparedData,
+    options: EvaluationConfig,
+    split: str = "test",
+    transitions: Transitions | None = None,
 ) -> dict[str, Evaluated]:
-    """The heuristics, and for synthetic data the optimum, on the users that `options` chooses."""
+    """The heuristics, and for synthetic data the optimum, on the users that `options` chooses.
+
+    Args:
+      transitions: `tuned_transitions` of the data, where a run has them.
+    """
     examples, sample = chosen_examples(options, data, split)
+    if transitions is None:
+        transitions = tuned_transitions(data, options.exclude_seen)
     makers = {
         "heuristic_popularity": popularity_heuristic,
         "heuristic_successor": successor_heuristic,
-        "heuristic_transition": transition_heuristic,
-        "heuristic_item_knn": item_knn_heuristic,
+        "heuristic_transition": partial(transition_heuristic, transitions=transitions),
+        "heuristic_item_knn": partial(item_knn_heuristic, exclude_seen=options.exclude_seen),
     }
     if data.process is not None:
         makers["optimum"] = optimum
@@ -73,7 +85,8 @@ def evaluate_runs(
       users, beam, item_share, transition_share: in place of each run's `evaluation.users` and so
         on.
       include_seen: do not leave out what a history holds, whatever the runs' configs say.
-      heuristics: evaluate the heuristics too, on the first run's users.
+      heuristics: evaluate the heuristics too, on the first run's users; of transitions, the run's
+        own where it has counted them.
       blends: of two runs: shares of the second run's lists in blends with the first's.
       out: for results.json, comparison.json and plots; None: the run's own folder if it is one.
       step: of the checkpoints to evaluate, see `Run`.
@@ -123,7 +136,9 @@ def evaluate_runs(
     scores = {name: load_scores(run.path) for name, run in opened.items()}
     if heuristics:
         digest = prepared[base].dataset.sha256
-        for name, evaluated in evaluate_heuristics(prepared[base], options[base], split).items():
+        counts = opened[base].transitions
+        evaluated_heuristics = evaluate_heuristics(prepared[base], options[base], split, counts)
+        for name, evaluated in evaluated_heuristics.items():
             results[name] = {**evaluated.metrics, "dataset_sha256": digest}
             scores[name] = evaluated.scores
     for share in blends:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -76,58 +75,50 @@ def successor_heuristic(data: PreparedData) -> Scorer:
 
 
 # How counts are made and used; the best together on validation are taken.
-FADES, DECAYS, SMOOTHINGS = (0.0, 0.85), (0.5, 0.7, 0.9), (0.0, 10.0, 30.0)
-BACKS = (0.0, 0.5, 1.0)  # what a time counts that an item came before, not after
+FADES, BACKS, SMOOTHINGS = (0.0, 0.85), (0.0, 1.0), (0.0, 10.0, 30.0)
+SHRINKAGES = (0.0, 5.0, 20.0)
+DECAYS = (0.5, 0.7, 0.9)
 ALIKE = 32  # items that an item's counts are smoothed with
+TUNING_USERS = 8000
 
 
-def tuned_transitions(data: PreparedData) -> Transitions:
+def tuned_transitions(data: PreparedData, exclude_seen: bool) -> Transitions:
     """Times that an item came after another + back * times that it came before it, smoothed with
     what is alike, and a decay.
 
     Back, fade (see `following_counts`), smoothing (see `smoothed`) and decay are those with the
-    best Recall@10 on validation.
+    best Recall@10 on validation, with seen items left out or not.
     """
     items = len(data.catalog)
-    after = {fade: following_counts(data.split, items, fade) for fade in FADES}
     similar = similar_items(words_of_items(data.catalog), ALIKE)
-    returns = return_rate(data.split)
 
-    def candidates() -> Iterator[tuple[Scorer, Transitions]]:
-        for fade, back, smoothing in itertools.product(FADES, BACKS, SMOOTHINGS):
-            near = smoothed(after[fade] + back * after[fade].T, similar, smoothing)
-            for decay in DECAYS:
-                transitions = Transitions(near, decay, returns)
-                yield _by_transitions(transitions, data), transitions
+    def candidates() -> Iterator[sparse.csr_array]:
+        for fade in FADES:
+            after = following_counts(data.split, items, fade)
+            for back, smoothing in itertools.product(BACKS, SMOOTHINGS):
+                yield smoothed(after + back * after.T, similar, smoothing)
 
-    return _best(candidates(), data)
+    return Transitions(*_best(candidates(), data, exclude_seen), return_rate(data.split))
 
 
-def transition_heuristic(data: PreparedData) -> Scorer:
+def transition_heuristic(data: PreparedData, transitions: Transitions) -> Scorer:
     """Scores items by how often they stood near the history's items in training, or near what is
     alike: the sum over the history of decay ** (items since) * near, see `tuned_transitions`; items
     without any come after, by popularity.
     """
-    return _by_transitions(tuned_transitions(data), data)
-
-
-def _by_transitions(transitions: Transitions, data: PreparedData) -> Scorer:
     popularity = 1e-9 * data.item_counts / (data.item_counts.sum() + 1.0)
     return lambda history: transitions.scores(history) + popularity
 
 
-KNN_GRID = tuple(itertools.product((0.5, 0.7, 0.9), (0.0, 5.0, 20.0)))
-TUNING_USERS = 2000
-
-
-def item_knn_heuristic(data: PreparedData) -> Scorer:
+def item_knn_heuristic(data: PreparedData, exclude_seen: bool) -> Scorer:
     """Scores items by cosine similarity to the history's, recent ones counting more.
 
     sim(i, j) = users with both / (sqrt(users with i * users with j) + shrinkage); an item scores
     the sum over the history of decay ** (items since) * sim; items without any come after, by
-    popularity. Decay and shrinkage are those of `KNN_GRID` with the best Recall@10 on validation.
+    popularity. Decay and shrinkage are those with the best Recall@10 on validation, with seen items
+    left out or not.
     """
-    items, counts, train = len(data.catalog), data.item_counts, data.split.train
+    items, train = len(data.catalog), data.split.train
     user = np.repeat(np.arange(len(train)), train.lengths)
     seen = sparse.csr_array(
         (np.ones(len(user)), (user, data.split.items[train.indices()])), shape=(len(train), items)
@@ -137,34 +128,48 @@ def item_knn_heuristic(data: PreparedData) -> Scorer:
     together.setdiag(0)
     together.eliminate_zeros()
     users = np.asarray(seen.sum(axis=0)).reshape(-1)
-    popularity = 1e-9 * counts / (counts.sum() + 1.0)
-    item = np.repeat(np.arange(items), np.diff(together.indptr))
-    norm = np.sqrt(users[item] * users[together.indices])
+    norm = np.sqrt(users[together.nonzero()[0]] * users[together.indices])
 
-    def scorer(decay: float, shrinkage: float) -> Scorer:
-        similar = together.copy()
-        similar.data = together.data / (norm + shrinkage)
+    def candidates() -> Iterator[sparse.csr_array]:
+        for shrinkage in SHRINKAGES:
+            similar = together.copy()
+            similar.data = together.data / (norm + shrinkage)
+            yield similar
 
-        def score(history: np.ndarray) -> np.ndarray:
-            weights = decay ** np.arange(len(history) - 1, -1, -1)
-            return similar[np.asarray(history)].T @ weights + popularity
-
-        return score
-
-    return scorer(*_best(((scorer(*options), options) for options in KNN_GRID), data))
+    return transition_heuristic(
+        data, Transitions(*_best(candidates(), data, exclude_seen), returns=0.0)
+    )
 
 
-def _best(scorers: Iterable[tuple[Scorer, Any]], data: PreparedData) -> Any:
-    """What stands beside the scorer, the first of equals, with the best validation Recall@10."""
+def _best(
+    candidates: Iterable[sparse.csr_array], data: PreparedData, exclude_seen: bool
+) -> tuple[sparse.csr_array, float]:
+    """The neighbours [items, items] and the decay, first of equals, with the best Recall@10 on
+    validation; targets that no item of the history is a neighbour of are not found.
+    """
     everyone = data.split.validation
     tuning = everyone.take(fixed_sample(len(everyone), TUNING_USERS))
+    histories, users = tuning.histories(), np.arange(len(tuning))
+    lengths = [len(history) for history in histories]
+    user, item = np.repeat(users, lengths), np.concatenate(histories)
+    since = np.concatenate([np.arange(length)[::-1] for length in lengths])
 
-    def recall(score: Scorer) -> float:
-        ranked = map(score, tuning.histories())
-        better = [np.sum(s > s[target]) for s, target in zip(ranked, tuning.targets, strict=True)]
-        return float(np.mean(np.array(better) < 10))
+    def of_histories(numbers: np.ndarray) -> sparse.csr_array:
+        return sparse.csr_array((numbers, (user, item)), shape=(len(users), len(data.catalog)))
 
-    return max(scorers, key=lambda one: recall(one[0]))[1]
+    left_out = of_histories(np.ones(len(item))) if exclude_seen else None
+
+    def recall(near: sparse.csr_array, decay: float) -> float:
+        scores = (of_histories(decay**since) @ near).tocsr()
+        if left_out is not None:
+            scores = (scores - scores.multiply(left_out > 0)).tocsr()
+        of_target = np.asarray(scores[users, tuning.targets]).reshape(-1)
+        scored = np.repeat(users, np.diff(scores.indptr))
+        better = np.bincount(scored[scores.data > of_target[scored]], minlength=len(users))
+        return float(np.mean((of_target > 0) & (better < 10)))
+
+    tried = ((near, decay) for near in candidates for decay in DECAYS)
+    return max(tried, key=lambda one: recall(*one))
 
 
 def optimum(data: PreparedData) -> Scorer:

@@ -102,21 +102,22 @@ def sampled_cross_entropy(
     weight_DN: jax.Array,
     target_BP: jax.Array,
     drawn_N: jax.Array,
-    outputs: int,
+    expected_N: jax.Array,
     weight_BP: jax.Array,
 ) -> jax.Array:
     """Weighted sum of cross-entropies over the target and a few outputs that stand for the others.
 
-    Each of the N, drawn uniformly, counts outputs / N times (the log of its expected count is taken
-    from its logit), so that the sum over them is right on average; one that is the target does not
-    count.
+    The log of its expected count is taken from the logit of each, so that the sum over them is
+    right on average (logQ correction); one that is the target does not count.
 
     Args:
       target_BPD: the targets' vectors; target_BP: which outputs they are.
       weight_DN: vectors of the drawn outputs, in columns; those beyond `drawn_N` fill it up.
+      expected_N: how many times each is drawn on average.
     """
-    logits_BPN = SoftmaxHead(weight_DN).logits(hidden_BPD) + jnp.log(outputs / len(drawn_N))
     missing = weight_DN.shape[1] - len(drawn_N)
+    often_N = jnp.pad(jnp.log(expected_N), (0, missing))
+    logits_BPN = SoftmaxHead(weight_DN).logits(hidden_BPD) - constrain(often_N, "vocabulary")
     drawn_N = constrain(jnp.pad(drawn_N, (0, missing), constant_values=-1), "vocabulary")
     other = (drawn_N >= 0) & (drawn_N != target_BP[..., None])
     logits_BPN = jnp.where(other, logits_BPN, -jnp.inf)

@@ -13,6 +13,7 @@ from flax import nnx
 from prefixmem_jax.config_groups import ItemHeadConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory.table import Lookup
+from prefixmem_jax.models.negatives import draw
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import (
     constrain,
@@ -59,7 +60,7 @@ class MemoryVectors(nnx.Module):
         tokens_IL = jax.lax.optimization_barrier(jnp.asarray(vocabulary.encode(vocabulary.sids)))
         if self.negatives is not None:
             key = jax.random.key(0) if key is None else key
-            drawn = jax.random.randint(key, (self.negatives,), 0, vocabulary.items)
+            drawn = draw(vocabulary, key, self.negatives)
             tokens_IL = tokens_IL[drawn]
         missing = -len(tokens_IL) % device_count()
         tokens_IL = jnp.pad(tokens_IL, ((0, missing), (0, 0)))

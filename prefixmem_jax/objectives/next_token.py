@@ -27,6 +27,7 @@ from prefixmem_jax.layers.softmax_head import (
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.models.item_head import item_places
+from prefixmem_jax.models.negatives import expected
 from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.objectives.objective import Objective
 from prefixmem_jax.parallel.sharding import constrain, take_positions
@@ -178,7 +179,8 @@ def _item_sums(
     memory_BSD = model.sid_encoder(batch.tokens, batch.segment_ids, rows.by_position)
     last_BP = jnp.minimum(index_BP + model.vocabulary.levels, batch.tokens.shape[1] - 1)
     target_BPD = take_positions(constrain(memory_BSD, "batch", None, None), last_BP)
+    times_N = expected(model.vocabulary, rows.names, len(rows.names))
     sums["item_loss"] = sampled_cross_entropy(
-        hidden_BPD, target_BPD, weight_DI, items_BP, rows.names, model.vocabulary.items, there_BP
+        hidden_BPD, target_BPD, weight_DI, items_BP, rows.names, times_N, there_BP
     )
     return sums

@@ -27,6 +27,8 @@ class Vocabulary:
       multiple: the size is filled up to a multiple of this with tokens that never occur.
       items: of the catalogue, where the model scores them whole; 0 where that is not known.
       sids: of the items, int32 [items, levels], for training to score them by; or None.
+      item_counts: occurrences of every item in training, int64 [items], for negatives to be drawn
+        by; or None.
     """
 
     space: SidSpace
@@ -34,6 +36,7 @@ class Vocabulary:
     multiple: int = 1
     items: int = 0
     sids: np.ndarray | None = field(default=None, compare=False, repr=False)
+    item_counts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def levels(self) -> int:

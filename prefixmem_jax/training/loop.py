@@ -16,6 +16,7 @@ from tqdm import tqdm
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.pipeline import global_batch, training_batches
 from prefixmem_jax.data.prepare import TrainingData
+from prefixmem_jax.data.transitions import Transitions
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.heuristics import tuned_transitions
 from prefixmem_jax.evaluation.validation import ValidationRetrieval
@@ -58,6 +59,7 @@ def train(
     folder: Path,
     data: TrainingData | None = None,
     profile: tuple[int, int] | None = None,
+    transitions: Transitions | None = None,
 ) -> TrainState:
     """Trains to `config.steps`, resuming from the run's own newest checkpoint if it has one.
 
@@ -65,6 +67,7 @@ def train(
       folder: for config.json, data.json, metrics.jsonl, tensorboard/ and checkpoints/.
       data: the config's data, where the caller has prepared it already.
       profile: trace the steps after the first up to the second into `folder`/profile.
+      transitions: `tuned_transitions` of the data, where the caller has counted them already.
 
     Returns:
       The final state.
@@ -89,11 +92,12 @@ def train(
         if run.has_checkpoint:  # now that nobody else is at it
             state = None
         run.claim(config, DataDescription.of(data, config.data))
-        transitions = None
+        counts = None
         if config.evaluation.transition_share > 0:
-            transitions = run.transitions or tuned_transitions(data)
+            counts = run.transitions or transitions
+            counts = counts or tuned_transitions(data, config.evaluation.exclude_seen)
             if first and run.transitions is None:
-                transitions.save(folder / TRANSITIONS)
+                counts.save(folder / TRANSITIONS)
         validation = objective.validation_rows(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
         )
@@ -115,7 +119,7 @@ def train(
         bar = progress_bar(config.steps, config.name, "step", progress.step, shown=first)
         retrieval = None
         if config.evaluation.retrieves:
-            retrieval = ValidationRetrieval(spec, data, transitions)
+            retrieval = ValidationRetrieval(spec, data, counts)
         validating = Validation(spec, writer, validation, retrieval)
         hooks: list[Hook] = [
             Logging(spec, writer, bar),
