@@ -252,12 +252,13 @@ def _ranks(
     Args:
       scores: float [items], 0 or more.
     """
-    group_of_item, groups = catalog.group_of_item, len(catalog.group_sizes)
-    sums = np.bincount(group_of_item, scores, groups)
-    shown = np.ones(len(scores), bool)
-    shown[left_out] = False
-    sums[np.bincount(group_of_item[shown], minlength=groups) == 0] = -np.inf
-    return _rank(sums, group_of_item[target]), _rank(np.where(shown, scores, -np.inf), target)
+    group_of_item, sizes = catalog.group_of_item, catalog.group_sizes
+    sums = np.bincount(group_of_item, scores, len(sizes))
+    groups, gone = np.unique(group_of_item[np.unique(left_out)], return_counts=True)
+    sums[groups[gone == sizes[groups]]] = -np.inf
+    scores = scores.copy()
+    scores[left_out] = -np.inf
+    return _rank(sums, group_of_item[target]), _rank(scores, target)
 
 
 def _rank(values: np.ndarray, one: int) -> int:
