@@ -223,7 +223,7 @@ class ItemHeadConfig:
         `own`: a vector for every item, as a dense parameter.
       weight: of an item's cross-entropy in the loss, beside that of its codes.
       negatives: items drawn in each step, which stand for all others in the softmax (with `memory`
-        only; see `models.negatives`). None: a softmax over all items.
+        only; see `models.negatives`). None, or no fewer than there are: a softmax over all items.
     """
 
     vectors: Literal["memory", "own"] = "own"

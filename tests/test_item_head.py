@@ -139,6 +139,10 @@ def test_items_that_are_drawn_stand_for_all_others(data):
         others = (scores - np.log(expected))[drawn[drawn != target]]
         losses.append(np.log(np.exp(scores[target]) + np.exp(others).sum()) - scores[target])
     np.testing.assert_allclose(sums["item_loss"], np.sum(losses), rtol=1e-5)
+    for many in (150, None):  # as many as there are, or more: all
+        config = with_head("memory", negatives=many)
+        _, _, model_of_all, _, _, of_all = one_batch(config, data)
+        assert of_all.names is None and model_of_all.item_head.negatives is None
     names = [model.memory_addresses(batch, jax.random.key(seed)).names for seed in (2, 3)]
     np.testing.assert_array_equal(names[0], drawn)
     assert (np.asarray(names[1]) != drawn).any()

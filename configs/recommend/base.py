@@ -28,7 +28,7 @@ def get_config() -> Config:
         sid_encoder=PrefixMemoryConfig(
             target_levels=(1, 3, 4), orders=4, heads=2, rows=2**15, d_mem=64, dropout=0.3
         ),
-        item_head=ItemHeadConfig(vectors="memory", weight=2.0),
+        item_head=ItemHeadConfig(vectors="memory", weight=2.0, negatives=8192),
         optimizer=OptimizerConfig(
             learning_rate=3e-3,
             warmup_steps=100,

@@ -15,5 +15,5 @@ def get_config() -> Config:
         recipe,
         name="baseline",
         sid_encoder=None,
-        item_head=dataclasses.replace(recipe.item_head, vectors="own"),
+        item_head=dataclasses.replace(recipe.item_head, vectors="own", negatives=None),
     )

@@ -91,7 +91,8 @@ def build_item_head(
         raise UserError("item_head needs the number of items; set data.path, or data.items")
     if config.vectors == "own":
         return OwnVectors(vocabulary, d_model, rngs=rngs)
-    return MemoryVectors(vocabulary, config.negatives)
+    few = config.negatives is not None and config.negatives < vocabulary.items
+    return MemoryVectors(vocabulary, config.negatives if few else None)
 
 
 def item_places(next_item_BS: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
