@@ -104,7 +104,7 @@ class StoredData:
         """The users from the first up to the last, split as all are."""
         histories = self.dataset.histories.piece(first, stop)
         split = split_histories(histories, self.config.split, self.config.holdout, self.cuts)
-        return PreparedData(replace(self.dataset, histories=histories), split, self.vocabulary)
+        return _prepared(replace(self.dataset, histories=histories), split, self.vocabulary)
 
     def bounds(self, first: int, stop: int, interactions: int) -> np.ndarray:
         """Cuts users into pieces of about so many interactions: where each starts, and the end."""
@@ -125,9 +125,9 @@ class StoredData:
         places = list(itertools.pairwise(bounds.tolist()))
         counts, held_out = np.zeros(len(self.dataset.catalog), np.int64), []
         for place in places:
-            split = self.piece(*place).split
-            counts += split.item_counts(len(counts))
-            held_out.append(len(split.validation))
+            piece = self.piece(*place)
+            counts += piece.item_counts
+            held_out.append(len(piece.split.validation))
         ends = np.cumsum(held_out)
         check_some(int(ends[-1]), "validation", self.dataset.name, self.config.split)
         sample = fixed_sample(int(ends[-1]), examples)
@@ -157,9 +157,18 @@ def prepare_data(config: DataConfig) -> PreparedData:
     """Reads (or generates) the dataset and splits it; the config fixes every choice."""
     dataset, process = _read(config, "read_dataset")
     split = split_dataset(dataset, config.split, config.holdout)
-    vocabulary = _vocabulary(config, dataset.catalog)
-    counted = replace(vocabulary, item_counts=split.item_counts(len(dataset.catalog)))
-    return PreparedData(dataset, split, counted, process)
+    return _prepared(dataset, split, _vocabulary(config, dataset.catalog), process)
+
+
+def _prepared(
+    dataset: Dataset,
+    split: Split,
+    vocabulary: Vocabulary,
+    process: SyntheticProcess | None = None,
+) -> PreparedData:
+    """With the training's occurrences of items counted."""
+    counts = split.item_counts(len(dataset.catalog))
+    return PreparedData(dataset, split, replace(vocabulary, item_counts=counts), process)
 
 
 def open_data(config: DataConfig) -> StoredData:

@@ -80,6 +80,7 @@ SHRINKAGES = (0.0, 5.0, 20.0)
 DECAYS = (0.5, 0.7, 0.9)
 ALIKE = 32  # items that an item's counts are smoothed with
 TUNING_USERS = 8000
+USERS_AT_ONCE = 500  # scored at a time: where histories are long, nearly all items get a score
 
 
 def tuned_transitions(data: PreparedData, exclude_seen: bool) -> Transitions:
@@ -160,13 +161,18 @@ def _best(
     left_out = of_histories(np.ones(len(item))) if exclude_seen else None
 
     def recall(near: sparse.csr_array, decay: float) -> float:
-        scores = (of_histories(decay**since) @ near).tocsr()
-        if left_out is not None:
-            scores = (scores - scores.multiply(left_out > 0)).tocsr()
-        of_target = np.asarray(scores[users, tuning.targets]).reshape(-1)
-        scored = np.repeat(users, np.diff(scores.indptr))
-        better = np.bincount(scored[scores.data > of_target[scored]], minlength=len(users))
-        return float(np.mean((of_target > 0) & (better < 10)))
+        weights, found = of_histories(decay**since), 0
+        for start in range(0, len(users), USERS_AT_ONCE):
+            here = slice(start, start + USERS_AT_ONCE)
+            scores = (weights[here] @ near).tocsr()
+            if left_out is not None:
+                scores = (scores - scores.multiply(left_out[here] > 0)).tocsr()
+            rows, targets = np.arange(scores.shape[0]), tuning.targets[here]
+            of_target = np.asarray(scores[rows, targets]).reshape(-1)
+            scored = np.repeat(rows, np.diff(scores.indptr))
+            better = np.bincount(scored[scores.data > of_target[scored]], minlength=len(rows))
+            found += int(np.sum((of_target > 0) & (better < 10)))
+        return found / len(users)
 
     tried = ((near, decay) for near in candidates for decay in DECAYS)
     return max(tried, key=lambda one: recall(*one))
