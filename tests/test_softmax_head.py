@@ -54,13 +54,18 @@ def value_and_gradients(softcap, outputs, smoothing, best=1):
     return jax.device_get(both(jnp.asarray(hidden), jnp.asarray(weight)))
 
 
+def in_pieces_of(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    monkeypatch.setattr(softmax_head, "CACHED_LOGITS", logits)
+    monkeypatch.setattr(softmax_head, "FEWEST_PREDICTIONS", 1)
+
+
 CASES = [(None, None, 0.0), (None, 30, 0.1), (2.0, None, 0.0), (2.0, 33, 0.3)]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("at_once", "best"), [(1, 1), (7 * OUTPUTS, 1), (2**20, 4)])
 def test_it_is_the_reference_however_it_is_cut(case, at_once, best, monkeypatch):
-    monkeypatch.setattr(softmax_head, "CACHED_LOGITS", at_once)
+    in_pieces_of(monkeypatch, at_once)
     (loss, hit), gradients = value_and_gradients(*case, best)
     *arrays, target, of_prediction = inputs()
     expected, expected_rank = reference(*arrays, target, of_prediction, *case)
@@ -80,7 +85,7 @@ def test_it_is_the_reference_however_it_is_cut(case, at_once, best, monkeypatch)
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
 @pytest.mark.parametrize("case", CASES[1:])
 def test_any_mesh_gives_the_same(case, shape, monkeypatch):
-    monkeypatch.setattr(softmax_head, "CACHED_LOGITS", 3 * OUTPUTS)
+    in_pieces_of(monkeypatch, 3 * OUTPUTS)
     alone = value_and_gradients(*case)
     with jax.set_mesh(make_mesh(MeshConfig(*shape))):
         divided = value_and_gradients(*case)

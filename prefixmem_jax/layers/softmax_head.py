@@ -14,6 +14,8 @@ from prefixmem_jax.parallel.sharding import by_vocabulary, constrain, einsum
 # Logits that are computed at a time: on a CPU so many that they stay in its cache, elsewhere so
 # many that they and their gradients leave room (3 GiB each).
 CACHED_LOGITS, MOST_LOGITS = 2**20, 3 * 2**28
+# But never so few predictions that reading all outputs' vectors for them costs more than they do.
+FEWEST_PREDICTIONS = 128
 
 
 class SoftmaxHead(NamedTuple):
@@ -233,7 +235,7 @@ def _in_pieces_with_gradients(here: _Loss, logits: int, *operands: jax.Array) ->
 def _pieces(logits: int, outputs: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Arrays [N, ...] as [pieces, predictions, ...], as even as can be, filled up with zeros."""
     predictions = len(arrays[0])
-    most = max(logits // outputs, 1)
+    most = max(logits // outputs, FEWEST_PREDICTIONS)
     size = -(-predictions // -(-predictions // most))
     missing = -predictions % size
     return tuple(
