@@ -121,7 +121,7 @@ def test_heuristics_equal_the_published_ones(name, popularity, successor):
         assert evaluate(heuristics.popularity_heuristic)[2:] == list(popularity)
     assert evaluate(heuristics.successor_heuristic) == list(successor)
     if name == "beauty":
-        after = following_counts(data.split, len(data.catalog))
+        after = following_counts(data.split, len(data.catalog), 1.0, farthest=1)
         decayed = Transitions((after + 0.5 * after.T).tocsr(), 0.7, 0.0)
         popularity = 1e-9 * data.item_counts
         found = evaluate(lambda _: lambda x: decayed.scores(x) + popularity, exclude_seen=True)

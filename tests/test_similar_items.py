@@ -8,7 +8,7 @@ from scipy import sparse
 
 from prefixmem_jax.data import similar_items as similar
 from prefixmem_jax.data.similar_items import similar_items, words_of_items
-from prefixmem_jax.data.transitions import NORMED, smoothed
+from prefixmem_jax.data.transitions import smoothed
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 
@@ -57,10 +57,13 @@ def test_prefixes_stand_for_words_where_there_are_no_titles():
 def test_many_counts_outweigh_titles_and_few_do_not():
     counts = sparse.csr_array(np.array([[0, 90.0, 0, 0], [0, 0, 1, 0], [0] * 4, [0] * 4]))
     alike = sparse.csr_array(np.array([[0, 0, 1.0, 0], [0, 0, 0, 1], [0.5, 0, 0, 0.5], [0] * 4]))
-    near = smoothed(counts, alike, 10.0).toarray()
+    near = smoothed(counts, alike, 10.0, 0.8, 0.0).toarray()
     shares = np.array([[0, 0.9, 0.1, 0], [0, 0, 1 / 11, 10 / 11], [0.5, 0, 0, 0.5], [0] * 4])
     sums = np.array([100, 11, 10, 0])[:, None]
-    np.testing.assert_allclose(near, shares * sums ** (1 - NORMED), rtol=1e-6)
-    unsmoothed = smoothed(counts, alike, 0.0).toarray()
-    expected = [[0, 90 ** (1 - NORMED), 0, 0], [0, 0, 1, 0], [0] * 4, [0] * 4]
+    np.testing.assert_allclose(near, shares * sums**0.2, rtol=1e-6)
+    unsmoothed = smoothed(counts, alike, 0.0, 0.8, 0.0).toarray()
+    expected = [[0, 90**0.2, 0, 0], [0, 0, 1, 0], [0] * 4, [0] * 4]
     np.testing.assert_allclose(unsmoothed, expected, rtol=1e-6)
+    # What stands next to everything says less.
+    rarer = smoothed(counts, alike, 10.0, 0.8, 0.15).toarray()
+    np.testing.assert_allclose(rarer, near / np.array([10, 100, 11, 10]) ** 0.15, rtol=1e-6)

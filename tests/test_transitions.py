@@ -18,8 +18,7 @@ from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.data.similar_items import similar_items, words_of_items
 from prefixmem_jax.data.splits import split_dataset
 from prefixmem_jax.data.transitions import (
-    FADED,
-    NORMED,
+    FARTHEST,
     Transitions,
     following_counts,
     return_rate,
@@ -29,6 +28,7 @@ from prefixmem_jax.evaluation.heuristics import (
     ALIKE,
     BACKS,
     FADES,
+    POWERS,
     SMOOTHINGS,
     transition_heuristic,
     tuned_transitions,
@@ -59,20 +59,24 @@ def test_they_are_counted_within_training_sequences_only(data):
         for start, stop in zip(train.starts, train.stops, strict=True):
             own = data.split.items[start:stop]
             for at, item in enumerate(own):
-                for away, later in enumerate(own[at + 1 :]):
-                    if fade**away >= FADED:
-                        counts[item, later] += fade**away
+                for away, later in enumerate(own[at + 1 : at + 1 + FARTHEST]):
+                    counts[item, later] += fade**away
         found = following_counts(data.split, 150, fade).toarray()
         np.testing.assert_allclose(found, counts)
-    assert (by_fade[0.85] > by_fade[0.0]).any()
+    assert train.lengths.max() > FARTHEST + 1
+    assert (by_fade[1.0] > by_fade[0.85]).any()
     tuned = tuned_transitions(data, True)
-    near = tuned.near.toarray()
+    near = tuned.near.toarray().astype(np.float64)
     alike = similar_items(words_of_items(data.catalog), ALIKE).toarray()
     tried = []
-    for counts, back, more in itertools.product(by_fade.values(), BACKS, SMOOTHINGS):
-        both = counts + back * counts.T + more * alike
-        sums = (counts + back * counts.T).sum(axis=1, keepdims=True) + more
-        tried.append(both / np.maximum(sums, 1e-12) ** NORMED)
+    for counts, back, more, (own, other) in itertools.product(
+        by_fade.values(), BACKS, SMOOTHINGS, POWERS
+    ):
+        both = counts + back * counts.T
+        of_own, of_other = (
+            np.maximum(both.sum(axis=axis, keepdims=True) + more, 1e-12) for axis in (1, 0)
+        )
+        tried.append((both + more * alike) / of_own**own / of_other**other)
     assert sum(np.allclose(near, one) for one in tried) == 1
     history = data.split.test.history(3)
     expected = sum(

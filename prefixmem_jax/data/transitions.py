@@ -18,8 +18,7 @@ from prefixmem_jax.data.splits import Split
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import reading_npz, write_npz
 
-FADED = 0.1  # what counts less is not counted
-NORMED = 0.8  # power of an item's counts that what it says is divided by; chosen on validation
+FARTHEST = 15  # places between two items that are counted together
 
 
 @dataclass(frozen=True)
@@ -102,40 +101,50 @@ def return_rate(split: Split) -> float:
     return (len(user) - met) / max(later, 1)
 
 
-def following_counts(split: Split, items: int, fade: float = 0.0) -> sparse.csr_array:
+def following_counts(
+    split: Split, items: int, fade: float, farthest: int = FARTHEST
+) -> sparse.csr_array:
     """How often each item came after each in training: float64 [items, items].
 
     Args:
-      fade: how much less an item counts than one that came a place earlier, down to `FADED`; 0:
-        only what came right after.
+      fade: how much less an item counts than one that came a place earlier.
+      farthest: places after an item that are counted.
     """
     at = split.train.indices()
     stop = np.repeat(split.train.stops, split.train.lengths)
     counts = sparse.csr_array((items, items))
-    weight, away = 1.0, 1
-    while weight >= FADED and len(at):
+    for away in range(1, farthest + 1):
         here = at + away < stop
         at, stop = at[here], stop[here]
         pairs = split.items[at], split.items[at + away]
-        counts += sparse.csr_array((np.full(len(at), weight), pairs), shape=(items, items))
-        weight, away = weight * fade, away + 1
+        weights = np.full(len(at), fade ** (away - 1))
+        counts += sparse.csr_array((weights, pairs), shape=(items, items))
     return counts
 
 
 def smoothed(
-    counts: sparse.csr_array, similar: sparse.csr_array, smoothing: float
+    counts: sparse.csr_array,
+    similar: sparse.csr_array,
+    smoothing: float,
+    own: float,
+    other: float,
 ) -> sparse.csr_array:
-    """What an item's neighbours are: float32 [items, items], rows of sums ** (1 - NORMED) in all.
+    """What an item's neighbours are: float32 [items, items].
 
     Dirichlet smoothing: to the counts come so many more, spread over the items that are alike. So
-    what was met often goes by its counts, and what was hardly met by its title. Beside the other
-    items of a history, what was met often says somewhat more.
+    what was met often goes by its counts, and what was hardly met by its title.
 
     Args:
       similar: `similar_items`.
       smoothing: how many are added to an item's counts.
+      own: power of an item's counts that what it says is divided by: below 1, what was met often
+        says somewhat more than the other items of a history.
+      other: power of the neighbour's counts: above 0, what stands next to everything says less.
     """
-    sums = np.asarray(counts.sum(axis=1)).reshape(-1) + smoothing
     both = (counts + smoothing * similar).tocsr()
-    near = sparse.diags_array(1 / np.maximum(sums, 1e-12) ** NORMED) @ both
+    by_own, by_other = (
+        np.maximum(np.asarray(counts.sum(axis=axis)).reshape(-1) + smoothing, 1e-12) ** -power
+        for axis, power in ((1, own), (0, other))
+    )
+    near = sparse.diags_array(by_own) @ both @ sparse.diags_array(by_other)
     return sparse.csr_array(near, dtype=np.float32)

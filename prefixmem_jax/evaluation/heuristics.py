@@ -75,7 +75,8 @@ def successor_heuristic(data: PreparedData) -> Scorer:
 
 
 # How counts are made and used; the best together on validation are taken.
-FADES, BACKS, SMOOTHINGS = (0.0, 0.85), (0.0, 1.0), (0.0, 10.0, 30.0)
+FADES, BACKS, SMOOTHINGS = (0.85, 1.0), (0.0, 1.0), (0.0, 10.0, 30.0)
+POWERS = ((0.8, 0.0), (0.65, 0.15))  # `smoothed`'s own and other
 SHRINKAGES = (0.0, 5.0, 20.0)
 DECAYS = (0.5, 0.7, 0.9)
 ALIKE = 32  # items that an item's counts are smoothed with
@@ -87,8 +88,8 @@ def tuned_transitions(data: PreparedData, exclude_seen: bool) -> Transitions:
     """Times that an item came after another + back * times that it came before it, smoothed with
     what is alike, and a decay.
 
-    Back, fade (see `following_counts`), smoothing (see `smoothed`) and decay are those with the
-    best Recall@10 on validation, with seen items left out or not.
+    Back, fade (see `following_counts`), smoothing, powers (see `smoothed`) and decay are those with
+    the best Recall@10 on validation, with seen items left out or not.
     """
     items = len(data.catalog)
     similar = similar_items(words_of_items(data.catalog), ALIKE)
@@ -96,8 +97,8 @@ def tuned_transitions(data: PreparedData, exclude_seen: bool) -> Transitions:
     def candidates() -> Iterator[sparse.csr_array]:
         for fade in FADES:
             after = following_counts(data.split, items, fade)
-            for back, smoothing in itertools.product(BACKS, SMOOTHINGS):
-                yield smoothed(after + back * after.T, similar, smoothing)
+            for back, smoothing, powers in itertools.product(BACKS, SMOOTHINGS, POWERS):
+                yield smoothed(after + back * after.T, similar, smoothing, *powers)
 
     return Transitions(*_best(candidates(), data, exclude_seen), return_rate(data.split))
 
