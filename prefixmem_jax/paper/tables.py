@@ -55,7 +55,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         "paper/tiny",
-        GeneratorConfig(codebook_sizes=(256,) * 5, personal=0.0),
+        GeneratorConfig(codebook_sizes=(256,) * 5, children=(64, 8, 8, 8, 16), personal=0.0),
         PrefixMemoryConfig(rows=2**16, d_mem=64),
         (3e-3, 1e-2, 3e-2),
     ),
@@ -78,7 +78,8 @@ class Row:
       after: rows that are trained before it, which it takes its memory from.
       paper: what the paper reports, in percent, by our names of metrics.
       equal_cost: a row of about its costs that it is compared with too, where a table has both.
-      rate_of: the row whose learning rate it takes, in place of a choice of its own.
+      rate_of: the row whose learning rate it takes, in place of a choice of its own: it differs
+        from that one in its memory, or where that comes from.
     """
 
     title: str
@@ -210,6 +211,7 @@ ROWS = {
         "PrefixMem, a quarter of the rows (500K)",
         _with(_resized(0.25)),
         paper=_metrics(l4=40.1, l5=49.7),
+        rate_of="prefixmem",
     ),
     "prefixmem": Row(
         "PrefixMem",
@@ -224,9 +226,12 @@ ROWS = {
         "PrefixMem, 2.5 times the rows (5M)",
         _with(_resized(2.5)),
         paper=_metrics(l4=43.4, l5=57.2, r20=6.7, r30=7.8, r50=9.4, r100=11.6, hits=58.9),
+        rate_of="prefixmem",
     ),
     "classification": Row("stage 1: classification", _classifier()),
-    "classification_large": Row("stage 1: classification, 2.5 times the rows", _classifier(2.5)),
+    "classification_large": Row(
+        "stage 1: classification, 2.5 times the rows", _classifier(2.5), rate_of="classification"
+    ),
     "prefixmem_classification": Row(
         "PrefixMem from classification",
         _pretrained("classification"),
@@ -239,14 +244,18 @@ ROWS = {
         _pretrained("classification_large", 2.5),
         ("classification_large",),
         _metrics(l5=64.0, r100=11.8, hits=65.1),
+        rate_of="prefixmem_classification",
     ),
     "classification_catalogue": Row(
-        "stage 1: classification, the catalogue's SIDs too", _catalogue_classifier
+        "stage 1: classification, the catalogue's SIDs too",
+        _catalogue_classifier,
+        rate_of="classification",
     ),
     "prefixmem_classification_catalogue": Row(
         "PrefixMem from classification with the catalogue's SIDs",
         _pretrained("classification_catalogue"),
         ("classification_catalogue",),
+        rate_of="prefixmem_classification",
     ),
     "tiger": Row("TIGER", _tiger(False), paper=_metrics(l4=27.6, l5=27.4, r10=1.01)),
     "tiger_prefixmem": Row(
@@ -257,6 +266,7 @@ ROWS = {
         _pretrained("tiger_prefixmem"),
         ("tiger_prefixmem",),
         _metrics(l5=61.2, r100=12.3),
+        rate_of="prefixmem_classification",
     ),
     "small": Row("half as wide, flat tokens (Qwen3-0.6B)", _decoder(0.5, False),
                  paper=_metrics(l5=32.1, r100=8.4)),
@@ -267,6 +277,7 @@ ROWS = {
         _pretrained("prefixmem_small"),
         ("prefixmem_small",),
         _metrics(l5=56.8, r100=11.8),
+        rate_of="prefixmem_classification",
     ),
     "large": Row("twice as wide, flat tokens (Qwen3-4B)", _decoder(2, False),
                  paper=_metrics(l5=45.0, r100=10.9)),
@@ -277,16 +288,19 @@ ROWS = {
         "PrefixMem, gated by the token",
         _with(lambda memory: GatedPrefixMemoryConfig(**vars(memory))),
         equal_cost="prefixmem",
+        rate_of="prefixmem",
     ),
     "suffix": Row(
         "suffix n-grams",
         _with(lambda memory: replace(memory, address="suffix")),
         paper=_metrics(l5=54.6),
+        rate_of="prefixmem",
     ),
     "full_prefix": Row(
         "the whole prefix alone",
         _with(lambda memory: replace(memory, address="full_prefix")),
         paper=_metrics(l5=54.0),
+        rate_of="prefixmem",
     ),
     "prefixmem_three_levels": Row(
         "PrefixMem, one level earlier too",
@@ -295,6 +309,7 @@ ROWS = {
         )),
         paper=_metrics(l3=30.9),
         equal_cost="prefixmem",
+        rate_of="prefixmem",
     ),
     "prefixmem_orders_1": _swept("n-grams of 1 code", lambda memory: replace(memory, orders=1)),
     "prefixmem_orders_2": _swept("n-grams of 1, 2", lambda memory: replace(memory, orders=2)),
