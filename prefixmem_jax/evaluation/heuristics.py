@@ -89,7 +89,7 @@ def tuned_transitions(data: PreparedData, exclude_seen: bool) -> Transitions:
     what is alike, and a decay.
 
     Back, fade (see `following_counts`), smoothing, powers (see `smoothed`) and decay are those with
-    the best Recall@10 on validation, with seen items left out or not.
+    the best NDCG@10 on validation, with seen items left out or not.
     """
     items = len(data.catalog)
     similar = similar_items(words_of_items(data.catalog), ALIKE)
@@ -117,7 +117,7 @@ def item_knn_heuristic(data: PreparedData, exclude_seen: bool) -> Scorer:
 
     sim(i, j) = users with both / (sqrt(users with i * users with j) + shrinkage); an item scores
     the sum over the history of decay ** (items since) * sim; items without any come after, by
-    popularity. Decay and shrinkage are those with the best Recall@10 on validation, with seen items
+    popularity. Decay and shrinkage are those with the best NDCG@10 on validation, with seen items
     left out or not.
     """
     items, train = len(data.catalog), data.split.train
@@ -146,7 +146,7 @@ def item_knn_heuristic(data: PreparedData, exclude_seen: bool) -> Scorer:
 def _best(
     candidates: Iterable[sparse.csr_array], data: PreparedData, exclude_seen: bool
 ) -> tuple[sparse.csr_array, float]:
-    """The neighbours [items, items] and the decay, first of equals, with the best Recall@10 on
+    """The neighbours [items, items] and the decay, first of equals, with the best NDCG@10 on
     validation; targets that no item of the history is a neighbour of are not found.
     """
     everyone = data.split.validation
@@ -161,8 +161,8 @@ def _best(
 
     left_out = of_histories(np.ones(len(item))) if exclude_seen else None
 
-    def recall(near: sparse.csr_array, decay: float) -> float:
-        weights, found = of_histories(decay**since), 0
+    def ndcg(near: sparse.csr_array, decay: float) -> float:
+        weights, gained = of_histories(decay**since), 0.0
         for start in range(0, len(users), USERS_AT_ONCE):
             here = slice(start, start + USERS_AT_ONCE)
             scores = (weights[here] @ near).tocsr()
@@ -172,11 +172,11 @@ def _best(
             of_target = np.asarray(scores[rows, targets]).reshape(-1)
             scored = np.repeat(rows, np.diff(scores.indptr))
             better = np.bincount(scored[scores.data > of_target[scored]], minlength=len(rows))
-            found += int(np.sum((of_target > 0) & (better < 10)))
-        return found / len(users)
+            gained += np.sum(1 / np.log2(2 + better[(of_target > 0) & (better < 10)]))
+        return gained / len(users)
 
     tried = ((near, decay) for near in candidates for decay in DECAYS)
-    return max(tried, key=lambda one: recall(*one))
+    return max(tried, key=lambda one: ndcg(*one))
 
 
 def optimum(data: PreparedData) -> Scorer:
