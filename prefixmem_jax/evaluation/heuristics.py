@@ -74,9 +74,9 @@ def successor_heuristic(data: PreparedData) -> Scorer:
     return score
 
 
-# How counts are made and used; the best together on validation are taken.
-FADES, BACKS, SMOOTHINGS = (0.85, 1.0), (0.0, 1.0), (0.0, 10.0, 30.0)
-POWERS = ((0.8, 0.0), (0.65, 0.15))  # `smoothed`'s own and other
+# How counts are made and used; the best together on validation are taken. Ways: fade and powers.
+WAYS = ((0.85, 0.8, 0.0), (1.0, 0.8, 0.0), (0.85, 0.65, 0.15))
+BACKS, SMOOTHINGS = (0.0, 1.0), (10.0, 30.0)
 SHRINKAGES = (0.0, 5.0, 20.0)
 DECAYS = (0.5, 0.7, 0.9)
 ALIKE = 32  # items that an item's counts are smoothed with
@@ -95,9 +95,9 @@ def tuned_transitions(data: PreparedData, exclude_seen: bool) -> Transitions:
     similar = similar_items(words_of_items(data.catalog), ALIKE)
 
     def candidates() -> Iterator[sparse.csr_array]:
-        for fade in FADES:
+        for fade, *powers in WAYS:
             after = following_counts(data.split, items, fade)
-            for back, smoothing, powers in itertools.product(BACKS, SMOOTHINGS, POWERS):
+            for back, smoothing in itertools.product(BACKS, SMOOTHINGS):
                 yield smoothed(after + back * after.T, similar, smoothing, *powers)
 
     return Transitions(*_best(candidates(), data, exclude_seen), return_rate(data.split))
