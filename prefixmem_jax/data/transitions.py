@@ -18,7 +18,7 @@ from prefixmem_jax.data.splits import Split
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import reading_npz, write_npz
 
-FARTHEST = 15  # places between two items that are counted together
+FARTHEST = 15  # places apart that two items are still counted together
 
 
 @dataclass(frozen=True)
