@@ -17,6 +17,7 @@ from prefixmem_jax.paper.plots import plot
 from prefixmem_jax.paper.regime import describe_regime, judge
 from prefixmem_jax.paper.report import describe, markdown, read_result
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
+from prefixmem_jax.paper.workers import Workers
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.space import SidSpace
 
@@ -62,7 +63,13 @@ def small(tmp_path_factory):
     return folder, overrides
 
 
-def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
+@pytest.fixture
+def workers():
+    with Workers(2) as workers:
+        yield workers
+
+
+def test_a_table_trains_compares_chooses_and_goes_on(small, workers, monkeypatch):
     folder, overrides = small
     memory = dataclasses.replace(SCALES["tiny"].memory, rows=64, d_mem=16)
 
@@ -76,7 +83,7 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     compared = dataclasses.replace(ROWS["prefixmem_classification"], equal_cost="baseline")
     monkeypatch.setitem(ROWS, "prefixmem_classification", compared)
     said = []
-    found = Experiment("tiny", folder / "out", 1, overrides, said.append).table("main")
+    found = Experiment("tiny", folder / "out", 1, workers, overrides, said.append).table("main")
     trained = [line for line in said if "learning rate" in line]
     assert len(trained) == len(set(trained)) == 3  # with stage 1
     rows = found["rows"]
@@ -93,7 +100,7 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     assert tokens[1] == pytest.approx(2 * tokens[0])
     assert found["data"]["in_regime"] == (found["data"]["baseline_of_optimum"] < 0.8)
     assert sum(piece["users"] for piece in found["by_met"]) == len(
-        Experiment("tiny", folder / "out", 1, overrides).data.split.test
+        Experiment("tiny", folder / "out", 1, workers, overrides).data.split.test
     )
     for row, value in zip(rows, values, strict=True):
         pieces = [piece["users"] * piece["accuracy"][row] for piece in found["by_met"]]
@@ -107,11 +114,18 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     plot(folder / "main.png", found)
     assert (folder / "main.png").read_bytes().startswith(b"\x89PNG")
     said.clear()
-    assert Experiment("tiny", folder / "out", 1, overrides, said.append).table("main") == found
+    assert (
+        Experiment("tiny", folder / "out", 1, workers, overrides, said.append).table("main")
+        == found
+    )
     assert not [line for line in said if "learning rate" in line]  # nothing was trained again
 
-    with pytest.raises(UserError, match=r"holds a run with another config \(model.d_ff is 16"):
-        Experiment("tiny", folder / "out", 1, [*overrides, "model.d_ff=24"]).table("main")
+    mistaken = [*overrides, "model.d_ff=24"]
+    with (
+        pytest.raises(UserError, match=r"holds a run with another config \(model.d_ff is 16"),
+        Workers(2) as others,
+    ):
+        Experiment("tiny", folder / "out", 1, others, mistaken).table("main")
 
     main, *others = describe(found).split("\n\n")
     assert cells(main, "flat tokens", "L5") == [f"{100 * values[0]:.1f}", "37.6"]
@@ -126,7 +140,7 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
     at(1e-6, 1e-2)
     monkeypatch.setitem(TABLES, "main", ("baseline",))
     said.clear()
-    table = Experiment("tiny", folder / "out", 2, overrides, said.append).table("main")
+    table = Experiment("tiny", folder / "out", 2, workers, overrides, said.append).table("main")
     row = table["rows"]["baseline"]
     # The other rate, and a second seed at the better one.
     assert [line.split()[-1] for line in said if "learning rate" in line] == ["0", "1"]
@@ -145,9 +159,9 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, monkeypatch):
         assert row["metrics"][name] == pytest.approx(mean)
 
 
-def test_counting_by_hand(small):
+def test_counting_by_hand(small, workers):
     folder, overrides = small
-    experiment = Experiment("tiny", folder / "count", 1, overrides)
+    experiment = Experiment("tiny", folder / "count", 1, workers, overrides)
     levels, split = experiment.regime()["levels"], experiment.data.split
     sids = experiment.data.catalog.sids
     trained = [tuple(sids[item]) for item in split.items[split.train.indices()]]
@@ -182,14 +196,16 @@ def test_a_baseline_is_judged_by_the_optimum_or_else_by_what_counting_reaches():
     assert describe_regime(unknown)[-1].startswith("OUT of the regime: 10% of next items")
 
 
-def test_the_regime_of_any_data_is_told_before_training(small, tmp_path):
+def test_the_regime_of_any_data_is_told_before_training(small, workers, tmp_path):
     folder, overrides = small
     for name in ("items.parquet", "histories.parquet"):
         shutil.copy(folder / "data" / name, tmp_path)  # and not what is known of its optimum
     data = [f"data.path={tmp_path}", "data.codebook_sizes=none"]
     done = prefixmem("paper", "regime", "--out", tmp_path / "out", *data)
     lines = done.stdout.splitlines()
-    levels = Experiment("tiny", folder / "count", 1, [*overrides, *data]).regime()["levels"]
+    levels = Experiment("tiny", folder / "count", 1, workers, [*overrides, *data]).regime()[
+        "levels"
+    ]
     assert len(lines) == 6 and "what counting reaches" in lines[-1]
     assert f"{levels[-1]['prefixes']:,} prefixes" in lines[-2]
     assert not (tmp_path / "out").exists()
@@ -202,7 +218,9 @@ def test_the_regime_of_any_data_is_told_before_training(small, tmp_path):
         assert said in line
 
 
-def test_rows_of_the_sweep_differ_from_prefixmem_in_one_key_and_take_its_rate(small, monkeypatch):
+def test_rows_of_the_sweep_differ_from_prefixmem_in_one_key_and_take_its_rate(
+    small, workers, monkeypatch
+):
     base, memory = load_config(SCALES["tiny"].config), SCALES["tiny"].memory
 
     def keys(row):
@@ -227,7 +245,7 @@ def test_rows_of_the_sweep_differ_from_prefixmem_in_one_key_and_take_its_rate(sm
     }  # fmt: skip
 
     folder, overrides = small
-    experiment = Experiment("tiny", folder / "count", 1, overrides)
+    experiment = Experiment("tiny", folder / "count", 1, workers, overrides)
     monkeypatch.setattr(Experiment, "_train", lambda self, row, rate, seed: (row, rate))
     best = {"prefixmem": 3e-3}
     monkeypatch.setattr(
@@ -336,8 +354,10 @@ def test_the_command_line_knows_every_table_and_scale():
         assert parse(["paper", "main", "--scale", scale]).scale == scale
 
 
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(workers):
     with pytest.raises(UserError, match="--seeds: expected 1 or more"):
-        Experiment("tiny", Path("nowhere"), 0)
+        Experiment("tiny", Path("nowhere"), 0, workers)
+    with pytest.raises(UserError, match="--jobs: expected 1 or more, got 0"):
+        Workers(0)
     done = prefixmem("paper", "maine", expect=2)
     assert "invalid choice: 'maine'" in done.stderr.splitlines()[-1]

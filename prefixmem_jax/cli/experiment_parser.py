@@ -62,4 +62,11 @@ def add_paper(paper: argparse.ArgumentParser, overrides_help: str) -> None:
     paper.add_argument(
         "--seeds", metavar="N", type=int, default=3, help="of every system (default: 3)"
     )
+    paper.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        help="runs beside each other, each on its own share of the cores (default: one a core, at "
+        "most 4; with an accelerator 1)",
+    )
     paper.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides_help)

@@ -22,8 +22,10 @@ def start(distributed: bool = False) -> None:
     What was compiled before is not compiled again.
     """
     from prefixmem_jax.parallel.compilation import keep_compiled_programs
+    from prefixmem_jax.parallel.host_memory import keep_freed_memory
     from prefixmem_jax.parallel.mesh import all_devices, initialize_processes
 
+    keep_freed_memory()
     keep_compiled_programs()
     if distributed:
         initialize_processes()
@@ -200,22 +202,28 @@ def paper(options: argparse.Namespace) -> None:
     if options.result is not None:
         _show_paper(options)
         return
-    start()
+    from prefixmem_jax.cli import terminal
     from prefixmem_jax.paper.experiment import Experiment
     from prefixmem_jax.paper.plots import plot
     from prefixmem_jax.paper.regime import describe_regime
     from prefixmem_jax.paper.report import describe
     from prefixmem_jax.paper.tables import TABLES
+    from prefixmem_jax.paper.workers import Workers, usual_count
 
-    experiment = Experiment(options.scale, options.out, options.seeds, options.overrides, say=print)
-    if options.table == "regime":
-        print("\n".join(describe_regime(experiment.regime())))
-        return
-    for table in TABLES if options.table == "all" else [options.table]:
-        result, path = experiment.table(table), experiment.folder / f"{table}.png"
-        plot(path, result)
-        print(f"\n{describe(result)}")
-        print(visible(str(path.with_suffix(".json"))), visible(str(path)))
+    # The processes that train have the devices; this one has none.
+    jobs = usual_count() if options.jobs is None else options.jobs
+    with Workers(jobs, terminal.prepare) as workers:
+        experiment = Experiment(
+            options.scale, options.out, options.seeds, workers, options.overrides, say=print
+        )
+        if options.table == "regime":
+            print("\n".join(describe_regime(experiment.regime())))
+            return
+        for table in TABLES if options.table == "all" else [options.table]:
+            result, path = experiment.table(table), experiment.folder / f"{table}.png"
+            plot(path, result)
+            print(f"\n{describe(result)}")
+            print(visible(str(path.with_suffix(".json"))), visible(str(path)))
 
 
 def _show_paper(options: argparse.Namespace) -> None:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefixmem_jax.benchmarks.timing import machine
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.data.generation import ABOUT, generate
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
+from prefixmem_jax.evaluation.evaluator import load_scores
 from prefixmem_jax.evaluation.metrics import Scores
 from prefixmem_jax.evaluation.statistics import compare, intervals, means
 from prefixmem_jax.files import read_json_object, write_json
 from prefixmem_jax.paper.regime import by_times_met, judge, measure_regime
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
+from prefixmem_jax.paper.workers import Workers
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
-from prefixmem_jax.training.loop import train
 
 # What a table's file keeps of all that a run's metrics.json has.
 KEPT = ("tf_accuracy/", "reachable", "sid_recall@", "sid_hit_rate", "unique_level_1")
@@ -40,18 +41,23 @@ class Experiment:
         scale: str,
         out: Path,
         seeds: int,
+        workers: Workers,
         overrides: Sequence[str] = (),
         say: Callable[[str], None] = lambda text: None,
     ):
         """Generates the data where `out` does not hold it.
 
         Args:
+          workers: train and evaluate the runs.
           overrides: of the baseline's config, and so of every system's.
           say: called with each line of progress.
         """
         if seeds < 1:
             raise UserError(f"--seeds: expected 1 or more, got {seeds}")
         self.scale, self.folder, self.seeds, self.say = SCALES[scale], out / scale, seeds, say
+        self.workers = workers
+        # Rows share runs: by folder, the one who is at it.
+        self.locks: dict[str, threading.Lock] = {}
         base = load_config(self.scale.config, overrides)
         data = self.folder / "data"
         if base.data.path is None:
@@ -78,11 +84,10 @@ class Experiment:
           the mean over seeds, each seed's, and the difference from the first row with a paired 95%
           interval over users; `against_equal_cost` has that from the row of equal cost, if any.
         """
-        rows: dict[str, Any] = {}
-        scores: dict[str, Scores] = {}
-        for row in TABLES[name]:
-            self.say(f"{name}: {ROWS[row].title}")
-            rows[row], scores[row] = self._row(row)
+        self.say(f"{name}: {', '.join(ROWS[row].title for row in TABLES[name])}")
+        found = self._rows(TABLES[name])
+        rows = {row: result for row, (result, _) in found.items()}
+        scores = {row: by_user for row, (_, by_user) in found.items()}
         first = TABLES[name][0]
         for row in TABLES[name][1:]:
             rows[row]["against_first"] = compare(scores[first], scores[row])
@@ -95,7 +100,8 @@ class Experiment:
         regime |= judge(regime, rows[first]["metrics"][deepest])
         by_met = by_times_met(self.data, {row: one[deepest] for row, one in scores.items()})
         result = {"table": name, "data": regime, "rows": rows, "by_met": by_met}
-        result["machine"] = _where_and_when()
+        here = {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
+        result["machine"] = {**self.workers.machine(), **here}
         write_json(self.folder / f"{name}.json", result)
         return result
 
@@ -104,6 +110,20 @@ class Experiment:
         about = Path(self.base.data.path) / ABOUT
         optimum = read_json_object(about)["optimum"] if about.exists() else None
         return measure_regime(self.data, optimum)
+
+    def _rows(self, names: Sequence[str]) -> dict[str, tuple[dict[str, Any], Scores]]:
+        """`_row` of each; they wait for the same workers."""
+        with ThreadPoolExecutor(len(names)) as pool:
+            found = {name: pool.submit(self._row, name) for name in names}
+            try:
+                wait(found.values(), return_when=FIRST_EXCEPTION)
+                failed = (one.exception() for one in found.values() if one.done())
+                if error := next(filter(None, failed), None):
+                    raise error
+            except BaseException:  # Ctrl-C too
+                self.workers.stop()
+                raise
+        return {name: one.result() for name, one in found.items()}
 
     def _row(self, row: str) -> tuple[dict[str, Any], Scores]:
         rate, tried = self._choose(row)
@@ -143,9 +163,10 @@ class Experiment:
         for other in ROWS[row].after:
             before[other] = self._train(other, self._choose(other)[0], seed)
         config = config_of(row, self.base, self.memory, rate, seed, before)
-        if not self._is_done(folder, config):  # or it is another run, which training says
-            self.say(f"  {row}, learning rate {rate:g}, seed {seed}")
-            train(config, folder, self.data)
+        with self.locks.setdefault(str(folder), threading.Lock()):
+            if not self._is_done(folder, config):  # or it is another run, which training says
+                what = f"  {row}, learning rate {rate:g}, seed {seed}"
+                self.workers.train(config, folder, lambda: self.say(what))
         return folder
 
     def _is_done(self, folder: Path, config: Config) -> bool:
@@ -162,7 +183,7 @@ class Experiment:
         found = read_json_object(path) if path.exists() else {}
         wanted = {"split": "test", "step": run.step, "config": json.loads(to_json(run.config))}
         if {key: found.get(key) for key in wanted} != wanted:
-            evaluate_run(run, self.data)
+            self.workers.evaluate(folder)
         return load_scores(folder)
 
     def _costs(self, row: str, rate: float) -> dict[str, float]:
@@ -184,7 +205,3 @@ def _curve(runs: Sequence[Path], key: str) -> list[tuple[int, float, float]]:
         (step, by_run[0][step]["tokens"], float(np.mean([run[step][key] for run in by_run])))
         for step in steps
     ]
-
-
-def _where_and_when() -> dict[str, Any]:
-    return {**machine(), "cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
