@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from conftest import real_data
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_hashing import reference_addresses
 
 from prefixmem_jax.config_groups import DataConfig
@@ -133,11 +135,16 @@ def test_the_last_tokens_are_enough_for_decoding(address, items):
     memory = Memory(address, (1, 3, 4) if items else (3, 4), items=items)
     tokens = VOCABULARY.encode(random_sids(4, 2)).reshape(1, -1)
     whole = memory.vectors(tokens, np.ones_like(tokens))
+    addresses = memory.sid_encoder.addresses(tokens, np.ones_like(tokens))
     window = memory.sid_encoder.reach + 1
     for at in range(window - 1, tokens.shape[1]):
         newest = tokens[:, at - window + 1 : at + 1]
         ones = np.ones_like(newest)
-        np.testing.assert_array_equal(memory.vectors(newest, ones)[0, -1], whole[0, at])
+        last = memory.sid_encoder.addresses(newest, ones)[0, -1]
+        np.testing.assert_array_equal(last, addresses[0, at])
+        # Kernels may add up in another order for another number of positions.
+        vectors = memory.vectors(newest, ones)[0, -1]
+        np.testing.assert_allclose(vectors, whole[0, at], rtol=1e-5, atol=1e-7)
         # One position alone is the same product in another shape, so not to the last bit.
         alone = memory.vectors(newest, ones, last=1)
         assert alone.shape == (1, 1, 6)
@@ -185,3 +192,47 @@ def test_real_batches_need_one_exchange_even_on_256_devices(name):
         largest.append(np.bincount(distinct // (table.padded_rows // devices)).max())
     room = capacity(addresses.size, table.density, devices)
     assert 0.5 * room < max(largest) <= 0.8 * room
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    address=st.sampled_from(hashing.SCHEMES),
+    targets=st.sets(st.integers(1, 4), min_size=1),
+    items=st.integers(0, 2),
+    seed=st.integers(0, 2**20),
+    cut=st.booleans(),
+)
+def test_no_tokens_name_more_rows_than_the_table_has_room_for(address, targets, items, seed, cut):
+    """Whole items, items that end early, and stretches that begin within one."""
+    longest = max(level - 1 or 4 for level in targets)
+    config = PrefixMemoryConfig(
+        target_levels=tuple(sorted(targets)), orders=longest, items=items, heads=2, rows=10_007,
+        d_mem=8, address=address,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    tokens, length = [], 60
+    while len(tokens) < length:  # runs of the first codes of items
+        tokens += list(VOCABULARY.encode(random_sids(1, rng.integers(2**30)))[0])[: rng.integers(5)]
+    tokens = np.array(tokens)[None, :length]
+    encoder, table = config.build(VOCABULARY, 6, 1.0, nnx.Rngs(0)), config.table(SPACE)
+    addresses = np.asarray(encoder.addresses(tokens, np.ones_like(tokens)))
+    start, stop = (rng.integers(0, 30), rng.integers(31, 61)) if cut else (0, length)
+    part = addresses[:, start:stop]
+    named = len(np.unique(part[part >= 0]))
+    room = table.most_distinct * part.size + (table.most_cut if cut else 0)
+    assert named <= room
+
+
+def test_the_room_is_what_the_hungriest_tokens_need():
+    """Items that end at their longest active position, over and over: all rows of each."""
+    config = PrefixMemoryConfig(target_levels=(3, 4), orders=3, heads=2, rows=2**20, d_mem=8)
+    space = SidSpace((256, 256, 256, 256))
+    vocabulary = Vocabulary(space)
+    rng = np.random.default_rng(0)
+    sids = rng.integers(0, 256, (20, 4))
+    tokens = vocabulary.encode(sids)[:, :3].reshape(1, -1)
+    encoder, table = config.build(vocabulary, 6, 1.0, nnx.Rngs(0)), config.table(space)
+    addresses = np.asarray(encoder.addresses(tokens, np.ones_like(tokens)))
+    named = len(np.unique(addresses[addresses >= 0]))
+    assert 0.95 < named / (table.most_distinct * addresses.size) <= 1
+    assert table.density == pytest.approx(6 / (4 * 6))

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.memory import lines
+from prefixmem_jax.memory.exchange import _by_search, _by_sorting, distinct
 from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
 from prefixmem_jax.memory.table import (
     ADDRESSES,
@@ -357,3 +358,23 @@ def test_stochastic_rounding_gives_one_of_the_two_neighbours_and_keeps_the_mean(
     exact = jnp.asarray([[1.0, -2.5, 0.0, np.inf]])
     again = round_stochastically(exact, jnp.arange(1), jax.random.key(3))
     assert np.array_equal(np.asarray(again, np.float32), exact)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "few", "none"])
+@pytest.mark.parametrize("most", [None, 300])
+def test_both_ways_to_find_distinct_addresses_agree_with_numpy(kind, most):
+    rng = np.random.default_rng(0)
+    highest = {"uniform": 250, "few": 7, "none": 1}[kind]
+    addresses = rng.integers(0, highest, (30, 20)) - (kind == "none")
+    addresses[rng.random((30, 20)) < 0.3] = -1
+    expected = np.unique(addresses[addresses >= 0])
+    flat = jnp.asarray(np.where(addresses < 0, 1000, addresses).reshape(-1), jnp.int32)
+    size = most or addresses.size
+    found = [way(flat, total=1000, most=size) for way in (_by_sorting, _by_search)]
+    found.append(jax.jit(lambda x: distinct(x, 1000, most))(jnp.asarray(addresses, jnp.int32)))
+    for ids, index in found:
+        ids, index = np.asarray(ids), np.asarray(index).reshape(-1)
+        assert list(ids) == [*expected, *[1000] * (size - len(expected))]
+        named = addresses.reshape(-1) >= 0
+        np.testing.assert_array_equal(ids[index[named]], addresses.reshape(-1)[named])
+    assert (np.asarray(found[-1][1])[addresses < 0] >= size).all()

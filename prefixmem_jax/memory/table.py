@@ -14,8 +14,9 @@ spread evenly, so one exchange is the rule; `Fetched.rounds` counts them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,12 +136,17 @@ class Table:
       dtype: how rows are stored; whatever it is, they are used and updated in float32.
       density: share of a batch's addresses that are expected to name distinct rows. It sizes the
         exchange between devices; a batch with more is served in more than one.
+      most_distinct: the largest share of a stretch of positions' addresses that can. It sizes what
+        a step computes with: rows beyond it would be lost.
+      most_cut: how many more can where a stretch begins within an item.
     """
 
     rows: int
     width: int
     dtype: str = "float32"
     density: float = 1.0
+    most_distinct: float = 1.0
+    most_cut: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,7 +185,10 @@ class Table:
           addresses: of a batch, on each device.
           over: devices.
         """
-        rows = addresses if over == 1 else over * capacity(addresses, self.density, over)
+        if over == 1:
+            rows = math.ceil(self.most_distinct * addresses)
+        else:
+            rows = over * capacity(addresses, self.density, over)
         return rows * self.width * jnp.dtype(self.dtype).itemsize
 
     @jax.named_scope("table")
@@ -201,7 +210,8 @@ class Table:
         """
         if devices() == 1:
             return self.gather(memory, addresses)
-        fetched = self._fetch_local(memory, Lookup(addresses))
+        # Beams are no stretch of positions: each may read all that an item can.
+        fetched = replace(self, most_distinct=1.0)._fetch_local(memory, Lookup(addresses))
         return _indexed(fetched.rows, fetched.index.by_position)
 
     @jax.named_scope("table")
@@ -218,10 +228,19 @@ class Table:
         return fetched._replace(index=fetched.index._replace(names=addresses.names))
 
     def _exchange(self, ids: jax.Array) -> Exchange:
-        return Exchange(ids, self.padded_rows // devices(), self.density)
+        return Exchange(ids, self.padded_rows // devices(), self.density / self.most_distinct)
+
+    def _most(self, addresses: Lookup) -> int:
+        """Distinct rows that a device's addresses can name."""
+        most = 0 if addresses.shared is None else addresses.shared.size
+        if addresses.by_position is not None:
+            of_row = math.prod(addresses.by_position.shape[1:])
+            bound = math.ceil(self.most_distinct * of_row) + self.most_cut
+            most += len(addresses.by_position) * min(of_row, bound)
+        return most
 
     def _fetch_local(self, memory: jax.Array, addresses: Lookup) -> Fetched:
-        ids, index = distinct(addresses, self.padded_rows)
+        ids, index = distinct(addresses, self.padded_rows, self._most(addresses))
         if devices() == 1:
             rows = lines.read(memory, ids, self.width).astype(jnp.float32)
             return Fetched(ids, rows, index, jnp.int32(1))

@@ -105,16 +105,32 @@ class PrefixMemoryConfig(SidEncoderConfig):
         return [level - 1 or space.levels for level in self.target_levels]
 
     def table(self, space: SidSpace) -> Table:
-        """The array that holds every table E[n, h], and the share of addresses that batches use.
+        """The array that holds every table E[n, h], and the share of addresses that batches use."""
+        used = [self._distinct_addresses(space, codes) for codes in range(1, space.levels + 1)]
+        # Of a whole item, and of the first codes of one that ends early.
+        shares = [of / (codes * self.tables) for codes, of in enumerate(used, start=1)]
+        return Table(
+            self.rows * self.tables,
+            self.row_width,
+            self.dtype,
+            density=shares[-1],
+            most_distinct=max(shares),
+            most_cut=used[-1],
+        )
 
-        Of one SID's levels * tables addresses, those of the n-grams that its active positions hash
-        are used; with `prefix`, all active positions share those of the longest.
+    def _distinct_addresses(self, space: SidSpace, codes: int) -> int:
+        """Of one item's first codes: those of the n-grams that its active positions hash.
+
+        With `prefix` all active positions share those of the longest.
         """
-        grams = [min(length, self.orders) for length in self._prefix_lengths(space)]
-        used = {"prefix": max(grams), "suffix": sum(grams), "full_prefix": len(grams)}[self.address]
-        used += self.items * len(grams)
-        density = used * self.heads / (space.levels * self.tables)
-        return Table(self.rows * self.tables, self.row_width, self.dtype, density)
+        active = [length for length in self._prefix_lengths(space) if length <= codes]
+        grams = [min(length, self.orders) for length in active]
+        used = {
+            "prefix": max(grams, default=0),
+            "suffix": sum(grams),
+            "full_prefix": len(grams),
+        }[self.address]
+        return (used + self.items * len(grams)) * self.heads
 
     def multipliers(self, space: SidSpace) -> np.ndarray:
         """Of the hash, uint32 [levels, heads], then those of each of the last items."""
