@@ -1,6 +1,6 @@
 """The paper's comparison in minutes a row on two CPU cores: its baseline, on flat SID tokens.
 
-Data for it: `prefixmem paper` generates 262,144 items of 5 levels, most of whose prefixes of four
+Data for it: `prefixmem paper` generates 524,288 items of 5 levels, most of whose prefixes of four
 codes are met a handful of times in the one epoch that is trained.
 """
 

@@ -55,7 +55,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         "paper/tiny",
-        GeneratorConfig(codebook_sizes=(256,) * 5, personal=0.0),
+        GeneratorConfig(codebook_sizes=(256,) * 5, children=(64, 8, 8, 8, 16), personal=0.0),
         PrefixMemoryConfig(rows=2**16, d_mem=64),
         (3e-3, 1e-2, 3e-2),
     ),

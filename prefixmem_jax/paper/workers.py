@@ -80,7 +80,7 @@ class Workers:
         """Ends what is running, once it is saved; what is asked for from now on fails."""
         self._stopped = True
         for worker in self._workers:
-            worker.terminate()
+            worker.end()
         for worker in self._workers:
             worker.join()
 
@@ -126,6 +126,7 @@ class _Worker:
     def __init__(self, cores: list[int]):
         self._cores = cores
         self._process: multiprocessing.Process | None = None
+        self._busy = False
 
     def call(self, task: tuple, prepare: Callable[[], None] | None) -> tuple[str, Any]:
         """What `_answer` answers there; or that it died, and with which status."""
@@ -137,16 +138,22 @@ class _Worker:
             process.start()
             self._process = process
             theirs.close()
+        self._busy = True
         try:
             self._connection.send(task)
-            return self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            return "died", self._process.exitcode
+            answer = "died", self._process.exitcode
+        self._busy = False  # not so where a signal interrupts this
+        return answer
 
-    def terminate(self) -> None:
-        if self._process is not None:
+    def end(self) -> None:
+        """Has the process end: by itself, if it is doing nothing."""
+        if self._busy:
             self._process.terminate()
+        elif self._process is not None:
+            self._connection.close()
 
     def join(self) -> None:
         if self._process is not None:
