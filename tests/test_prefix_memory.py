@@ -134,17 +134,17 @@ def test_items_count_only_where_they_stand_whole_and_in_a_row():
 def test_the_last_tokens_are_enough_for_decoding(address, items):
     memory = Memory(address, (1, 3, 4) if items else (3, 4), items=items)
     tokens = VOCABULARY.encode(random_sids(4, 2)).reshape(1, -1)
-    whole = memory.vectors(tokens, np.ones_like(tokens))
-    addresses = memory.sid_encoder.addresses(tokens, np.ones_like(tokens))
+    segments = np.ones_like(tokens)
+    whole = memory.vectors(tokens, segments)
     window = memory.sid_encoder.reach + 1
     for at in range(window - 1, tokens.shape[1]):
         newest = tokens[:, at - window + 1 : at + 1]
         ones = np.ones_like(newest)
-        last = memory.sid_encoder.addresses(newest, ones)[0, -1]
-        np.testing.assert_array_equal(last, addresses[0, at])
-        # Kernels may add up in another order for another number of positions.
-        vectors = memory.vectors(newest, ones)[0, -1]
-        np.testing.assert_allclose(vectors, whole[0, at], rtol=1e-5, atol=1e-7)
+        # Without what came before them, in a product of the same shape.
+        there = np.zeros_like(segments)
+        there[:, at - window + 1 : at + 1] = 1
+        vectors = memory.vectors(np.where(there, tokens, 0), there)
+        np.testing.assert_array_equal(vectors[0, at], whole[0, at])
         # One position alone is the same product in another shape, so not to the last bit.
         alone = memory.vectors(newest, ones, last=1)
         assert alone.shape == (1, 1, 6)

@@ -158,6 +158,11 @@ class Table:
     def padded_rows(self) -> int:
         return self.shape[0] * self.shape[1] // self.width
 
+    @property
+    def of_beams(self) -> Table:
+        """The same for addresses that are of no stretch of positions: all may be distinct."""
+        return replace(self, most_distinct=1.0)
+
     def init(self, key: jax.Array) -> jax.Array:
         """Fresh rows, the same on any number of devices."""
         return (0.02 * jax.random.normal(key, self.shape, jnp.float32)).astype(self.dtype)
@@ -210,8 +215,7 @@ class Table:
         """
         if devices() == 1:
             return self.gather(memory, addresses)
-        # Beams are no stretch of positions: each may read all that an item can.
-        fetched = replace(self, most_distinct=1.0)._fetch_local(memory, Lookup(addresses))
+        fetched = self.of_beams._fetch_local(memory, Lookup(addresses))
         return _indexed(fetched.rows, fetched.index.by_position)
 
     @jax.named_scope("table")

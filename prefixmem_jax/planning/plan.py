@@ -127,7 +127,8 @@ def plan(
         by_part[part] = by_part.get(part, 0) + collective.bytes
     gathered = 0
     if spec.table is not None:
-        gathered = spec.table.bytes_served(planned.looked_up // len(pod), len(pod))
+        table = spec.table if verb == "train" else spec.table.of_beams
+        gathered = table.bytes_served(planned.looked_up // len(pod), len(pod))
     seconds = mfu = None
     if chip is not None:
         kernels = kernel_flops(traced.jaxpr) / len(pod)
