@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from prefixmem_jax.config_groups import MeshConfig
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import lines
-from prefixmem_jax.memory.exchange import _by_search, _by_sorting, distinct
+from prefixmem_jax.memory.places import (
+    Place,
+    _by_search,
+    _by_sorting,
+    distinct,
+    distinct_places,
+    locate,
+)
 from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
 from prefixmem_jax.memory.table import (
     ADDRESSES,
@@ -325,6 +333,10 @@ def test_bfloat16_rows_are_rounded_so_that_small_updates_add_up():
     found = []
     for devices in (1, 4):
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+
+        def touched(places, rows=table.padded_rows // devices):
+            return places.owner * rows + places.row < 48
+
         with jax.set_mesh(mesh):
             memory = jax.device_put(
                 jnp.ones(table.shape, jnp.bfloat16), NamedSharding(mesh, row_spec())
@@ -334,7 +346,7 @@ def test_bfloat16_rows_are_rounded_so_that_small_updates_add_up():
             @jax.jit
             def step(memory, addresses, key):
                 fetched = table.fetch(memory, Lookup(addresses))
-                gradients = jnp.where(fetched.ids[:, None] < 48, 1.0, 0.0) + 0 * fetched.rows
+                gradients = jnp.where(touched(fetched.places)[:, None], 1.0, 0.0) + 0 * fetched.rows
                 merged = table.merge(fetched, gradients)
                 optimizer = optax.sgd(1e-4)
                 state = table.init_optimizer(optimizer)
@@ -361,20 +373,64 @@ def test_stochastic_rounding_gives_one_of_the_two_neighbours_and_keeps_the_mean(
 
 
 @pytest.mark.parametrize("kind", ["uniform", "few", "none"])
-@pytest.mark.parametrize("most", [None, 300])
-def test_both_ways_to_find_distinct_addresses_agree_with_numpy(kind, most):
+@pytest.mark.parametrize("most", [600, 300])
+def test_all_ways_to_find_distinct_rows_agree_with_numpy(kind, most):
     rng = np.random.default_rng(0)
     highest = {"uniform": 250, "few": 7, "none": 1}[kind]
-    addresses = rng.integers(0, highest, (30, 20)) - (kind == "none")
-    addresses[rng.random((30, 20)) < 0.3] = -1
-    expected = np.unique(addresses[addresses >= 0])
-    flat = jnp.asarray(np.where(addresses < 0, 1000, addresses).reshape(-1), jnp.int32)
-    size = most or addresses.size
-    found = [way(flat, total=1000, most=size) for way in (_by_sorting, _by_search)]
-    found.append(jax.jit(lambda x: distinct(x, 1000, most))(jnp.asarray(addresses, jnp.int32)))
-    for ids, index in found:
-        ids, index = np.asarray(ids), np.asarray(index).reshape(-1)
-        assert list(ids) == [*expected, *[1000] * (size - len(expected))]
-        named = addresses.reshape(-1) >= 0
-        np.testing.assert_array_equal(ids[index[named]], addresses.reshape(-1)[named])
-    assert (np.asarray(found[-1][1])[addresses < 0] >= size).all()
+    numbers = rng.integers(0, highest, 600) - (kind == "none")
+    numbers[rng.random(600) < 0.3] = -1
+    named, expected = numbers >= 0, np.unique(numbers[numbers >= 0])
+    padding = most - len(expected)
+    flat = jnp.asarray(np.where(named, numbers, 1000), jnp.int32)
+    places = Place(*(jnp.where(named, x, none) for x, none in ((flat // 50, 20), (flat % 50, 50))))
+    (by_one_word,), in_one_word = _by_sorting(flat, nothing=(1000,), most=most)
+    words, by_words = _by_sorting(*places, nothing=(20, 50), most=most)
+    found, by_place = jax.jit(lambda x: distinct_places(x, 20, 50, most))(places)
+    for ids, index in (
+        (by_one_word, in_one_word),
+        _by_search(flat, nothing=1000, most=most),
+        jax.jit(lambda x: distinct(x, 1000, most))(flat),
+        (words[0] * 50 + words[1] - 50 * (words[0] == 20), by_words),
+        (found.owner * 50 + found.row - 50 * (found.owner == 20), by_place),
+    ):
+        assert list(np.asarray(ids)) == [*expected, *[1000] * padding]
+        np.testing.assert_array_equal(ids[index[named]], numbers[named])
+    assert (np.asarray(by_place)[~named] == most).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tables=st.sampled_from([1, 5, 16, 40]),
+    devices=st.sampled_from([1, 2, 8, 256, 4096]),
+    rows_per_device=st.one_of(st.integers(1, 50), st.integers(2**31 - 50, 2**31 - 1)),
+    data=st.data(),
+)
+def test_rows_are_located_as_pythons_integers_say(tables, devices, rows_per_device, data):
+    rows = min(devices * rows_per_device // tables, 2**31 - 1)
+    address = data.draw(
+        st.lists(st.integers(-1, max(0, rows - 1)), min_size=tables, max_size=tables)
+    )
+    address = [i if i < rows else -1 for i in address]
+    found = locate(jnp.asarray([address], jnp.int32), tables, devices, rows_per_device)
+    for column, i in enumerate(address):
+        expected = divmod(i * tables + column, rows_per_device)
+        expected = expected if i >= 0 else (devices, rows_per_device)
+        assert (found.owner[0, column], found.row[0, column]) == expected
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_larger_memories_match_the_dense_reference_too(devices, monkeypatch):
+    """Their rows are sorted by two words; those of the other tests by one."""
+    monkeypatch.setattr("prefixmem_jax.memory.places.ONE_WORD", 0)
+    compiled_step.cache_clear()
+    check(devices, KINDS, 1, "row_adam")
+    compiled_step.cache_clear()
+
+
+def test_a_device_has_fewer_rows_than_an_int32_counts():
+    table = Table(rows=2**31 - 1, width=1, tables=16, dtype="bfloat16")
+    addresses = Lookup(jnp.zeros((8, 6, 16), jnp.int32))
+    lies = NamedSharding(mesh_of(8), row_spec())
+    memory = jax.ShapeDtypeStruct(table.shape, jnp.bfloat16, sharding=lies)
+    with jax.set_mesh(mesh_of(8)), pytest.raises(UserError, match="a device; expected fewer"):
+        jax.eval_shape(table.fetch, memory, addresses)

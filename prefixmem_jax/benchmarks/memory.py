@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -100,8 +101,12 @@ def _row_wise_and_dense_step(spec: ModelSpec, repeats: int) -> dict[str, float]:
 
 
 def _table_and_addresses(spec: ModelSpec) -> tuple[Table, np.ndarray]:
+    """All rows as one table's, so that an address is a row's number among them."""
     (addresses,) = batch_addresses(spec, random_batches(spec, 1))
-    return spec.table, np.asarray(addresses)
+    tables = spec.table.tables
+    numbers = np.asarray(addresses) * tables + np.arange(tables, dtype=np.int32)
+    together = replace(spec.table, rows=spec.table.rows * tables, tables=1)
+    return together, np.where(addresses < 0, -1, numbers)
 
 
 def _compare_fetches(spec: ModelSpec, repeats: int) -> dict[str, Any]:

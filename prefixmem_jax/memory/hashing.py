@@ -59,9 +59,7 @@ def addresses(
         [B, S, K], and the codes of the k-th last, [B, S, K, L].
 
     Returns:
-      int32 [B, S, tables]: row `idx * tables + table` of the one array that holds every table
-      (interleaved, so that each device's block of rows holds an equal share of each table), or
-      NO_ADDRESS where that n-gram does not exist.
+      int32 [B, S, tables]: row idx of each table, or NO_ADDRESS where that n-gram does not exist.
     """
     levels, heads = codes_BSL.shape[-1], multipliers_LH.shape[1]
     multipliers_KLH = jnp.asarray(multipliers_LH).reshape(-1, levels, heads)
@@ -91,10 +89,10 @@ def addresses(
             for i in range(levels):
                 hashed_BSH = hashed_BSH ^ terms[:, :, i]
             grams.append((hashed_BSH, exists_BSK[..., number]))
-    tables = len(grams) * heads
-    columns = []
-    for number, (hashed_BSH, exists_BS) in enumerate(grams):
-        table = number * heads + jnp.arange(heads, dtype=jnp.int32)
-        row = (hashed_BSH % jnp.uint32(rows)).astype(jnp.int32) * tables + table
-        columns.append(jnp.where(exists_BS[..., None], row, NO_ADDRESS))
+    columns = [
+        jnp.where(
+            exists_BS[..., None], (hashed_BSH % jnp.uint32(rows)).astype(jnp.int32), NO_ADDRESS
+        )
+        for hashed_BSH, exists_BS in grams
+    ]
     return jnp.concatenate(columns, axis=-1)

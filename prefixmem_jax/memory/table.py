@@ -22,11 +22,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import lines
-from prefixmem_jax.memory.exchange import Exchange, axes, capacity, devices, distinct, varying
+from prefixmem_jax.memory.exchange import Exchange, axes, capacity, devices, varying
+from prefixmem_jax.memory.places import Place, distinct_places, locate
 from prefixmem_jax.parallel.sharding import row_spec, spec
 
 # Lines are padded to a multiple of this, whatever the number of devices, so that a checkpoint
@@ -42,8 +45,9 @@ class Lookup(NamedTuple):
     """What a batch looks up in the table: addresses, and later, in their places, rows.
 
     Attributes:
-      by_position: int32 [batch, length, any], negative for none; rows float32 [..., width].
-      shared: what all positions share, int32 [any, any]: each device fetches its share of the first
+      by_position: int32 [batch, length, A], row in a table, negative for none, with the tables by
+        turns along the last axis; rows float32 [..., width].
+      shared: what all positions share, int32 [any, A]: each device fetches its share of the first
         axis, which must divide by the devices.
       names: handed on with the rows; whatever tells what `shared` is.
     """
@@ -62,32 +66,37 @@ class Fetched(NamedTuple):
     """The distinct rows that each device's share of the batch names.
 
     Attributes:
-      ids: int32 [devices * M], per device ascending and distinct, then the table's size.
+      places: int32 [devices * M] each, per device ascending and distinct, then those of none.
       rows: float32 [devices * M, width], zero for the padding.
       index: the addresses' places in the device's own share of `rows`.
       rounds: int32 [], exchanges that were needed (1 unless owners were unevenly loaded).
     """
 
-    ids: jax.Array
+    places: Place
     rows: jax.Array
     index: Lookup
     rounds: jax.Array
+
+    @property
+    def count(self) -> jax.Array:
+        """How many there are, of all devices together: int32 []."""
+        return jnp.sum(self.places.owner < devices(), dtype=jnp.int32)
 
 
 class Merged(NamedTuple):
     """Row gradients on their way to the owners: those of the first exchange are there, summed.
 
     Attributes:
-      ids, gradients: what each device sends, as in `Fetched`: more exchanges may have to follow.
-      owned_ids: int32, the owner's local row numbers, then its number of rows for the padding.
-      owned_gradients: float32 [..., width], one sum for each of `owned_ids`.
-      sent: int32 [devices * devices], per device and owner how many of its ids went out.
+      places, gradients: what each device sends, as in `Fetched`: more exchanges may have to follow.
+      owned: int32, the owner's row numbers, then its number of rows for the padding.
+      owned_gradients: float32 [..., width], one sum for each of `owned`.
+      sent: int32 [devices * devices], per device and owner how many of its rows went out.
       squared_norm: float32 [], over the summed gradients of all exchanges.
     """
 
-    ids: jax.Array
+    places: Place
     gradients: jax.Array
-    owned_ids: jax.Array
+    owned: jax.Array
     owned_gradients: jax.Array
     sent: jax.Array
     squared_norm: jax.Array
@@ -114,7 +123,8 @@ def round_stochastically(values: jax.Array, ids: jax.Array, key: jax.Array) -> j
     """float32 [K, width] to bfloat16, up or down at random so that the mean is kept.
 
     Plain rounding would lose every update smaller than 1/256 of the number. The random bits
-    depend on the row's id [K] and the key alone, so that any number of devices rounds alike.
+    depend on the row's number among all [K], modulo 2^32, and the key alone, so that any number of
+    devices rounds alike.
     """
 
     def bits(row: jax.Array) -> jax.Array:
@@ -131,8 +141,10 @@ class Table:
     Functions that take `memory` want the array itself: [lines, numbers per line] of `shape`.
 
     Attributes:
-      rows: rows of all tables together, without padding.
+      rows: in each of the tables.
       width: numbers in a row.
+      tables: how many there are, their rows by turns in one array, so that each device's part holds
+        an equal share of each.
       dtype: how rows are stored; whatever it is, they are used and updated in float32.
       density: share of a batch's addresses that are expected to name distinct rows. It sizes the
         exchange between devices; a batch with more is served in more than one.
@@ -143,6 +155,7 @@ class Table:
 
     rows: int
     width: int
+    tables: int = 1
     dtype: str = "float32"
     density: float = 1.0
     most_distinct: float = 1.0
@@ -151,7 +164,7 @@ class Table:
     @property
     def shape(self) -> tuple[int, int]:
         pack = lines.rows_per_line(self.width)
-        count = -(-self.rows // (pack * LINE_MULTIPLE)) * LINE_MULTIPLE
+        count = -(-self.rows * self.tables // (pack * LINE_MULTIPLE)) * LINE_MULTIPLE
         return count, pack * self.width
 
     @property
@@ -202,8 +215,8 @@ class Table:
 
         The plain gather from a table that is whole on one device; the reference for `fetch`.
         """
-        ids = jnp.where(addresses < 0, self.padded_rows, addresses).reshape(-1)
-        rows = lines.read(memory, ids, self.width).astype(jnp.float32)
+        at = locate(addresses, self.tables, 1, self.padded_rows).row
+        rows = lines.read(memory, at.reshape(-1), self.width).astype(jnp.float32)
         return rows.reshape(*addresses.shape, self.width)
 
     @jax.named_scope("table")
@@ -227,12 +240,21 @@ class Table:
         fetched = jax.shard_map(
             self._fetch_local,
             in_specs=(rows, lies),
-            out_specs=Fetched(rows, rows, lies, P()),
+            out_specs=Fetched(Place(rows, rows), rows, lies, P()),
         )(memory, placed)
         return fetched._replace(index=fetched.index._replace(names=addresses.names))
 
-    def _exchange(self, ids: jax.Array) -> Exchange:
-        return Exchange(ids, self.padded_rows // devices(), self.density / self.most_distinct)
+    def _rows_per_device(self) -> int:
+        rows = self.padded_rows // devices()
+        if rows >= 2**31:
+            raise UserError(
+                f"the memory's {self.tables} tables of {self.rows} rows are {rows} rows a device; "
+                "expected fewer than 2^31, so more devices"
+            )
+        return rows
+
+    def _exchange(self, places: Place) -> Exchange:
+        return Exchange(places, self._rows_per_device(), self.density / self.most_distinct)
 
     def _most(self, addresses: Lookup) -> int:
         """Distinct rows that a device's addresses can name."""
@@ -243,12 +265,23 @@ class Table:
             most += len(addresses.by_position) * min(of_row, bound)
         return most
 
+    def _distinct(self, addresses: Lookup) -> tuple[Place, Lookup]:
+        """The distinct places that a device's addresses name, and each address's index in them."""
+        size = (devices(), self._rows_per_device())
+        leaves, form = jax.tree.flatten(addresses)
+        located = [jax.tree.map(jnp.ravel, locate(x, self.tables, *size)) for x in leaves]
+        together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *located)
+        places, index = distinct_places(together, *size, self._most(addresses))
+        ends = np.cumsum([x.size for x in leaves])[:-1]
+        parts = zip(jnp.split(index, ends), leaves, strict=True)
+        return places, jax.tree.unflatten(form, (part.reshape(x.shape) for part, x in parts))
+
     def _fetch_local(self, memory: jax.Array, addresses: Lookup) -> Fetched:
-        ids, index = distinct(addresses, self.padded_rows, self._most(addresses))
+        places, index = self._distinct(addresses)
         if devices() == 1:
-            rows = lines.read(memory, ids, self.width).astype(jnp.float32)
-            return Fetched(ids, rows, index, jnp.int32(1))
-        exchange = self._exchange(ids)
+            rows = lines.read(memory, places.row, self.width).astype(jnp.float32)
+            return Fetched(places, rows, index, jnp.int32(1))
+        exchange = self._exchange(places)
 
         def one_round(carry: tuple) -> tuple:
             rows, start, _, rounds = carry
@@ -259,10 +292,10 @@ class Table:
             )
             return rows, stop, finished, rounds + 1
 
-        empty = varying(jnp.zeros((len(ids), self.width), jnp.float32))
+        empty = varying(jnp.zeros((exchange.size, self.width), jnp.float32))
         first = one_round((empty, exchange.first, jnp.int32(0), jnp.int32(0)))
         rows, _, _, rounds = jax.lax.while_loop(lambda carry: carry[2] == 0, one_round, first)
-        return Fetched(ids, rows, index, rounds)
+        return Fetched(places, rows, index, rounds)
 
     @jax.named_scope("table")
     def merge(self, fetched: Fetched, row_gradients: jax.Array) -> Merged:
@@ -272,14 +305,15 @@ class Table:
             self._merge_local,
             in_specs=(by_row, by_row),
             out_specs=Merged(*(by_row,) * 5, P()),
-        )(fetched.ids, row_gradients)
+        )(fetched.places, row_gradients)
 
-    def _merge_local(self, ids: jax.Array, gradients: jax.Array) -> Merged:
+    def _merge_local(self, places: Place, gradients: jax.Array) -> Merged:
         if devices() == 1:
             squared = jax.lax.psum(jnp.sum(gradients**2), axes())
-            return Merged(ids, gradients, ids, gradients, varying(jnp.zeros(1, jnp.int32)), squared)
-        exchange = self._exchange(ids)
-        owned_ids, owned, stop, finished = exchange.gather_gradients(exchange.first, gradients)
+            none_sent = varying(jnp.zeros(1, jnp.int32))
+            return Merged(places, gradients, places.row, gradients, none_sent, squared)
+        exchange = self._exchange(places)
+        owned, sums, stop, finished = exchange.gather_gradients(exchange.first, gradients)
 
         def later_round(carry: tuple) -> tuple:
             start, _, total = carry
@@ -287,10 +321,10 @@ class Table:
             return stop, finished, total + jnp.sum(more**2)
 
         _, _, squared = jax.lax.while_loop(
-            lambda carry: carry[1] == 0, later_round, (stop, finished, jnp.sum(owned**2))
+            lambda carry: carry[1] == 0, later_round, (stop, finished, jnp.sum(sums**2))
         )
         squared = jax.lax.psum(squared, axes())
-        return Merged(ids, gradients, owned_ids, owned, stop, squared)
+        return Merged(places, gradients, owned, sums, stop, squared)
 
     @jax.named_scope("table")
     def apply(
@@ -337,42 +371,42 @@ class Table:
         key: jax.Array,
     ) -> tuple[jax.Array, Any, jax.Array]:
         """As `apply`, on one device's share; `per_row` says which leaves of the state have rows."""
-        local_rows = self.padded_rows // devices()
+        local_rows = self._rows_per_device()
         finite = ~jnp.isnan(scale)
 
-        def update(carry: tuple, ids: jax.Array, gradients: jax.Array) -> tuple:
-            """Distinct local rows of one exchange; those of a step's exchanges are disjoint."""
+        def update(carry: tuple, owned: jax.Array, gradients: jax.Array) -> tuple:
+            """Distinct rows of one exchange; those of a step's exchanges are disjoint."""
             memory, new_state, squared_norm = carry
-            ids = jnp.where(finite, ids, local_rows)  # out of range: nothing is written
-            before = lines.read(memory, ids, self.width).astype(jnp.float32)
+            owned = jnp.where(finite, owned, local_rows)  # out of range: nothing is written
+            before = lines.read(memory, owned, self.width).astype(jnp.float32)
             at_rows = jax.tree.map(
-                lambda mine, leaf, old: lines.read(leaf, ids, self.width) if mine else old,
+                lambda mine, leaf, old: lines.read(leaf, owned, self.width) if mine else old,
                 per_row,
                 new_state,
                 state,  # step counts advance once, however many exchanges
             )
             updates, after = optimizer.update(gradients * scale, at_rows, before)
             rows = before + updates
-            added = jnp.where((ids < local_rows)[:, None], updates, 0.0)
+            added = jnp.where((owned < local_rows)[:, None], updates, 0.0)
             squared_norm += jnp.sum(added**2)
             if self.dtype == "bfloat16":
                 first_row = jax.lax.axis_index(axes()) * local_rows
-                rows = round_stochastically(rows, first_row + ids, key)
+                rows = round_stochastically(rows, first_row + owned, key)
 
             def kept(mine: bool, leaf: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-                return lines.write(leaf, ids, new) if mine else jnp.where(finite, new, old)
+                return lines.write(leaf, owned, new) if mine else jnp.where(finite, new, old)
 
             new_state = jax.tree.map(kept, per_row, new_state, state, after)
-            return lines.write(memory, ids, rows), new_state, squared_norm
+            return lines.write(memory, owned, rows), new_state, squared_norm
 
-        carry = update((memory, state, 0.0), merged.owned_ids, merged.owned_gradients)
+        carry = update((memory, state, 0.0), merged.owned, merged.owned_gradients)
         if devices() > 1:
-            exchange = self._exchange(merged.ids)
+            exchange = self._exchange(merged.places)
 
             def later_round(loop: tuple) -> tuple:
                 carry, start, _ = loop
-                ids, more, stop, finished = exchange.gather_gradients(start, merged.gradients)
-                return update(carry, ids, more), stop, finished
+                owned, more, stop, finished = exchange.gather_gradients(start, merged.gradients)
+                return update(carry, owned, more), stop, finished
 
             start = (carry, merged.sent, exchange.all_sent(merged.sent))
             carry, *_ = jax.lax.while_loop(lambda loop: loop[2] == 0, later_round, start)

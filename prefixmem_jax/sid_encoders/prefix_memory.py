@@ -88,10 +88,8 @@ class PrefixMemoryConfig(SidEncoderConfig):
                 f"sid_encoder.orders={self.orders}: the longest prefix that target_levels="
                 f"{self.target_levels} uses has {longest} codes"
             )
-        if self.table(space).padded_rows >= 2**31:
-            raise UserError(
-                f"sid_encoder.rows={self.rows}: {self.tables} tables exceed 2^31 rows in all"
-            )
+        if self.rows >= 2**31:
+            raise UserError(f"sid_encoder.rows={self.rows}; expected fewer than 2^31 in a table")
 
     def check_items(self, space: SidSpace) -> None:
         if self.orders < space.levels and not self.items:
@@ -110,8 +108,9 @@ class PrefixMemoryConfig(SidEncoderConfig):
         # Of a whole item, and of the first codes of one that ends early.
         shares = [of / (codes * self.tables) for codes, of in enumerate(used, start=1)]
         return Table(
-            self.rows * self.tables,
+            self.rows,
             self.row_width,
+            self.tables,
             self.dtype,
             density=shares[-1],
             most_distinct=max(shares),

@@ -94,7 +94,7 @@ def train_step(
             key,
         )
         update_norms["memory"] = jnp.sqrt(squared_update)
-        metrics["memory_rows"] = jnp.sum(fetched.ids < table.padded_rows)
+        metrics["memory_rows"] = fetched.count
         metrics["memory_rounds"] = fetched.rounds
     average = _updated_average(config.optimizer.average_decay, state, params, finite)
     step = state.step + finite.astype(jnp.int32)
