@@ -11,12 +11,12 @@ from pydantic import PositiveInt
 
 from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.layers.attention import NO_WINDOW, KeyValues, Place, attention
+from prefixmem_jax.layers.attention import KeyValues
 from prefixmem_jax.layers.transformer import Layer, RMSNorm, rope_frequencies
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import take
 from prefixmem_jax.semantic_ids.space import SidSpace
-from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary, earlier
 from prefixmem_jax.sid_encoders.sid_encoder import SidEncoder, SidEncoderConfig
 
 
@@ -59,7 +59,8 @@ class SidTransformerConfig(SidEncoderConfig):
 class SidTransformer(SidEncoder):
     """The last hidden state over the tokens c_1..c_l of the item that is being written.
 
-    Attention stays within the item, so that a vector depends on its prefix alone, wherever it is.
+    Attention stays within the item, so that a vector depends on its prefix alone, wherever it is;
+    and costs as many scores a token as there are levels.
     """
 
     def __init__(
@@ -101,18 +102,32 @@ class SidTransformer(SidEncoder):
     ) -> jax.Array:
         del rows_BPAW
         level_BS, _ = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
-        # An item is a segment of its own; what is of no item is of segment 0 and says nothing.
-        item_BS = jnp.cumsum(level_BS == 1, axis=1) * (level_BS > 0)
-        place = Place(jnp.maximum(level_BS - 1, 0), item_BS)
+        positions_BS = jnp.maximum(level_BS - 1, 0)
         frequency_H = jnp.asarray(rope_frequencies(self.shape.head_dim, self.shape.rope_base))
 
         def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues]:
-            return attention(query, place, new, place, NO_WINDOW, None), new
+            return _attention_to_prefix(query, new, level_BS, self.vocabulary.levels), new
 
         x_BSD = take(self.embedding[...], tokens_BS, "batch", None, None)
         for layer in self.layers:
-            x_BSD, _ = layer(x_BSD, place.positions, frequency_H, attend)
+            x_BSD, _ = layer(x_BSD, positions_BS, frequency_H, attend)
         vectors_BSD = jnp.einsum("BSW,WD->BSD", self.norm(x_BSD), self.projection[...])
         active_BS = self.active(tokens_BS, segment_ids_BS)
         vectors_BSD = jnp.where(active_BS[..., None], vectors_BSD, 0.0)
         return vectors_BSD if last is None else vectors_BSD[:, -last:]
+
+
+def _attention_to_prefix(
+    query_BSNH: jax.Array, own: KeyValues, level_BS: jax.Array, levels: int
+) -> jax.Array:
+    """Attention to the last l tokens, this one included: [B, S, N, H]; with l = 0 to anything."""
+    keys_BSANH, values_BSANH = (
+        jnp.stack([earlier(x, back) for back in range(levels)], axis=2) for x in own
+    )
+    scale = query_BSNH.shape[-1] ** -0.5
+    wide = {"preferred_element_type": jnp.float32}
+    scores_BSNA = jnp.einsum("BSNH,BSANH->BSNA", query_BSNH, keys_BSANH, **wide) * scale
+    near_BSA = jnp.arange(levels) < level_BS[..., None]
+    scores_BSNA = jnp.where(near_BSA[:, :, None], scores_BSNA, jnp.finfo(jnp.float32).min)
+    weights_BSNA = jax.nn.softmax(scores_BSNA, axis=-1).astype(query_BSNH.dtype)
+    return jnp.einsum("BSNA,BSANH->BSNH", weights_BSNA, values_BSANH)
