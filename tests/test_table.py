@@ -22,14 +22,9 @@ from prefixmem_jax.memory.places import (
     distinct_places,
     locate,
 )
+from prefixmem_jax.memory.rounding import round_stochastically
 from prefixmem_jax.memory.row_optimizers import scale_by_row_adagrad, scale_by_row_adam
-from prefixmem_jax.memory.table import (
-    ADDRESSES,
-    Lookup,
-    Table,
-    round_stochastically,
-    spread,
-)
+from prefixmem_jax.memory.table import ADDRESSES, Lookup, Table, spread
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import row_spec
 

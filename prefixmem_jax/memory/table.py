@@ -30,6 +30,7 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import lines
 from prefixmem_jax.memory.exchange import Exchange, axes, capacity, devices, varying
 from prefixmem_jax.memory.places import Place, distinct_places, locate
+from prefixmem_jax.memory.rounding import round_stochastically
 from prefixmem_jax.parallel.sharding import row_spec, spec
 
 # Lines are padded to a multiple of this, whatever the number of devices, so that a checkpoint
@@ -117,21 +118,6 @@ def spread(fetched: Fetched) -> Lookup:
 
 def _indexed(rows_MD: jax.Array, index: jax.Array) -> jax.Array:
     return rows_MD.at[index].get(mode="fill", fill_value=0)
-
-
-def round_stochastically(values: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 [K, width] to bfloat16, up or down at random so that the mean is kept.
-
-    Plain rounding would lose every update smaller than 1/256 of the number. The random bits
-    depend on the row's number among all [K], modulo 2^32, and the key alone, so that any number of
-    devices rounds alike.
-    """
-
-    def bits(row: jax.Array) -> jax.Array:
-        return jax.random.bits(jax.random.fold_in(key, row), values.shape[1:], jnp.uint16)
-
-    raw = jax.lax.bitcast_convert_type(values, jnp.uint32) + jax.vmap(bits)(ids).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type((raw >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 @dataclass(frozen=True)
