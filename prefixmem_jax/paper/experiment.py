@@ -6,11 +6,12 @@ import datetime
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.data.generation import ABOUT, generate
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
-from prefixmem_jax.errors import UserError
+from prefixmem_jax.errors import Stopped, UserError
 from prefixmem_jax.evaluation.evaluator import load_scores
 from prefixmem_jax.evaluation.metrics import Scores
 from prefixmem_jax.evaluation.statistics import compare, intervals, means
@@ -31,6 +32,9 @@ from prefixmem_jax.runs.run import Run
 
 # What a table's file keeps of all that a run's metrics.json has.
 KEPT = ("tf_accuracy/", "reachable", "sid_recall@", "sid_hit_rate", "unique_level_1")
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 class Experiment:
@@ -85,7 +89,7 @@ class Experiment:
           interval over users; `against_equal_cost` has that from the row of equal cost, if any.
         """
         self.say(f"{name}: {', '.join(ROWS[row].title for row in TABLES[name])}")
-        found = self._rows(TABLES[name])
+        found = self._together({row: partial(self._row, row) for row in TABLES[name]})
         rows = {row: result for row, (result, _) in found.items()}
         scores = {row: by_user for row, (_, by_user) in found.items()}
         first = TABLES[name][0]
@@ -111,25 +115,30 @@ class Experiment:
         optimum = read_json_object(about)["optimum"] if about.exists() else None
         return measure_regime(self.data, optimum)
 
-    def _rows(self, names: Sequence[str]) -> dict[str, tuple[dict[str, Any], Scores]]:
-        """`_row` of each; they wait for the same workers."""
-        with ThreadPoolExecutor(len(names)) as pool:
-            found = {name: pool.submit(self._row, name) for name in names}
+    def _together(self, calls: Mapping[Key, Callable[[], Result]]) -> dict[Key, Result]:
+        """What each call returns: they wait for the same workers, and end together if one fails."""
+        with ThreadPoolExecutor(len(calls)) as pool:
+            found = {key: pool.submit(call) for key, call in calls.items()}
             try:
-                wait(found.values(), return_when=FIRST_EXCEPTION)
-                failed = (one.exception() for one in found.values() if one.done())
-                if error := next(filter(None, failed), None):
-                    raise error
-            except BaseException:  # Ctrl-C too
+                done, _ = wait(found.values(), return_when=FIRST_EXCEPTION)
+            except BaseException:  # Ctrl-C
                 self.workers.stop()
                 raise
-        return {name: one.result() for name, one in found.items()}
+            if any(one.exception() for one in done):
+                self.workers.stop()
+        errors = [error for one in found.values() if (error := one.exception())]
+        # The others were stopped because of it.
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
+        return {key: one.result() for key, one in found.items()}
 
     def _row(self, row: str) -> tuple[dict[str, Any], Scores]:
         rate, tried = self._choose(row)
-        runs = [self._train(row, rate, seed) for seed in range(self.seeds)]
-        by_seed = [self._evaluate(run) for run in runs]
-        names = {name for name in by_seed[0] if name.startswith(KEPT)}
+        by_seed = self._together(
+            {seed: partial(self._scores, row, rate, seed) for seed in range(self.seeds)}
+        ).values()
+        names = {name for name in next(iter(by_seed)) if name.startswith(KEPT)}
+        runs = [self._run(row, rate, seed) for seed in range(self.seeds)]
         mean = {n: np.mean([scores[n] for scores in by_seed], axis=0) for n in sorted(names)}
         costs = self._costs(row, rate)
         return {
@@ -149,7 +158,8 @@ class Experiment:
         rates, other = self.scale.rates, ROWS[row].rate_of
         if other is not None:
             rates = (self._choose(other)[0],)
-        tried = {rate: _last(self._train(row, rate, 0), "validation/loss") for rate in rates}
+        runs = self._together({rate: partial(self._train, row, rate, 0) for rate in rates})
+        tried = {rate: _last(run, "validation/loss") for rate, run in runs.items()}
         best = min(tried, key=tried.get)
         return best, {f"{rate:g}": loss for rate, loss in tried.items()}
 
@@ -178,7 +188,9 @@ class Experiment:
             and run.data_description.sha256 == self.data.dataset.sha256
         )
 
-    def _evaluate(self, folder: Path) -> Scores:
+    def _scores(self, row: str, rate: float, seed: int) -> Scores:
+        """By test user, of a run that is trained and evaluated where it has not been."""
+        folder = self._train(row, rate, seed)
         run, path = Run(folder), folder / "metrics.json"
         found = read_json_object(path) if path.exists() else {}
         wanted = {"split": "test", "step": run.step, "config": json.loads(to_json(run.config))}
