@@ -96,7 +96,8 @@ def test_collectives_say_what_they_serve(simulated):
     exchange = [c for c in simulated.collectives if c["part"] == "table" and "all-to" in c["kind"]]
     assert sum(c["bytes"] for c in exchange) in exchanged
     # The plan counts by addresses, without the items that stretches begin within.
-    assert 0.98 < simulated.table_bytes_gathered / (8 * capacity * 64 * 4) < 1
+    by_addresses = int(np.ceil(1.25 * 0.2 * 4 * 512 * 16 / 8)) + 8
+    assert simulated.table_bytes_gathered == 8 * by_addresses * 64 * 4
     assert "table" in describe(simulated)
 
 
