@@ -427,5 +427,5 @@ def test_a_device_has_fewer_rows_than_an_int32_counts():
     addresses = Lookup(jnp.zeros((8, 6, 16), jnp.int32))
     lies = NamedSharding(mesh_of(8), row_spec())
     memory = jax.ShapeDtypeStruct(table.shape, jnp.bfloat16, sharding=lies)
-    with jax.set_mesh(mesh_of(8)), pytest.raises(UserError, match="a device; expected fewer"):
+    with jax.set_mesh(mesh_of(8)), pytest.raises(UserError, match="a device on 8; expected fewer"):
         jax.eval_shape(table.fetch, memory, addresses)

@@ -157,6 +157,16 @@ class Table:
     def padded_rows(self) -> int:
         return self.shape[0] * self.shape[1] // self.width
 
+    def rows_per_device(self, count: int) -> int:
+        """What each of `count` devices has. Raises UserError where an int32 does not count it."""
+        rows = self.padded_rows // count
+        if rows >= 2**31:
+            raise UserError(
+                f"sid_encoder.rows={self.rows}: {self.tables} tables are {rows} rows a device on "
+                f"{count}; expected fewer than 2^31, so more devices"
+            )
+        return rows
+
     @property
     def of_beams(self) -> Table:
         """The same for addresses that are of no stretch of positions: all may be distinct."""
@@ -201,7 +211,7 @@ class Table:
 
         The plain gather from a table that is whole on one device; the reference for `fetch`.
         """
-        at = locate(addresses, self.tables, 1, self.padded_rows).row
+        at = locate(addresses, self.tables, 1, self.rows_per_device(1)).row
         rows = lines.read(memory, at.reshape(-1), self.width).astype(jnp.float32)
         return rows.reshape(*addresses.shape, self.width)
 
@@ -224,23 +234,12 @@ class Table:
         placed = addresses._replace(names=None).map(jax.sharding.reshard)
         lies = placed.map(lambda _, at: at)
         fetched = jax.shard_map(
-            self._fetch_local,
-            in_specs=(rows, lies),
-            out_specs=Fetched(Place(rows, rows), rows, lies, P()),
+            self._fetch_local, in_specs=(rows, lies), out_specs=Fetched(rows, rows, lies, P())
         )(memory, placed)
         return fetched._replace(index=fetched.index._replace(names=addresses.names))
 
-    def _rows_per_device(self) -> int:
-        rows = self.padded_rows // devices()
-        if rows >= 2**31:
-            raise UserError(
-                f"the memory's {self.tables} tables of {self.rows} rows are {rows} rows a device; "
-                "expected fewer than 2^31, so more devices"
-            )
-        return rows
-
     def _exchange(self, places: Place) -> Exchange:
-        return Exchange(places, self._rows_per_device(), self.density / self.most_distinct)
+        return Exchange(places, self.rows_per_device(devices()), self.density / self.most_distinct)
 
     def _most(self, addresses: Lookup) -> int:
         """Distinct rows that a device's addresses can name."""
@@ -253,7 +252,7 @@ class Table:
 
     def _distinct(self, addresses: Lookup) -> tuple[Place, Lookup]:
         """The distinct places that a device's addresses name, and each address's index in them."""
-        size = (devices(), self._rows_per_device())
+        size = (devices(), self.rows_per_device(devices()))
         leaves, form = jax.tree.flatten(addresses)
         located = [jax.tree.map(jnp.ravel, locate(x, self.tables, *size)) for x in leaves]
         together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *located)
@@ -357,7 +356,7 @@ class Table:
         key: jax.Array,
     ) -> tuple[jax.Array, Any, jax.Array]:
         """As `apply`, on one device's share; `per_row` says which leaves of the state have rows."""
-        local_rows = self._rows_per_device()
+        local_rows = self.rows_per_device(devices())
         finite = ~jnp.isnan(scale)
 
         def update(carry: tuple, owned: jax.Array, gradients: jax.Array) -> tuple:

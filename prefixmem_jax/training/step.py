@@ -240,8 +240,11 @@ def compile_train_step(spec: ModelSpec) -> jax.stages.Compiled:
 
 
 def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
-    """Raises UserError where the config's sizes do not divide over the mesh."""
+    """Raises UserError where the config's sizes do not divide over the mesh, or are too large."""
     data, fsdp, tensor = mesh.devices.shape
+    table = None if config.sid_encoder is None else config.sid_encoder.table(vocabulary.space)
+    if table is not None:
+        table.rows_per_device(mesh.size)
     accumulated = config.optimizer.accumulation_steps
     codes_alone = sum(vocabulary.space.codebook_sizes) if config.objective.sids_alone else 0
     has_item_vectors = config.item_head is not None and config.item_head.vectors == "own"
