@@ -45,7 +45,12 @@ from prefixmem_jax.training.optimizers import (
     memory_learning_rate,
     memory_optimizer,
 )
-from prefixmem_jax.training.state import TrainState, abstract_state, init_sharded
+from prefixmem_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_sharded,
+    trace_init,
+)
 from prefixmem_jax.training.step import (
     check_mesh,
     compile_train_step,
@@ -439,6 +444,12 @@ def test_a_fresh_state_is_the_same_on_any_mesh_and_really_divided_over_it():
         assert leaf.addressable_shards[0].data.size * parts == leaf.size
     moments = optax.tree.get(state.optimizer, "mu")["llm"]["layers"]["query"]
     assert moments.sharding.spec == layers["query"].sharding.spec
+
+
+def test_no_device_computes_more_of_a_fresh_state_than_its_own_part():
+    memory = trace_init(spec_of(on_mesh(CONFIG, 1, 4, 2))).lower().compile().memory_analysis()
+    # Numbers of a device's own part: computed whole, they would take ten times that.
+    assert memory.temp_size_in_bytes < 1.5 * memory.output_size_in_bytes
 
 
 def test_sizes_that_do_not_fit_the_mesh_are_refused():

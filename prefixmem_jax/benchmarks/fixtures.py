@@ -173,16 +173,17 @@ def table_training(spec: ModelSpec, batches: list[Batch], dense: bool) -> Callab
         return _repeated(jax.jit(dense_step, donate_argnums=0), state, plain)
     abstract = abstract_state(spec)
     shardings = jax.tree.map(lambda x: x.sharding, (abstract.memory, abstract.memory_optimizer))
+    state = jax.jit(start, out_shardings=shardings)(jax.random.key(0))
     with jax.set_mesh(spec.mesh):
-        state = jax.jit(start, out_shardings=shardings)(jax.random.key(0))
         step = jax.jit(row_wise_step, donate_argnums=0).lower(state, addresses[0]).compile()
     return _repeated(step, state, addresses)
 
 
 def batch_addresses(spec: ModelSpec, batches: list[Batch]) -> list[jax.Array]:
     """The memory's addresses of batches."""
+    params = init_sharded(spec, 0).params
     with jax.set_mesh(spec.mesh):
-        model = spec.model(init_sharded(spec, 0).params)
+        model = spec.model(params)
         return [model.memory_addresses(batch).by_position for batch in batches]
 
 

@@ -92,6 +92,11 @@ def init_sharded(spec: ModelSpec, seed: int, without: Collection[str] = ()) -> T
     Args:
       without: parts that come from elsewhere; they are left out, and take no memory here.
     """
+    return trace_init(spec, without).lower().compile()(jax.random.key(seed))
+
+
+def trace_init(spec: ModelSpec, without: Collection[str] = ()) -> jax.stages.Traced:
+    """`init_sharded` of a key, traced."""
 
     def keep(state: TrainState) -> TrainState:
         params = {part: tree for part, tree in state.params.items() if part not in without}
@@ -100,6 +105,7 @@ def init_sharded(spec: ModelSpec, seed: int, without: Collection[str] = ()) -> T
         return state._replace(params=params, memory=memory, average=average)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, keep(abstract_state(spec)))
-    with jax.set_mesh(spec.mesh):
-        init = jax.jit(lambda key: keep(init_state(spec, key)), out_shardings=shardings)
-        return init(jax.random.key(seed))
+    # Traced without the mesh, so that each device computes its own numbers: with it, what has no
+    # sharding of its own would first be computed whole on all of them.
+    init = jax.jit(lambda key: keep(init_state(spec, key)), out_shardings=shardings)
+    return init.trace(jax.eval_shape(lambda: jax.random.key(0)))
