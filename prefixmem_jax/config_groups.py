@@ -329,11 +329,14 @@ class MeshConfig:
       fsdp: devices that share the dense parameters and their optimizer state, each with its own
         share of the batch.
       tensor: devices that divide heads, feed-forward and vocabulary of one share of the batch.
+      memory_kind: where each device's share of the memory table, and its optimizer's state, lies;
+        `pinned_host` is the memory of the machine that has the device.
     """
 
     data: MeshSize = -1
     fsdp: MeshSize = 1
     tensor: MeshSize = 1
+    memory_kind: Literal["device", "pinned_host"] = "device"
 
 
 @dataclass(frozen=True)

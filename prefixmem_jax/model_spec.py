@@ -70,10 +70,19 @@ class ModelSpec:
         """The memory's rows, abstract."""
         if self.table is None:
             return None
-        sharding = NamedSharding(self.mesh, self.table.partition(self.table))
         return jax.ShapeDtypeStruct(
-            self.table.shape, jnp.dtype(self.table.dtype), sharding=sharding
+            self.table.shape, jnp.dtype(self.table.dtype), sharding=self.row_sharding(self.table)
         )
+
+    @property
+    def memory_on_host(self) -> bool:
+        return self.table is not None and self.config.mesh.memory_kind == "pinned_host"
+
+    def row_sharding(self, leaf: Any) -> NamedSharding:
+        """Of the memory's rows, or of a leaf of their optimizer's state."""
+        on_host = self.memory_on_host and self.table.is_per_row(leaf)
+        kind = "pinned_host" if on_host else None
+        return NamedSharding(self.mesh, self.table.partition(leaf), memory_kind=kind)
 
     def replicated(self) -> dict[str, Any]:
         """`params` as inference wants them: whole on every device, and weights that the decoder

@@ -110,6 +110,17 @@ def test_no_collective_or_temporary_has_the_tables_size(simulated):
 
 
 @needs_tpu_compiler
+def test_a_memory_on_the_host_is_never_on_the_device():
+    mesh = MeshConfig(-1, 4, 2, "pinned_host")
+    planned = plan(config_for(16, 800_000, mesh, length=128), "v5e:4x4")
+    # Rows, and Adam's two moments.
+    assert planned.host_bytes > 0.99 * 3 * 16 * 800_000 * 64 * 4 / 16
+    assert planned.hbm_bytes["table"] == 0
+    assert planned.hbm_bytes["total"] < planned.host_bytes / 10
+    assert "in the host's" in describe(planned)
+
+
+@needs_tpu_compiler
 def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table():
     small, large = (
         plan(config_for(devices, rows, MeshConfig(-1, 4, 2), length=128), f"v5e:{shape}")

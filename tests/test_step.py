@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +86,7 @@ def rows_of(objective: NextToken) -> Batch:
 ROWS = rows_of(NextToken())
 
 
-def on_mesh(config: Config, *sizes: int) -> Config:
+def on_mesh(config: Config, *sizes: Any) -> Config:
     return dataclasses.replace(config, mesh=MeshConfig(*sizes))
 
 
@@ -298,6 +299,16 @@ def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(object
         np.testing.assert_allclose(*moved, rtol=1e-3)
         np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
         assert np.linalg.norm(other.memory - state.memory) < 1e-5 * np.linalg.norm(state.memory)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_a_memory_on_the_host_learns_what_one_on_the_device_does(sizes):
+    on_device = on_mesh(CONFIG, *sizes)
+    config = on_mesh(CONFIG, *sizes, "pinned_host")
+    chex.assert_trees_all_close(fresh_state(config), fresh_state(on_device), rtol=1e-6)
+    (history, state), (expected_history, expected) = run(config, 20), run(on_device, 20)
+    np.testing.assert_allclose(losses(history), losses(expected_history), rtol=1e-6)
+    np.testing.assert_allclose(state.memory, expected.memory, rtol=1e-5, atol=1e-6)
 
 
 def test_tied_bfloat16_remat_steps_agree_across_meshes():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,26 @@ def capacity(addresses: int, density: float, over: int) -> int:
     """
     even = density * addresses / over
     return min(addresses, math.ceil(CAPACITY_FACTOR * even) + CAPACITY_EXTRA)
+
+
+class Merged(NamedTuple):
+    """Row gradients on their way to the owners: those of the first exchange are there, summed.
+
+    Attributes:
+      places, gradients: what each device sends, as in `table.Fetched`: more exchanges may have to
+        follow.
+      owned: int32, the owner's row numbers, then its number of rows for the padding.
+      owned_gradients: float32 [..., width], one sum for each of `owned`.
+      sent: int32 [devices * devices], per device and owner how many of its rows went out.
+      squared_norm: float32 [], over the summed gradients of all exchanges.
+    """
+
+    places: Place
+    gradients: jax.Array
+    owned: jax.Array
+    owned_gradients: jax.Array
+    sent: jax.Array
+    squared_norm: jax.Array
 
 
 class Exchange:
@@ -108,3 +130,36 @@ class Exchange:
         rows, index = distinct(asked, self.rows_per_device, len(asked))
         merged = jax.ops.segment_sum(received, index, num_segments=len(rows))
         return rows, merged, stop, finished
+
+    def each_round(
+        self,
+        function: Callable[..., Any],
+        carry: Any,
+        merged: Merged,
+        one_loop: bool,
+    ) -> Any:
+        """What a function makes of a carry, with the rows and gradients of each round in turn.
+
+        Args:
+          merged: what the first round brought.
+          one_loop: whether the first round is in the loop too that the others need, if there are
+            others. What a program writes in two places, the TPU compiler brings from the host's
+            memory to the device in between, whole.
+        """
+
+        def one_round(loop: tuple) -> tuple:
+            carry, here, start, finished, _ = loop
+            carry = function(carry, *here)
+
+            def next_round() -> tuple:
+                rows, sums, stop, last = self.gather_gradients(start, merged.gradients)
+                return (rows, sums), stop, last
+
+            following = jax.lax.cond(finished == 1, lambda: (here, start, finished), next_round)
+            return carry, *following, finished
+
+        first = (merged.owned, merged.owned_gradients)
+        loop = (carry, first, merged.sent, self.all_sent(merged.sent), jnp.int32(0))
+        if not one_loop:
+            loop = one_round(loop)
+        return jax.lax.while_loop(lambda loop: loop[-1] == 0, one_round, loop)[0]

@@ -4,7 +4,7 @@ A TPU tiles arrays by 128 lanes. An array [rows, 64] is either padded to twice i
 kept column by column, and then every gather first copies the whole table. Lines of 128 numbers
 are gathered and scattered in place. In row-major memory (CPU, GPU) a line is no more than a
 reshape of its rows. Rows wider than a line, or of a width that does not divide it, are lines of
-their own.
+their own. Lines in the host's memory are read and written whole (`memory.host_lines`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from prefixmem_jax.memory import host_lines
 
 LANES = 128
 
@@ -29,7 +31,9 @@ def read(lines: jax.Array, ids: jax.Array, width: int) -> jax.Array:
       lines: [lines, rows_per_line * width]; or [rows], one number a row, read as [K].
     """
     if lines.ndim == 1:
-        return lines.at[ids].get(mode="fill", fill_value=0)
+        return _taken(lines, ids)
+    if host_lines.is_on_host(lines):
+        return read_by_line(lines, ids, width=width)
     return jax.lax.platform_dependent(
         lines,
         ids,
@@ -47,7 +51,9 @@ def write(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
     """
     rows = rows.astype(lines.dtype)
     if lines.ndim == 1:
-        return lines.at[ids].set(rows, mode="drop", unique_indices=True)
+        return _with(lines, ids, rows)
+    if host_lines.is_on_host(lines):
+        return write_by_line(lines, ids, rows)
     return jax.lax.platform_dependent(lines, ids, rows, tpu=write_by_line, default=write_by_row)
 
 
@@ -62,7 +68,7 @@ def write_by_row(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array
 
 def read_by_line(lines: jax.Array, ids: jax.Array, *, width: int) -> jax.Array:
     pack = lines.shape[1] // width
-    whole = lines.at[ids // pack].get(mode="fill", fill_value=0).reshape(-1, pack, width)
+    whole = _taken(lines, ids // pack).reshape(-1, pack, width)
     mine = (ids % pack)[:, None] == jnp.arange(pack)
     return jnp.sum(jnp.where(mine[..., None], whole, 0), axis=1)
 
@@ -84,6 +90,20 @@ def write_by_line(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Arra
             jnp.broadcast_to(mine, (count, pack, width)).astype(jnp.float32),
         )
     )
-    old = lines.at[target].get(mode="fill", fill_value=0)
+    old = _taken(lines, target)
     merged = jnp.where(replaced > 0, new.astype(lines.dtype), old)
-    return lines.at[target].set(merged, mode="drop", unique_indices=True)
+    return _with(lines, target, merged)
+
+
+def _taken(lines: jax.Array, index: jax.Array) -> jax.Array:
+    """Lines at an index, zero where it is out of range."""
+    if host_lines.is_on_host(lines):
+        return host_lines.take(lines, index)
+    return lines.at[index].get(mode="fill", fill_value=0)
+
+
+def _with(lines: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
+    """Lines with new ones at an index; those out of range are dropped."""
+    if host_lines.is_on_host(lines):
+        return host_lines.put(lines, index, new)
+    return lines.at[index].set(new, mode="drop", unique_indices=True)

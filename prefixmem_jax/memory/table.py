@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import lines
-from prefixmem_jax.memory.exchange import Exchange, axes, capacity, devices, varying
+from prefixmem_jax.memory.exchange import Exchange, Merged, axes, capacity, devices, varying
+from prefixmem_jax.memory.host_lines import is_on_host
 from prefixmem_jax.memory.places import Place, distinct_places, locate
 from prefixmem_jax.memory.rounding import round_stochastically
 from prefixmem_jax.parallel.sharding import row_spec, spec
@@ -36,6 +37,9 @@ from prefixmem_jax.parallel.sharding import row_spec, spec
 # Lines are padded to a multiple of this, whatever the number of devices, so that a checkpoint
 # has one shape everywhere.
 LINE_MULTIPLE = 4096
+
+# Of fresh rows.
+INIT_STD = 0.02
 
 # A batch's addresses: tensor-parallel devices, which share a part of the batch, divide its
 # positions among them, so that no address is asked for twice.
@@ -82,25 +86,6 @@ class Fetched(NamedTuple):
     def count(self) -> jax.Array:
         """How many there are, of all devices together: int32 []."""
         return jnp.sum(self.places.owner < devices(), dtype=jnp.int32)
-
-
-class Merged(NamedTuple):
-    """Row gradients on their way to the owners: those of the first exchange are there, summed.
-
-    Attributes:
-      places, gradients: what each device sends, as in `Fetched`: more exchanges may have to follow.
-      owned: int32, the owner's row numbers, then its number of rows for the padding.
-      owned_gradients: float32 [..., width], one sum for each of `owned`.
-      sent: int32 [devices * devices], per device and owner how many of its rows went out.
-      squared_norm: float32 [], over the summed gradients of all exchanges.
-    """
-
-    places: Place
-    gradients: jax.Array
-    owned: jax.Array
-    owned_gradients: jax.Array
-    sent: jax.Array
-    squared_norm: jax.Array
 
 
 @jax.named_scope("table")
@@ -174,7 +159,7 @@ class Table:
 
     def init(self, key: jax.Array) -> jax.Array:
         """Fresh rows, the same on any number of devices."""
-        return (0.02 * jax.random.normal(key, self.shape, jnp.float32)).astype(self.dtype)
+        return (INIT_STD * jax.random.normal(key, self.shape, jnp.float32)).astype(self.dtype)
 
     def init_optimizer(self, optimizer: optax.GradientTransformation) -> Any:
         """The optimizer's state for all rows, in float32, its leaves lying as the rows do."""
@@ -384,16 +369,11 @@ class Table:
             new_state = jax.tree.map(kept, per_row, new_state, state, after)
             return lines.write(memory, owned, rows), new_state, squared_norm
 
-        carry = update((memory, state, 0.0), merged.owned, merged.owned_gradients)
-        if devices() > 1:
+        carry = (memory, state, varying(jnp.float32(0)))
+        if devices() == 1:
+            carry = update(carry, merged.owned, merged.owned_gradients)
+        else:
             exchange = self._exchange(merged.places)
-
-            def later_round(loop: tuple) -> tuple:
-                carry, start, _ = loop
-                owned, more, stop, finished = exchange.gather_gradients(start, merged.gradients)
-                return update(carry, owned, more), stop, finished
-
-            start = (carry, merged.sent, exchange.all_sent(merged.sent))
-            carry, *_ = jax.lax.while_loop(lambda loop: loop[2] == 0, later_round, start)
+            carry = exchange.each_round(update, carry, merged, is_on_host(memory))
         memory, state, squared_norm = carry
         return memory, state, jax.lax.psum(squared_norm, axes())

@@ -42,6 +42,7 @@ class Plan:
       hbm_bytes: `parameters` (dense), `table` (rows), in training `optimizer` (state of both),
         `temporary` (everything else while the step runs) and their `total`; where the program is
         too large, `temporary` is None and `total` what the compiler asked for, if it said so.
+      host_bytes: of what lies in the host's memory (`mesh.memory_kind`), for this device.
       hbm_capacity: what the compiler may use; None for CPU devices.
       fits: whether it compiled within the capacity; None for CPU devices.
       flops: of matrix products, recomputation included.
@@ -51,9 +52,9 @@ class Plan:
       table_bytes_gathered: row bytes that a device reads from its part of the table.
       roofline_seconds: least time of `compute`, `memory` and `network`, each at the chip's
         published peak and perfectly overlapped; None for CPU devices.
-      step_seconds: what the compiler expects of each part of the model; beside it what it says
-        nothing of: `kernels` at the chip's peak, and the `collectives` that nothing overlaps, at
-        their links' peak. None for CPU devices.
+      step_seconds: what the compiler expects of each part of the model, without what the host does
+        with rows in its memory; beside it what it says nothing of: `kernels` at the chip's peak,
+        and the `collectives` that nothing overlaps, at their links' peak. None for CPU devices.
       mfu_bound: FLOPs without recomputation and without kernels', at the chip's peak, as a share
         of all of that.
     """
@@ -62,6 +63,7 @@ class Plan:
     mesh: dict[str, int]
     users: int | None
     hbm_bytes: dict[str, int | None]
+    host_bytes: int
     hbm_capacity: int | None
     fits: bool | None
     flops: float
@@ -108,8 +110,8 @@ def plan(
             raise
         sizes |= {"temporary": None, "total": _bytes_asked_for(str(error))}
         capacity = chip.hbm_bytes if chip else None
-        cannot = (planned.users, sizes, capacity, False, flops, [], {}, 0, None, None, None)
-        return Plan(len(pod), shape, *cannot)
+        cannot = (capacity, False, flops, [], {}, 0, None, None, None)
+        return Plan(len(pod), shape, planned.users, sizes, planned.host_bytes, *cannot)
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -118,6 +120,8 @@ def plan(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    if chip is None:  # CPU devices have no other memory
+        total -= planned.host_bytes
     sizes |= {"temporary": total - sum(sizes.values()), "total": total}
     program = Program.parse(compiled.as_text())
     collectives = program.collectives()
@@ -139,6 +143,7 @@ def plan(
         mesh=shape,
         users=planned.users,
         hbm_bytes=sizes,
+        host_bytes=planned.host_bytes,
         hbm_capacity=chip and chip.hbm_bytes,
         fits=None if chip is None else total <= chip.hbm_bytes,
         flops=flops,
@@ -155,6 +160,7 @@ class _Planned(NamedTuple):
     """What is to be compiled.
 
     Attributes:
+      sizes, host_bytes: of a device, as in `Plan`, before it is compiled.
       looked_up: memory addresses of a step, on all devices.
       flops_once: counts the FLOPs of a step that computes nothing twice, without its kernels'; it
         may have to trace such a step.
@@ -164,6 +170,7 @@ class _Planned(NamedTuple):
     traced: jax.stages.Traced
     users: int | None
     sizes: dict[str, int]
+    host_bytes: int
     looked_up: int
     flops_once: Callable[[], int]
 
@@ -187,7 +194,8 @@ def _training(config: Config, pod: Sequence[jax.Device]) -> _Planned:
             )
         looked_up = sum(x.size for x in addresses[:2] if x is not None)
     traced = trace_train_step(spec)
-    return _Planned(spec, traced, None, sizes, looked_up, lambda: flops_once(spec, traced))
+    host = _device_bytes((state.memory, state.memory_optimizer), on_host=True)
+    return _Planned(spec, traced, None, sizes, host, looked_up, lambda: flops_once(spec, traced))
 
 
 def _search(config: Config, pod: Sequence[jax.Device]) -> _Planned:
@@ -209,15 +217,18 @@ def _search(config: Config, pod: Sequence[jax.Device]) -> _Planned:
         traced,
         users,
         sizes,
+        _device_bytes(spec.memory, on_host=True),
         looked_up,
         lambda: matmul_flops(traced.jaxpr) - kernel_flops(traced.jaxpr),
     )
 
 
-def _device_bytes(tree: Any) -> int:
+def _device_bytes(tree: Any, on_host: bool = False) -> int:
+    """Of one device's share of what lies on the devices, or in their hosts' memory."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
+        if (leaf.sharding.memory_kind == "pinned_host") == on_host
     )
 
 
@@ -289,6 +300,8 @@ def describe(plan: Plan) -> str:
     lines = [f"{plan.devices} devices ({mesh}); each, in {step}:", ""]
     for name, size in plan.hbm_bytes.items():
         lines.append(f"  memory, {name:11s} {_bytes(size)}")
+    if plan.host_bytes:
+        lines.append(f"  in the host's       {_bytes(plan.host_bytes)}, whose time is not counted")
     if plan.hbm_capacity is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
         lines.append(f"  {verdict} in {_bytes(plan.hbm_capacity).strip()}")

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from prefixmem_jax.memory.fresh_rows import fresh_rows
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.training.optimizers import dense_optimizer, memory_optimizer
 from prefixmem_jax.training.trainable import trainable_tree
@@ -61,12 +62,13 @@ def abstract_state(spec: ModelSpec) -> TrainState:
     config = spec.config
     shapes = jax.eval_shape(lambda: init_state(spec, jax.random.key(0)))
 
-    def placed(leaf: jax.ShapeDtypeStruct, partition: P) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(spec.mesh, partition)
+    everywhere = NamedSharding(spec.mesh, P())
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def by_row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return placed(leaf, spec.table.partition(leaf))
+        return placed(leaf, spec.row_sharding(leaf))
 
     # What mirrors a parameter lies as the parameter does; counts are on every device.
     optimizer = optax.tree_map_params(
@@ -74,10 +76,10 @@ def abstract_state(spec: ModelSpec) -> TrainState:
         lambda _, parameter: parameter,
         shapes.optimizer,
         trainable_tree(spec.params, config),
-        transform_non_params=lambda leaf: placed(leaf, P()),
+        transform_non_params=lambda leaf: placed(leaf, everywhere),
     )
     return TrainState(
-        placed(shapes.step, P()),
+        placed(shapes.step, everywhere),
         spec.params,
         optimizer,
         spec.memory,
@@ -92,16 +94,23 @@ def init_sharded(spec: ModelSpec, seed: int, without: Collection[str] = ()) -> T
     Args:
       without: parts that come from elsewhere; they are left out, and take no memory here.
     """
-    return trace_init(spec, without).lower().compile()(jax.random.key(seed))
+    key = jax.random.key(seed)
+    state = trace_init(spec, without).lower().compile()(key)
+    if not spec.memory_on_host:
+        return state
+    memory, memory_state = trace_init_on_host(spec, without).lower().compile()(key)
+    return state._replace(memory=memory, memory_optimizer=memory_state)
 
 
 def trace_init(spec: ModelSpec, without: Collection[str] = ()) -> jax.stages.Traced:
-    """`init_sharded` of a key, traced."""
+    """A fresh state of a key, traced, but for a memory that lies in the host's memory."""
 
     def keep(state: TrainState) -> TrainState:
         params = {part: tree for part, tree in state.params.items() if part not in without}
         memory = None if "memory" in without else state.memory
         average = None if without else state.average
+        if spec.memory_on_host:
+            state, memory = state._replace(memory_optimizer=None), None
         return state._replace(params=params, memory=memory, average=average)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, keep(abstract_state(spec)))
@@ -109,3 +118,19 @@ def trace_init(spec: ModelSpec, without: Collection[str] = ()) -> jax.stages.Tra
     # sharding of its own would first be computed whole on all of them.
     init = jax.jit(lambda key: keep(init_state(spec, key)), out_shardings=shardings)
     return init.trace(jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def trace_init_on_host(spec: ModelSpec, without: Collection[str] = ()) -> jax.stages.Traced:
+    """The memory and its optimizer's state of a key, in the host's memory, traced."""
+
+    def init(key: jax.Array) -> tuple[jax.Array | None, Any]:
+        _, memory_key = jax.random.split(key)
+        memory, state = fresh_rows(spec.table, memory_optimizer(spec.config), memory_key)
+        return None if "memory" in without else memory, state
+
+    abstract = abstract_state(spec)
+    memory = None if "memory" in without else abstract.memory
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (memory, abstract.memory_optimizer))
+    with jax.set_mesh(spec.mesh):
+        traced = jax.jit(init, out_shardings=shardings)
+        return traced.trace(jax.eval_shape(lambda: jax.random.key(0)))
