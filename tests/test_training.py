@@ -181,8 +181,8 @@ def test_a_saved_config_runs_again_to_the_same_numbers(stage_one, tmp_path):
 
 
 def test_a_run_moves_from_devices_to_processes_and_back(stage_one, tmp_path):
-    """Four devices, then two processes of two, one of which is interrupted, then eight devices: the
-    batches and losses of one device that was left alone.
+    """Four devices, then two processes of two with the memory on the host, one of which is
+    interrupted, then eight devices: the batches and losses of one device that was left alone.
     """
     config, run = QUICKSTART / "prefixmem.py", tmp_path / "moved"
     arguments = [
@@ -191,7 +191,10 @@ def test_a_run_moves_from_devices_to_processes_and_back(stage_one, tmp_path):
     ]  # fmt: skip
     prefixmem("train", config, *arguments, "--out", tmp_path / "one")
     alone = ["prefixmem", "train", config, *arguments, "--out", run]
-    launched = [ROOT / "launch" / "local.sh", config, "--processes", "2", *alone[3:]]
+    launched = [
+        ROOT / "launch" / "local.sh", config, "--processes", "2", *alone[3:],
+        "mesh.memory_kind=pinned_host",
+    ]  # fmt: skip
 
     def leg(command: list, devices: int, told_at: int | None, number: int = signal.SIGTERM) -> None:
         flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
