@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import ROOT, prefixmem
 from prefixmem_jax.cli.parser import parse
 from prefixmem_jax.config_files import load_config, to_json
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.paper.experiment import Experiment
+from prefixmem_jax.paper.experiment import Experiment, _is_evaluated
 from prefixmem_jax.paper.plots import plot
 from prefixmem_jax.paper.regime import describe_regime, judge
 from prefixmem_jax.paper.report import describe, markdown, read_result
@@ -352,6 +353,25 @@ def test_the_command_line_knows_every_table_and_scale():
         assert parse(["paper", table]).table == table
     for scale in SCALES:
         assert parse(["paper", "main", "--scale", scale]).scale == scale
+
+
+def test_an_evaluation_stands_until_its_run_is_another(tmp_path):
+    config = load_config("paper/tiny")
+    run = SimpleNamespace(path=tmp_path, step=600, config=config)
+    about = {"split": "test", "step": 600, "config": json.loads(to_json(config))}
+
+    def found(**changes):
+        (tmp_path / "metrics.json").write_text(json.dumps(about | changes))
+        return _is_evaluated(run)
+
+    assert not _is_evaluated(run)
+    assert found()
+    # A key that came later, since when all runs before have its default.
+    del about["config"]["mesh"]["memory_kind"]
+    assert found()
+    other = dataclasses.replace(config, seed=1)
+    assert not found(config=json.loads(to_json(other)))
+    assert not found(step=300) and not found(split="validation") and not found(config="none")
 
 
 def test_mistakes_are_one_line(workers):

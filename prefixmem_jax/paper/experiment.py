@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_files import load_config, to_json
+from prefixmem_jax.config_files import from_keys, load_config
 from prefixmem_jax.data.generation import ABOUT, generate
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import Stopped, UserError
@@ -191,10 +190,7 @@ class Experiment:
     def _scores(self, row: str, rate: float, seed: int) -> Scores:
         """By test user, of a run that is trained and evaluated where it has not been."""
         folder = self._train(row, rate, seed)
-        run, path = Run(folder), folder / "metrics.json"
-        found = read_json_object(path) if path.exists() else {}
-        wanted = {"split": "test", "step": run.step, "config": json.loads(to_json(run.config))}
-        if {key: found.get(key) for key in wanted} != wanted:
+        if not _is_evaluated(Run(folder)):
             self.workers.evaluate(folder)
         return load_scores(folder)
 
@@ -203,6 +199,20 @@ class Experiment:
         runs = [self._run(row, rate, 0)]
         runs += [self._run(other, self._choose(other)[0], 0) for other in ROWS[row].after]
         return {key: sum(_last(run, key) for run in runs) for key in ("tokens", "flops", "seconds")}
+
+
+def _is_evaluated(run: Run) -> bool:
+    """Whether its last step was on the test users, with its own config: keys that came later count
+    as what they are by default.
+    """
+    path = run.path / "metrics.json"
+    found = read_json_object(path) if path.exists() else {}
+    if (found.get("split"), found.get("step")) != ("test", run.step):
+        return False
+    try:
+        return from_keys(found.get("config"), Config) == run.config
+    except UserError:
+        return False
 
 
 def _last(run: Path, key: str) -> float:
