@@ -169,8 +169,12 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
     write_dataset(tmp_path / "data", make_synthetic(process)[0])
     arguments = ["train", QUICKSTART / "baseline.py", "--out", tmp_path / "run", *SMALL, "steps=2"]
     prefixmem(*arguments, f"data.path={tmp_path / 'data'}")
+    (tmp_path / "data").rename(tmp_path / "moved")  # the same, elsewhere
+    prefixmem("resume", tmp_path / "run", f"data.path={tmp_path / 'moved'}", "steps=3")
+    assert Run(tmp_path / "run").config.data.path == str(tmp_path / "moved")
+    assert Run(tmp_path / "run").step == 3
     write_dataset(tmp_path / "data", make_synthetic(dataclasses.replace(process, seed=1))[0])
-    done = prefixmem(*arguments, f"data.path={tmp_path / 'data'}", expect=2)
+    done = prefixmem("resume", tmp_path / "run", f"data.path={tmp_path / 'data'}", expect=2)
     assert "was trained on other data" in done.stderr
 
 

@@ -191,6 +191,10 @@ def test_training_counts_them_and_a_run_without_says_so(data, tmp_path):
     config = dataclasses.replace(
         CONFIG, steps=2, data=dataclasses.replace(CONFIG.data, batch_size=8)
     )
+    # What a run that was stopped before its first checkpoint had counted is of no matter.
+    (tmp_path / "run").mkdir()
+    near = sparse.eye_array(len(data.catalog), format="csr")
+    Transitions(near, 0.5, 0.0).save(tmp_path / "run" / TRANSITIONS)
     train(config, tmp_path / "run")
     assert (Run(tmp_path / "run").transitions.near != tuned_transitions(data, True).near).nnz == 0
     (tmp_path / "run" / TRANSITIONS).unlink()

@@ -157,8 +157,8 @@ def train(options: argparse.Namespace) -> None:
     from prefixmem_jax.training.loop import train
 
     run = to_path(options.out or f"runs/{config.name}")
-    train(config, run, profile=options.profile)
-    print(visible(f"trained {config.name} for {config.steps} steps: {run}"))
+    steps = int(train(config, run, profile=options.profile).step)
+    print(visible(f"trained {config.name} for {steps} steps: {run}"))
 
 
 def resume(options: argparse.Namespace) -> None:
@@ -171,8 +171,8 @@ def resume(options: argparse.Namespace) -> None:
     start(options.distributed)
     from prefixmem_jax.training.loop import train
 
-    train(config, options.run)
-    print(visible(f"trained {config.name} for {config.steps} steps: {options.run}"))
+    steps = int(train(config, options.run).step)
+    print(visible(f"trained {config.name} for {steps} steps: {options.run}"))
 
 
 def runs(options: argparse.Namespace) -> None:

@@ -45,6 +45,8 @@ CONFIG, DATA, TRANSITIONS = "config.json", "data.json", "transitions.npz"
 LOCK = ".lock"
 # Groups that may change from one call of `train` to the next: they do not decide what is learnt.
 FREE = ("log_every_steps", "wandb", "checkpoint", "evaluation", "mesh")
+# Where its data lie; that they are the same is known by their digests.
+PLACES = ("data.path", "data.tokenizer", "data.packed")
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,8 @@ class Run:
     def claim(self, config: Config, description: DataDescription) -> None:
         """Writes what the run is, or checks that its checkpoints belong to the same.
 
-        A run may be extended by more `steps`, and looked at otherwise (`FREE`).
+        A run may be extended by more `steps`, looked at otherwise (`FREE`), and its data may have
+        moved (`PLACES`).
 
         Raises:
           UserError: it holds another run; names the first differing key.
@@ -336,7 +339,7 @@ class Run:
                         f"{self.path}: extended from {was} to {now} steps; from here on the "
                         "learning rate follows the longer schedule"
                     )
-                elif key.partition(".")[0] not in FREE:
+                elif key.partition(".")[0] not in FREE and key not in PLACES:
                     raise UserError(
                         f"{self.path}: holds a run with another config ({key} is {was} there, "
                         f"{now} here); use --out"

@@ -103,9 +103,14 @@ class Progress:
         self.best = value if better else self.best
         self.since_best = 0 if better else self.since_best + 1
 
-    def selection(self) -> dict[str, Any]:
+    def selection(self, select_by: str | None) -> dict[str, Any]:
         """What a run that goes on from here must know of the validations so far."""
-        return {"best": self.best, "since_best": self.since_best}
+        return {"by": select_by, "best": self.best, "since_best": self.since_best}
+
+    def go_on_selecting(self, selection: dict[str, Any], select_by: str | None) -> None:
+        """From a `selection`; one by another metric says nothing of what is best now."""
+        if select_by is not None and selection.get("by") == select_by:
+            self.best, self.since_best = selection["best"], selection["since_best"]
 
     def totals(self) -> dict[str, float]:
         """What was spent up to now, by name."""
@@ -306,7 +311,7 @@ class Checkpointing(Hook):
         parts = to_parts(self.spec, progress.state)
         metadata = self.metadata() | {
             "totals": progress.totals(),
-            "selection": progress.selection(),
+            "selection": progress.selection(self.spec.config.evaluation.select_by),
         }
         best = progress.best if self._is_best(progress) else None
         with progress.timing("saving_seconds"):

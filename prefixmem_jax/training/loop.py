@@ -72,6 +72,7 @@ def train(
     Returns:
       The final state.
     """
+    config.check()
     if profile is not None and is_remote(folder):
         raise UserError(f"{folder}: --profile writes into the run; expected one of this machine")
     check_boards(config)
@@ -94,9 +95,10 @@ def train(
         run.claim(config, DataDescription.of(data, config.data))
         counts = None
         if config.evaluation.transition_share > 0:
-            counts = run.transitions or transitions
-            counts = counts or tuned_transitions(data, config.evaluation.exclude_seen)
-            if first and run.transitions is None:
+            counts = run.transitions if run.has_checkpoint else transitions
+            if counts is None:
+                counts = tuned_transitions(data, config.evaluation.exclude_seen)
+            if first and not (run.has_checkpoint and run.transitions is not None):
                 counts.save(folder / TRANSITIONS)
         validation = objective.validation_rows(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
@@ -109,9 +111,8 @@ def train(
             step = checkpoints.choose()
             metadata = checkpoints.metadata(step)
             iterator.set_state(metadata["data_iterator"])
-            # Runs from before there was a selection have none.
-            noted = metadata["totals"] | metadata.get("selection", {})
-            progress = Progress(step, config.steps, rows, patience=patience, **noted)
+            progress = Progress(step, config.steps, rows, patience=patience, **metadata["totals"])
+            progress.go_on_selecting(metadata.get("selection", {}), config.evaluation.select_by)
             state = from_parts(checkpoints.load(abstract_parts(spec), spec, step))
         if progress.done:
             return state
