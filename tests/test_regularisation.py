@@ -137,6 +137,34 @@ def test_a_softmax_over_sids_alone_is_the_same_on_any_mesh():
     np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
 
 
+def test_stage_one_has_a_softmax_over_sids_alone_too():
+    """Its head has their tokens and no others; the loss is that of the same head, cut."""
+    objective, batch = Classification(softmax="sids"), batch_at(0)
+    spec = spec_of(dataclasses.replace(CONFIG, objective=objective))
+    params, tokens = spec.init_params(jax.random.key(0)), spec.vocabulary
+    codes = tokens.used - tokens.sid_offset
+    assert params["head"].shape == (CONFIG.model.d_model, codes)
+    model = spec.model(params)
+    rows = 0.1 * jax.random.normal(
+        jax.random.key(1), (*model.memory_addresses(batch).by_position.shape, spec.table.width)
+    )
+    found = objective.loss_sums(model, batch, Lookup(rows), None)
+    logits = np.asarray(model(batch, rows)[0], np.float64) @ np.asarray(params["head"], np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    own = np.maximum(np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1))) - tokens.sid_offset, 0)
+    active = np.asarray(objective.predicted(model, batch))
+    loss = -np.take_along_axis(log_p, own[..., None], -1)[..., 0] * active
+    np.testing.assert_allclose(found["loss"], loss.sum(), rtol=1e-5)
+    assert active.sum() > 0 and np.abs(log_p + np.log(codes)).max() > 1e-3
+
+
+def test_stage_one_scores_no_items():
+    head = ItemHeadConfig(vectors="own")
+    config = dataclasses.replace(CONFIG, objective=Classification(), item_head=head)
+    with pytest.raises(UserError, match="objective=classification scores no items"):
+        config.check()
+
+
 def test_text_is_not_predicted_by_a_softmax_over_sids():
     objective = NextToken(documents=(Items(), Pair()), softmax="sids")
     with pytest.raises(
@@ -213,6 +241,9 @@ def test_a_run_ends_when_validation_gets_no_better_and_keeps_the_best(tmp_path):
     options = dataclasses.replace(config.evaluation, patience=5)
     longer = train(dataclasses.replace(config, evaluation=options), tmp_path / "run")
     assert int(longer.step) == 12  # more patience goes on from there
+    by_loss = dataclasses.replace(options, select_by="loss", patience=3)
+    other = train(dataclasses.replace(config, evaluation=by_loss), tmp_path / "run")
+    assert int(other.step) == 20  # the first by another metric, 14, is the best by that one
 
 
 @pytest.mark.parametrize(
@@ -222,9 +253,12 @@ def test_a_run_ends_when_validation_gets_no_better_and_keeps_the_best(tmp_path):
         ({"select_by": "item_recall@10"}, "recommends nothing"),
     ],
 )
-def test_selection_that_cannot_be_is_refused(changes, words):
+def test_selection_that_cannot_be_is_refused(changes, words, tmp_path):
     config = dataclasses.replace(STILL, evaluation=dataclasses.replace(STILL.evaluation, **changes))
     if changes["select_by"]:
         config = dataclasses.replace(config, objective=Classification())
     with pytest.raises(UserError, match=words):
         config.check()
+    with pytest.raises(UserError, match=words):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

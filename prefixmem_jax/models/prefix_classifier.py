@@ -21,14 +21,27 @@ class PrefixClassifier(nnx.Module):
     """
 
     def __init__(
-        self, sid_encoder: SidEncoderConfig, d_model: int, vocabulary: Vocabulary, *, rngs: nnx.Rngs
+        self,
+        sid_encoder: SidEncoderConfig,
+        d_model: int,
+        vocabulary: Vocabulary,
+        sids_alone: bool = False,
+        *,
+        rngs: nnx.Rngs,
     ):
+        """
+        Args:
+          sids_alone: the head has the tokens of SIDs, and no others.
+        """
         self.vocabulary = vocabulary
+        self.first, outputs = 0, vocabulary.size
+        if sids_alone:
+            self.first, outputs = vocabulary.sid_offset, vocabulary.used - vocabulary.sid_offset
         self.item_head = None
         self.row_dropout = sid_encoder.dropout
         # Nothing but the encoder feeds the head here, so W_out keeps the vector's scale.
         self.sid_encoder = sid_encoder.build(vocabulary, d_model, None, rngs)
-        self.head = normal(rngs, 0.02, (d_model, "stored_model"), (vocabulary.size, "vocabulary"))
+        self.head = normal(rngs, 0.02, (d_model, "stored_model"), (outputs, "vocabulary"))
 
     def memory_addresses(self, batch: Batch, key: jax.Array | None = None) -> Lookup:
         """What a batch looks up."""
@@ -53,4 +66,6 @@ class PrefixClassifier(nnx.Module):
     ) -> tuple[jax.Array, SoftmaxHead]:
         """The vectors, and what scores the next token after them."""
         vectors_BSD, _ = self(batch, rows, key)
-        return vectors_BSD, SoftmaxHead(constrain(self.head[...], None, "vocabulary"))
+        return vectors_BSD, SoftmaxHead(
+            constrain(self.head[...], None, "vocabulary"), first=self.first
+        )

@@ -27,13 +27,18 @@ class Classification(NextToken):
     exports: ClassVar[bool] = False
 
     def check(self, config: Any) -> None:
+        super().check(config)
         if config.sid_encoder is None:
             raise UserError(
                 "objective=classification trains the SID encoder, and sid_encoder is none"
             )
+        if config.item_head is not None:
+            raise UserError("objective=classification scores no items; expected item_head=none")
 
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> PrefixClassifier:
-        return PrefixClassifier(config.sid_encoder, config.model.d_model, vocabulary, rngs=rngs)
+        return PrefixClassifier(
+            config.sid_encoder, config.model.d_model, vocabulary, self.sids_alone, rngs=rngs
+        )
 
     def predicted(self, model: nnx.Module, batch: Batch) -> jax.Array:
         return batch.loss_mask * model.sid_encoder.active(batch.tokens, batch.segment_ids)
