@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 ABOUT, STATE, RUN = "about.txt", "state.npz", "run"
 
 
+def fitted_to(quantizer: Quantizer, vectors: Vectors) -> str:
+    """What a fit depends on."""
+    return f"{vectors.sha256}\n{to_json(quantizer)}"
+
+
 def fit_quantizer(quantizer: Quantizer, vectors: Vectors, folder: Path) -> Fitted:
     """Codes fitted to vectors, begun or taken up where an earlier call was killed.
 
@@ -36,7 +41,7 @@ def fit_quantizer(quantizer: Quantizer, vectors: Vectors, folder: Path) -> Fitte
     Raises:
       UserError: another process is at it.
     """
-    about, noted = f"{vectors.sha256}\n{to_json(quantizer)}", folder / ABOUT
+    about, noted = fitted_to(quantizer, vectors), folder / ABOUT
     if not noted.is_file() or noted.read_text() != about:
         if (folder / RUN).is_dir() and _run(folder).is_locked:
             raise UserError(f"{folder}: another process fits something else there; wait for it")

@@ -30,7 +30,7 @@ from prefixmem_jax.files import reading_npz, replacing_files, write_npz, write_t
 from prefixmem_jax.kinds import STRICT
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.progress import progress_bar
-from prefixmem_jax.quantizer_training import fit_quantizer
+from prefixmem_jax.quantizer_training import fit_quantizer, fitted_to
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.collisions import add_level, move_to_free
 from prefixmem_jax.semantic_ids.quality import measure
@@ -47,6 +47,7 @@ from prefixmem_jax.storage import check_local, remove_folder
 Named = tuple[list[str | None], list[str] | None]
 
 CONFIG, FITTED, CODEBOOKS = "sids_config.json", "quantizer.npz", "codebooks.npz"
+FITTED_TO = "fitted_to.txt"
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ def make_sids(
 
     Args:
       data: a folder with `items.parquet` (`item_id`, `title`), and maybe `histories.parquet`.
-      out: gets items.parquet, the histories, codebooks.npz (for `init.codebooks`), quantizer.npz,
+      out: gets items.parquet, the histories, codebooks.npz (for `init.codebooks`), quantizer.npz
+        and fitted_to.txt (digests of what it was fitted to),
         sids_config.json, and the report: sids.json, sids.png, sids.html. A killed call goes on
-        where it was.
+        where it was, and what an earlier one fitted to the same vectors there is not fitted again.
       embeddings: the items' vectors, see `read_vectors`; vectors of titles where None.
       overrides: of `SidsConfig`, such as `quantizer.codes=(256,256,256)`.
       say: called with each line of progress.
@@ -122,13 +124,16 @@ def make_sids(
     try:
         vectors, of_texts = _vectors(config, data / ITEMS, named, embeddings, unpacked, fitted)
         quantizer = config.quantizer
-        if earlier is None:
+        to = fitted_to(quantizer, vectors) if earlier is None else None
+        if to is not None and (out / FITTED_TO).is_file() and (out / FITTED_TO).read_text() == to:
+            fitted = _load(out / FITTED)
+        elif to is not None:
             say(
                 f"{quantizer.name}: {vectors.count:,} vectors of {vectors.width} numbers to "
                 f"{quantizer.levels} levels of {quantizer.codes} codes"
             )
             fitted = of_texts | fit_quantizer(quantizer, vectors, unfinished)
-        measured = _write(config, data, out, named, vectors, fitted, earlier)
+        measured = _write(config, data, out, named, vectors, fitted, earlier, to)
     finally:
         unpacked.unlink(missing_ok=True)
     remove_folder(unfinished)
@@ -186,8 +191,13 @@ def _write(
     vectors: Vectors,
     fitted: Fitted,
     earlier: Path | None,
+    to: str | None,
 ) -> dict[str, Any]:
-    """Encodes all items, and writes what there is."""
+    """Encodes all items, and writes what there is.
+
+    Args:
+      to: `fitted_to`; None where nothing was fitted to these vectors.
+    """
     quantizer, mesh = config.quantizer, make_mesh()
     titles, keys = named
     sids = np.empty((vectors.count, quantizer.levels), np.int32)
@@ -232,6 +242,8 @@ def _write(
             codebooks[level_name(quantizer.levels)] = rng.normal(size=shape).astype(np.float32)
         write_npz(folder / CODEBOOKS, codebooks)
         write_npz(folder / FITTED, fitted)
+        if to is not None:
+            write_text(folder / FITTED_TO, to)
         write_text(folder / CONFIG, to_json(config))
         write_report(folder, measured)
     return measured

@@ -133,6 +133,10 @@ def test_a_killed_call_goes_on(data, tmp_path, monkeypatch):
     make_sids(data, tmp_path / "killed", None, WAYS)
     whole, killed = (tmp_path / name / "items.parquet" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
+    passes[:] = [1] * 4  # nothing is left
+    make_sids(data, tmp_path / "killed", None, [*WAYS, "collisions=keep"])
+    make_sids(data, tmp_path / "killed", None, WAYS)
+    assert whole.read_bytes() == killed.read_bytes()
     passes.clear()  # other ways begin afresh
     monkeypatch.setattr(ResidualKMeans, "_pass", one_pass)
     make_sids(data, tmp_path / "killed", None, [*WAYS, "quantizer.seed=1"])

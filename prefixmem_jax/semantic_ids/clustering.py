@@ -1,4 +1,8 @@
-"""K-means on all devices: one pass at a time over vectors that need not fit in memory."""
+"""K-means on all devices: one pass at a time over vectors that need not fit in memory.
+
+Products are of float32 on accelerators too, which are less exact by themselves: an item must get
+the same code everywhere.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +95,8 @@ def nearest(
     index_K = jnp.arange(centroids, dtype=jnp.int32)
 
     def one_piece(vectors_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nearness_BK = norms_K - 2 * vectors_BD @ centroids_KD.T  # distance but for the vector's own
+        # Squared distance but for the vector's own part.
+        nearness_BK = norms_K - 2 * jnp.matmul(vectors_BD, centroids_KD.T, precision="highest")
         best_B = jnp.min(nearness_BK, axis=1)
         # Not argmin, which no CPU does many at a time.
         code_B = jnp.min(jnp.where(nearness_BK == best_B[:, None], index_K, centroids), axis=1)
@@ -122,7 +127,8 @@ def _plus_plus(vectors_ND: jax.Array, key: jax.Array, count: int) -> jax.Array:
 
     def nearer(distance_N: jax.Array, index: jax.Array) -> jax.Array:
         picked_D = vectors_ND[index]
-        to_it_N = squares_N + jnp.sum(picked_D**2) - 2 * vectors_ND @ picked_D
+        product_N = jnp.matmul(vectors_ND, picked_D, precision="highest")
+        to_it_N = squares_N + jnp.sum(picked_D**2) - 2 * product_N
         return jnp.minimum(distance_N, jnp.maximum(to_it_N, 0)).at[index].set(0.0)
 
     def step(distance_N: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

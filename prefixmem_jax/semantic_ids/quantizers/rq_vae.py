@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -108,10 +109,15 @@ def network(weights: Mapping[str, Any], vectors: Any) -> jax.Array:
     """
     added, layers = vectors, (len(weights) - 1) // 2
     for number in range(layers):
-        added = added @ weights[f"kernel_{number}"] + weights[f"bias_{number}"]
+        added = exactly(added, weights[f"kernel_{number}"]) + weights[f"bias_{number}"]
         if number < layers - 1:
             added = jax.nn.gelu(added)
-    return vectors @ weights["project"] + added
+    return exactly(vectors, weights["project"]) + added
+
+
+def exactly(vectors: Any, weight: Any) -> jax.Array:
+    """Their product, of float32 on accelerators too: an item must get the same code everywhere."""
+    return jnp.matmul(vectors, weight, precision="highest")
 
 
 def scaled(scaling: Mapping[str, Any], vectors: Any) -> Any:
