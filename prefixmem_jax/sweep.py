@@ -10,14 +10,13 @@ from typing import Any
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_files import load_config
-from prefixmem_jax.config_groups import DataConfig
 from prefixmem_jax.data.prepare import TrainingData
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import write_json
-from prefixmem_jax.objectives.objective import Objective
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.text import aligned
 from prefixmem_jax.training.loop import train
+from prefixmem_jax.training_rows import needed_data, training_data
 
 MOST_RUNS = 1000
 
@@ -39,12 +38,12 @@ def sweep(
     """
     runs = combinations(config, overrides)
     results: list[dict[str, Any]] = []
-    prepared: dict[tuple[type[Objective], DataConfig], TrainingData] = {}
+    prepared: dict[tuple, TrainingData] = {}
     for number, (name, values, one) in enumerate(runs, start=1):
         say(f"run {number} of {len(runs)}: {name}")
-        key = type(one.objective), one.data
+        key = needed_data(one)
         if key not in prepared:
-            prepared = {key: one.objective.prepare(one.data)}  # one dataset is held at a time
+            prepared = {key: training_data(one)}  # one dataset is held at a time
         train(one, out / name, prepared[key])
         results.append({"run": name, **values, **best_validation(one, out / name)})
         results.sort(key=lambda result: _worth(one, result), reverse=True)
@@ -102,11 +101,13 @@ def split_values(text: str) -> list[str]:
 
 def best_validation(config: Config, folder: Path) -> dict[str, float]:
     """Step and metrics of a run's best validation."""
-    records = [record for record in read_metrics(folder) if "validation/loss" in record]
+    metric = f"validation/{config.evaluation.select_by or 'loss'}"
+    records = [record for record in read_metrics(folder) if metric in record]
     if not records:
         raise UserError(
-            f"{folder}: was never validated; expected evaluation.every_steps="
-            f"{config.evaluation.every_steps} to be at most steps={config.steps}"
+            f"{folder}: has no {metric}; expected evaluation.every_steps="
+            f"{config.evaluation.every_steps} to be at most steps={config.steps}, and a run that "
+            "was trained with this evaluation.select_by"
         )
     best = max(records, key=lambda record: _worth(config, record))
     shown = {key: best[key] for key in best if key.startswith("validation/")}
@@ -115,7 +116,7 @@ def best_validation(config: Config, folder: Path) -> dict[str, float]:
 
 def _worth(config: Config, record: dict[str, Any]) -> float:
     metric = config.evaluation.select_by or "loss"
-    value = record.get(f"validation/{metric}", record["validation/loss"])
+    value = record[f"validation/{metric}"]
     return -value if metric == "loss" else value
 
 

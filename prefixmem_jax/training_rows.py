@@ -36,6 +36,13 @@ def training_source(config: Config, data: TrainingData) -> RowSource:
     return PackedShards(config.data.packed, like, _made_from(config, data))
 
 
+def needed_data(config: Config) -> tuple:
+    """All that `training_data` depends on."""
+    evaluation = config.evaluation
+    counts = evaluation.transition_share > 0
+    return type(config.objective), config.data, counts, evaluation.validation_examples
+
+
 def training_data(config: Config) -> TrainingData:
     """What training needs of a config's data: few histories, where rows are packed.
 

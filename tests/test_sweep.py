@@ -34,6 +34,8 @@ def test_every_combination_is_trained_once_and_the_best_is_first(tmp_path):
     again = prefixmem(*command)  # nothing is left to train
     assert again.stdout.splitlines()[-6:] == done.stdout.splitlines()[-6:]
     assert json.loads((tmp_path / "sweep.json").read_text()) == results
+    other = prefixmem(*command, "evaluation.select_by=item_ndcg@10", expect=2)
+    assert "seed=0: has no validation/item_ndcg@10; expected" in other.stderr
 
 
 def test_values_with_commas_stand_in_brackets():
