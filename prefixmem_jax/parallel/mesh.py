@@ -20,6 +20,8 @@ from prefixmem_jax.parallel.rendezvous import meet
 AXES = ("data", "fsdp", "tensor")
 SECONDS_TO_JOIN = 300
 SECONDS_TO_SPEAK = 2
+# At the end the others wait for the first process, which writes and compares what came of it.
+SECONDS_TO_END = 24 * 3600
 
 
 def initialize_processes() -> None:
@@ -35,7 +37,9 @@ def initialize_processes() -> None:
     address, processes, number, devices = _described() or _detected()
     host, _, port = address.rpartition(":")
     meet(host.strip("[]"), int(port), processes, number, SECONDS_TO_JOIN)
-    jax.distributed.initialize(address, processes, number, devices)
+    jax.distributed.initialize(
+        address, processes, number, devices, shutdown_timeout_seconds=SECONDS_TO_END
+    )
 
 
 def leave(status: int) -> None:

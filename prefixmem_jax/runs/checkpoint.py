@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
+from prefixmem_jax.parallel.mesh import all_agree
 from prefixmem_jax.runs.checksums import FOLDER, find_damage, write_checksums
 from prefixmem_jax.runs.workplace import InPlace, LocalCopy, is_finished
 from prefixmem_jax.storage import is_remote, orbax_writes, tensorstore_spec
@@ -106,6 +107,7 @@ class Checkpoints:
         self.keep = keep
         if keep is None and not has_checkpoint(run):
             raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
+        self._damaged: dict[int, str] = {}  # those that stay, where none is whole
         if keep is not None and jax.process_index() == 0:
             self._move_damaged()
         if orbax_writes(run):
@@ -160,15 +162,16 @@ class Checkpoints:
 
         Where none is whole they stay: `choose` says so, each time, and no run begins anew.
         """
-        damaged = []
+        damaged = {}
         for step in saved_steps(self.run):
             damage = find_damage(self.run, step)
             if damage is None:
                 break
-            damaged.append((step, damage))
+            damaged[step] = damage
         else:
+            self._damaged = damaged
             return
-        for step, damage in damaged:
+        for step, damage in damaged.items():
             aside = self.run / "damaged" / f"{step}-{time.time_ns()}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self.run / FOLDER / str(step), aside)
@@ -194,7 +197,12 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError(f"{folder}: no step {step}; it has {', '.join(map(str, steps))}")
         for number in steps if step is None else [step]:
-            damage = find_damage(self.run, number, without)
+            if self.keep is None:
+                damage = find_damage(self.run, number, without)
+            elif all_agree(number not in self._damaged):  # all processes ask; the first has looked
+                return number
+            else:
+                damage = self._damaged.get(number, "the first process says why")
             if damage is None:
                 return number
             log.warning(f"{folder}/{number} is damaged ({damage})")
