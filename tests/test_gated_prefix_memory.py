@@ -30,7 +30,9 @@ def model():
     model = SidLM(make_decoder(DECODER, VOCABULARY, rngs), CONFIG, VOCABULARY, rngs=rngs)
     encoder, table = model.sid_encoder, CONFIG.table(VOCABULARY.space)
     encoder.projection[...] = 50 * encoder.projection[...]
-    encoder.agreement[...] = jnp.asarray(np.random.default_rng(0).normal(0, 2, DECODER.d_model))
+    encoder.embedding_norm.scale[...] = jnp.asarray(
+        np.random.default_rng(0).normal(0, 2, DECODER.d_model)
+    )
     rows_at = partial(table.gather, 20 * table.init(jax.random.key(1)))
     tokens = VOCABULARY.encode(np.array([[1, 2, 3, 4], [6, 0, 1, 10]])).reshape(1, -1)
     return model, rows_at, jnp.asarray(tokens)
@@ -42,7 +44,10 @@ def test_the_gate_is_the_formula(model):
     rows = rows_for(model, rows_at, tokens, ones)
     x = np.asarray(model.llm.embed(tokens), np.float64)[0]
     m = np.asarray(model.sid_encoder(tokens, ones, rows), np.float64)[0]
-    w, added = np.asarray(model.sid_encoder.agreement[...]), model.embed(tokens, ones, rows)[0] - x
+    w, added = (
+        np.asarray(model.sid_encoder.embedding_norm.scale[...]),
+        model.embed(tokens, ones, rows)[0] - x,
+    )
     gates = []
     for at in range(tokens.shape[1]):
         rms = [np.sqrt(np.mean(one**2) + 1e-6) for one in (x[at], m[at])]
@@ -76,7 +81,7 @@ def test_the_gate_learns(model):
         return jnp.sum(nnx.merge(graph, params).embed(tokens, ones, rows) ** 2)
 
     gradient = nnx.to_pure_dict(jax.grad(loss)(params))["sid_encoder"]
-    assert np.abs(gradient["agreement"]).min() > 0
+    assert np.abs(gradient["embedding_norm"]["scale"]).min() > 0
 
 
 def test_its_rows_are_prefixmems_and_it_is_not_exported(tmp_path):

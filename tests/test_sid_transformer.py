@@ -117,6 +117,8 @@ def test_it_trains_and_its_search_scores_as_whole_sequences_do(tmp_path):
     [
         ("sid_encoder.target_levels=(1,)", r"level 1 is outside 2\.\.4"),
         ("sid_encoder.heads=3", "sid_encoder.width=16 does not divide by twice"),
+        ("sid_encoder.target_levels=()", r"target_levels=\(\): expected one level or more"),
+        ("sid_encoder.dropout=0.1", "sid_transformer has none; expected 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(text, words, tmp_path):

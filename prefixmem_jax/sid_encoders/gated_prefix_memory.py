@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prefixmem_jax.parallel.parameters import parameter
+from prefixmem_jax.config_groups import DecoderConfig
+from prefixmem_jax.layers.transformer import RMSNorm
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemory, PrefixMemoryConfig
-
-EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,13 @@ class GatedPrefixMemory(PrefixMemory):
         rngs: nnx.Rngs,
     ):
         super().__init__(config, vocabulary, d_model, output_std, rngs=rngs)
-        self.agreement = parameter(jnp.ones(d_model, jnp.float32), None)
+        shape = DecoderConfig()
+        self.embedding_norm = RMSNorm(d_model, shape)
+        self.epsilon = shape.norm_epsilon
 
     def gate(self, vectors_BPD: jax.Array, embeddings_BPD: jax.Array) -> jax.Array:
-        product_BPD = _normalised(vectors_BPD) * _normalised(embeddings_BPD) * self.agreement[...]
+        x_BPD, m_BPD = (x.astype(jnp.float32) for x in (embeddings_BPD, vectors_BPD))
+        square_BP1 = jnp.mean(m_BPD**2, axis=-1, keepdims=True)
+        product_BPD = self.embedding_norm(x_BPD) * m_BPD * jax.lax.rsqrt(square_BP1 + self.epsilon)
         gate_BP = jax.nn.sigmoid(product_BPD.sum(axis=-1) * product_BPD.shape[-1] ** -0.5)
         return vectors_BPD * gate_BP[..., None]
-
-
-def _normalised(x_BPD: jax.Array) -> jax.Array:
-    x_BPD = x_BPD.astype(jnp.float32)
-    return x_BPD * jax.lax.rsqrt(jnp.mean(x_BPD**2, axis=-1, keepdims=True) + EPSILON)

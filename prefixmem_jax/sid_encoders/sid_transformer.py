@@ -36,6 +36,13 @@ class SidTransformerConfig(SidEncoderConfig):
     heads: PositiveInt = 4
 
     def check_keys(self) -> None:
+        if not self.target_levels:
+            raise UserError("sid_encoder.target_levels=(): expected one level or more")
+        if self.dropout:
+            raise UserError(
+                f"sid_encoder.dropout={self.dropout} drops rows of a table, and sid_transformer "
+                "has none; expected 0"
+            )
         if self.width % (2 * self.heads):
             raise UserError(
                 f"sid_encoder.width={self.width} does not divide by twice "
