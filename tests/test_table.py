@@ -1,5 +1,6 @@
 """The sharded table against the dense one-device reference, on 1 to 8 devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -486,3 +487,16 @@ def test_a_device_has_fewer_rows_than_an_int32_counts():
     memory = jax.ShapeDtypeStruct(table.shape, jnp.bfloat16, sharding=lies)
     with jax.set_mesh(mesh_of(8)), pytest.raises(UserError, match="a device on 8; expected fewer"):
         jax.eval_shape(table.fetch, memory, addresses)
+
+
+@pytest.mark.parametrize("devices", [3, 6, 12, 5])
+def test_rows_for_a_number_of_devices_that_is_no_power_of_two(devices):
+    table = Table(rows=2_000_000, width=16, tables=16)
+    with pytest.raises(UserError, match=f"do not divide by {devices} devices; expected ") as error:
+        table.rows_per_device(devices)
+    expected = int(str(error.value).partition("expected ")[2].split(",")[0])
+    assert table.rows < expected < 1.02 * table.rows
+    other = dataclasses.replace(table, rows=expected)
+    assert other.rows_per_device(devices) * devices == other.padded_rows
+    with pytest.raises(UserError):
+        dataclasses.replace(table, rows=expected + 1).rows_per_device(devices)

@@ -143,7 +143,19 @@ class Table:
         return self.shape[0] * self.shape[1] // self.width
 
     def rows_per_device(self, count: int) -> int:
-        """What each of `count` devices has. Raises UserError where an int32 does not count it."""
+        """What each of `count` devices has.
+
+        Raises:
+          UserError: their lines do not divide by the devices, or an int32 does not count the rows.
+        """
+        pieces = self.shape[0] // LINE_MULTIPLE
+        apart = math.lcm(LINE_MULTIPLE, count) // LINE_MULTIPLE
+        if pieces % apart:
+            whole = -(-pieces // apart) * apart * LINE_MULTIPLE * lines.rows_per_line(self.width)
+            raise UserError(
+                f"sid_encoder.rows={self.rows}: the lines of {self.tables} tables do not divide by "
+                f"{count} devices; expected {whole // self.tables}, or a power of two of devices"
+            )
         rows = self.padded_rows // count
         if rows >= 2**31:
             raise UserError(
