@@ -21,6 +21,7 @@ from prefixmem_jax.evaluation import evaluator
 from prefixmem_jax.evaluation.comparison import evaluate_runs
 from prefixmem_jax.evaluation.evaluator import evaluate_run, load_scores
 from prefixmem_jax.evaluation.lists import load_lists
+from prefixmem_jax.evaluation.report import plot_recall
 from prefixmem_jax.recommender import parse_history
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.semantic_ids.catalog import Catalog
@@ -220,6 +221,8 @@ def test_mistakes_are_named(runs, tmp_path):
     folder = runs[0]
     with pytest.raises(UserError, match="--beam: expected 1 or more, got 0"):
         evaluate_runs([folder / "first"], beam=0)
+    with pytest.raises(UserError, match="--blend: expected a share of 0 to 1, got 30"):
+        evaluate_runs([folder / "first", folder / "second"], blends=[0.3, 30])
     with pytest.raises(UserError, match="a run is named twice"):
         evaluate_runs([folder / "first", folder / "first"])
     with pytest.raises(UserError, match="not a run directory"):
@@ -235,3 +238,8 @@ def test_mistakes_are_named(runs, tmp_path):
         with pytest.raises(UserError, match=words) as error:
             evaluate_runs([broken])
         assert "\n" not in str(error.value)
+
+
+def test_a_beam_narrower_than_any_cutoff_is_plotted_too(tmp_path):
+    plot_recall(tmp_path / "recall.png", {"narrow": {"intervals": {}}})
+    assert (tmp_path / "recall.png").stat().st_size > 1000

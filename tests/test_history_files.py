@@ -79,7 +79,10 @@ def test_every_user_gets_what_recommend_gives(engine, tmp_path, exclude_seen):
     expected = one_by_one(engine, 4, exclude_seen)
     assert expected != one_by_one(engine, 4, not exclude_seen)
     keyed = [[f"key-{item}" for item in history] for history in HISTORIES]
-    for name, histories in (("numbers", HISTORIES), ("keys", keyed)):
+    unsigned = pa.array(
+        [[item % 2**32 for item in one] for one in HISTORIES], pa.list_(pa.uint32())
+    )
+    for name, histories in (("numbers", HISTORIES), ("unsigned", unsigned), ("keys", keyed)):
         path, out = write(tmp_path / f"{name}.parquet", histories), tmp_path / f"{name}.out"
         with HistoryFile(path) as file:
             assert recommend_to_all(engine, "m", file, out, 4, exclude_seen) == 2  # unknown items

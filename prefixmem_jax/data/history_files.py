@@ -86,8 +86,8 @@ class HistoryFile:
             if batch["user_id"].null_count or lists.null_count:
                 raise UserError(f"{self.path}: rows from {first} on hold a null")
             if known is None:
-                numbers = lists.flatten().fill_null(-1).to_numpy(zero_copy_only=False)
-                numbers = numbers.astype(np.int64)
+                given = lists.flatten().cast(pa.int64(), safe=False)  # beyond it none is known
+                numbers = given.fill_null(-1).to_numpy(zero_copy_only=False)
             else:
                 found = pc.index_in(lists.flatten().cast(pa.string()), value_set=known)
                 numbers = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -24,7 +24,7 @@ from prefixmem_jax.evaluation.heuristics import (
     transition_heuristic,
     tuned_transitions,
 )
-from prefixmem_jax.evaluation.lists import blend, list_scores, load_lists
+from prefixmem_jax.evaluation.lists import blend, check_share, list_scores, load_lists
 from prefixmem_jax.evaluation.metrics import Evaluated, over_users
 from prefixmem_jax.evaluation.report import Results, write_comparison
 from prefixmem_jax.evaluation.statistics import compare, means
@@ -103,6 +103,8 @@ def evaluate_runs(
             raise UserError(f"--{name}: expected {least} or more, got {value}")
     if blends and len(runs) != 2:
         raise UserError(f"--blend: expected two runs, got {len(runs)}")
+    for share in blends:
+        check_share(share)
     if out is None and len(runs) > 1:
         out = Path("comparison")
     opened = {name: Run(path, step=step) for name, path in zip(_names(runs), runs, strict=True)}

@@ -77,6 +77,12 @@ def load_lists(run: Path) -> ItemLists:
         return ItemLists(*(saved[name] for name in ItemLists._fields))
 
 
+def check_share(share: float) -> None:
+    """Raises UserError where a blend cannot have this share."""
+    if not 0 <= share <= 1:
+        raise UserError(f"--blend: expected a share of 0 to 1, got {share}")
+
+
 def blend(first: ItemLists, second: ItemLists, share: float) -> ItemLists:
     """Ranks by (1 - share) * p + share * q, p and q the lists' probabilities.
 
@@ -84,8 +90,7 @@ def blend(first: ItemLists, second: ItemLists, share: float) -> ItemLists:
     """
     if not np.array_equal(first.users, second.users):
         raise UserError("evaluate: the runs' lists are of other users; evaluate them together")
-    if not 0 <= share <= 1:
-        raise UserError(f"--blend: expected a share of 0 to 1, got {share}")
+    check_share(share)
     depth = first.items.shape[1]
     items = np.full((len(first.users), depth), -1, np.int32)
     scores = np.full(items.shape, -np.inf, np.float32)

@@ -149,7 +149,7 @@ def plot_recall(path: Path, results: Results) -> None:
         color = _color(system, number)
         recall = [values[names[k]] for k in shown]
         axis.plot(shown, recall, marker="o", color=color, label=_label(system))
-        if "intervals" in values:
+        if shown and "intervals" in values:  # a beam may be narrower than the least K
             low, high = zip(*(values["intervals"][names[k]] for k in shown), strict=True)
             axis.fill_between(shown, low, high, color=color, alpha=0.15)
     axis.set(xlabel="K", ylabel="item recall@K, constrained")
