@@ -307,7 +307,8 @@ class InitConfig:
         `data.text_tokens` that it needs. SID tokens that it lacks start around the mean of its
         vocabulary.
       codebooks: .npz of code centroids by level that those SID tokens start from; none means noise.
-      run: run directory whose newest checkpoint to read; none means start from scratch.
+      run: run directory whose checkpoint to read (the best by its `evaluation.select_by`, if it
+        has one, else the newest); none means start from scratch.
       take: parts to read from it.
       fresh: parts to initialise anew. With `run` or `from_huggingface`, every part of the model
         must come from exactly one place.

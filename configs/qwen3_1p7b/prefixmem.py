@@ -1,4 +1,5 @@
-"""The paper's main setting: Qwen3-1.7B's shape, SIDs of 5 levels x 2048 codes, 5M-row tables.
+"""The paper's main model: Qwen3-1.7B's shape, SIDs of 5 levels x 2048 codes, its larger tables of
+5M rows.
 
 The batch is 4 rows of 1024 tokens a chip on 16 chips; set data.batch_size for other pods, and
 data.path for your data.

@@ -44,7 +44,7 @@ def add_generate(subparsers: Any) -> None:
         help=summary,
         **described(
             summary,
-            "  prefixmem data generate --out DIR users=100000 children=(64,8,8,8,8)\n"
+            "  prefixmem data generate --out DIR users=100000 'children=(64,8,8,8,8)'\n"
             "  prefixmem data generate --out DIR personal=0   # deep codes by prefix alone",
         ),
     )

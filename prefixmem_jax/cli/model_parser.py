@@ -26,7 +26,9 @@ def add_evaluate(evaluation: argparse.ArgumentParser, distributed_help: str) -> 
         help="users to evaluate on (default: %(default)s)",
     )
     evaluation.add_argument(
-        "--heuristics", action="store_true", help="popularity, successor and item-kNN too"
+        "--heuristics",
+        action="store_true",
+        help="popularity, successor, transition and item-kNN too",
     )
     evaluation.add_argument(
         "--out",
@@ -132,5 +134,5 @@ def add_step(parser: argparse.ArgumentParser) -> None:
         "--step",
         type=step,
         metavar="N",
-        help="of the checkpoint to read, or `best` (default: the newest)",
+        help="of the checkpoint to read, or `best` (default: by evaluation.select_by, else newest)",
     )
