@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, prefixmem
 from flax import nnx
-from models import whole_logits
+from models import make_run, whole_logits
 from oracles import ORACLES, VOCABULARY, close, gemma3, llama, qwen3, save_oracle, torch_logits
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_groups import DataConfig, InitConfig, MeshConfig
+from prefixmem_jax.config_groups import DataConfig, InitConfig, MeshConfig, SyntheticConfig
 from prefixmem_jax.convert import import_folder
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.data.prepare import data_vocabulary
@@ -32,6 +32,7 @@ from prefixmem_jax.hf.safetensors_files import SafetensorsFolder
 from prefixmem_jax.layers.attention import Place
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.models.decoder import Decoder
+from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.parameters import abstract_parameters
 from prefixmem_jax.parallel.sharding import batch_sharding
@@ -195,6 +196,32 @@ def test_a_run_starts_from_a_folder_with_sid_tokens_added(name, tmp_path):
     if name == "gemma3":  # test_the_documented_config_trains has an untied one
         state, metrics = compile_train_step(spec)(state, sid_batch(spec))
         assert np.isfinite(metrics["loss"])
+
+
+def test_a_memory_that_was_trained_alone_goes_under_an_llm(tmp_path):
+    """The paper's two stages: tables from a run of stage 1, the rest from a folder, W_out fresh."""
+    save_oracle(tmp_path / "hf", "llama")
+    spec = spec_for(tmp_path / "hf")
+    synthetic = SyntheticConfig(items=90, users=20, codebook_sizes=(6, 8, 8), children=(4, 5, 5))
+    data = dataclasses.replace(spec.config.data, synthetic=synthetic)
+    stage_1 = make_run(
+        tmp_path / "stage1",
+        dataclasses.replace(spec.config, data=data, objective=Classification(softmax="sids")),
+    )
+    options = InitConfig(
+        from_huggingface=str(tmp_path / "hf"),
+        run=str(stage_1.path),
+        take=("memory",),
+        fresh=("sid_encoder",),
+    )
+    state = initial_state(spec, options, seed=3)
+    alone = initial_state(
+        spec, InitConfig(from_huggingface=str(tmp_path / "hf"), fresh=FRESH), seed=3
+    )
+    rows = stage_1.load(stage_1.spec(jax.devices()[:1]), ["memory"])["memory"]["rows"]
+    np.testing.assert_array_equal(state.memory, rows)
+    assert np.abs(np.asarray(state.memory) - np.asarray(alone.memory)).max() > 0.1
+    jax.tree.map(np.testing.assert_array_equal, state.params, alone.params)
 
 
 def sid_batch(spec) -> Batch:

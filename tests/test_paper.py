@@ -12,6 +12,7 @@ from conftest import ROOT, prefixmem
 
 from prefixmem_jax.cli.parser import parse
 from prefixmem_jax.config_files import load_config, to_json
+from prefixmem_jax.data.generation import ABOUT
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.paper.experiment import Experiment, _is_evaluated
 from prefixmem_jax.paper.plots import plot
@@ -374,10 +375,15 @@ def test_an_evaluation_stands_until_its_run_is_another(tmp_path):
     assert not found(step=300) and not found(split="validation") and not found(config="none")
 
 
-def test_mistakes_are_one_line(workers):
+def test_mistakes_are_one_line(workers, tmp_path):
     with pytest.raises(UserError, match="--seeds: expected 1 or more"):
         Experiment("tiny", Path("nowhere"), 0, workers)
     with pytest.raises(UserError, match="--jobs: expected 1 or more, got 0"):
         Workers(0)
+    (tmp_path / "tiny" / "data").mkdir(parents=True)
+    made = vars(dataclasses.replace(SCALES["tiny"].data, users=7))
+    (tmp_path / "tiny" / "data" / ABOUT).write_text(json.dumps({"config": made}))
+    with pytest.raises(UserError, match=r"another config \(users is 7 there, 100000 here\)"):
+        Experiment("tiny", tmp_path, 1, workers)
     done = prefixmem("paper", "maine", expect=2)
     assert "invalid choice: 'maine'" in done.stderr.splitlines()[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from prefixmem_jax.paper.regime import by_times_met, judge, measure_regime
 from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
 from prefixmem_jax.paper.workers import Workers
 from prefixmem_jax.runs.metrics import read_metrics
-from prefixmem_jax.runs.run import Run
+from prefixmem_jax.runs.run import Run, differences
 
 # What a table's file keeps of all that a run's metrics.json has.
 KEPT = ("tf_accuracy/", "reachable", "sid_recall@", "sid_hit_rate", "unique_level_1")
@@ -67,6 +68,12 @@ class Experiment:
             if not (data / ABOUT).exists():
                 say(f"generating {data}")
                 generate(self.scale.data, data)
+            made_of = json.loads(json.dumps(vars(self.scale.data)))
+            for key, was, now in differences(read_json_object(data / ABOUT).get("config"), made_of):
+                raise UserError(
+                    f"{data}: was generated with another config ({key} is {was} there, {now} "
+                    "here); use --out"
+                )
             base = replace(base, data=replace(base.data, path=str(data)))
         self.base: Config = base
         self.data: PreparedData = prepare_data(base.data)
