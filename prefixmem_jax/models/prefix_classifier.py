@@ -36,7 +36,7 @@ class PrefixClassifier(nnx.Module):
         self.vocabulary = vocabulary
         self.first, outputs = 0, vocabulary.size
         if sids_alone:
-            self.first, outputs = vocabulary.sid_offset, vocabulary.used - vocabulary.sid_offset
+            self.first, outputs = vocabulary.sid_offset, sum(vocabulary.space.codebook_sizes)
         self.item_head = None
         self.row_dropout = sid_encoder.dropout
         # Nothing but the encoder feeds the head here, so W_out keeps the vector's scale.
