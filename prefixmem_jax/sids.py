@@ -124,16 +124,18 @@ def make_sids(
     try:
         vectors, of_texts = _vectors(config, data / ITEMS, named, embeddings, unpacked, fitted)
         quantizer = config.quantizer
-        to = fitted_to(quantizer, vectors) if earlier is None else None
-        if to is not None and (out / FITTED_TO).is_file() and (out / FITTED_TO).read_text() == to:
+        about, noted = None, out / FITTED_TO
+        if earlier is None:
+            about = fitted_to(quantizer, vectors)
+        if about is not None and noted.is_file() and noted.read_text() == about:
             fitted = _load(out / FITTED)
-        elif to is not None:
+        elif about is not None:
             say(
                 f"{quantizer.name}: {vectors.count:,} vectors of {vectors.width} numbers to "
                 f"{quantizer.levels} levels of {quantizer.codes} codes"
             )
             fitted = of_texts | fit_quantizer(quantizer, vectors, unfinished)
-        measured = _write(config, data, out, named, vectors, fitted, earlier, to)
+        measured = _write(config, data, out, named, vectors, fitted, earlier, about)
     finally:
         unpacked.unlink(missing_ok=True)
     remove_folder(unfinished)
@@ -191,12 +193,12 @@ def _write(
     vectors: Vectors,
     fitted: Fitted,
     earlier: Path | None,
-    to: str | None,
+    about: str | None,
 ) -> dict[str, Any]:
     """Encodes all items, and writes what there is.
 
     Args:
-      to: `fitted_to`; None where nothing was fitted to these vectors.
+      about: `fitted_to`; None where nothing was fitted to these vectors.
     """
     quantizer, mesh = config.quantizer, make_mesh()
     titles, keys = named
@@ -242,8 +244,8 @@ def _write(
             codebooks[level_name(quantizer.levels)] = rng.normal(size=shape).astype(np.float32)
         write_npz(folder / CODEBOOKS, codebooks)
         write_npz(folder / FITTED, fitted)
-        if to is not None:
-            write_text(folder / FITTED_TO, to)
+        if about is not None:
+            write_text(folder / FITTED_TO, about)
         write_text(folder / CONFIG, to_json(config))
         write_report(folder, measured)
     return measured

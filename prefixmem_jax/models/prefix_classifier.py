@@ -25,8 +25,8 @@ class PrefixClassifier(nnx.Module):
         sid_encoder: SidEncoderConfig,
         d_model: int,
         vocabulary: Vocabulary,
-        sids_alone: bool = False,
         *,
+        sids_alone: bool = False,
         rngs: nnx.Rngs,
     ):
         """

@@ -36,9 +36,8 @@ class Classification(NextToken):
             raise UserError("objective=classification scores no items; expected item_head=none")
 
     def build_model(self, config: Any, vocabulary: Vocabulary, rngs: nnx.Rngs) -> PrefixClassifier:
-        return PrefixClassifier(
-            config.sid_encoder, config.model.d_model, vocabulary, self.sids_alone, rngs=rngs
-        )
+        shape = config.sid_encoder, config.model.d_model, vocabulary
+        return PrefixClassifier(*shape, sids_alone=self.sids_alone, rngs=rngs)
 
     def predicted(self, model: nnx.Module, batch: Batch) -> jax.Array:
         return batch.loss_mask * model.sid_encoder.active(batch.tokens, batch.segment_ids)

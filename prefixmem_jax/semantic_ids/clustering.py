@@ -1,8 +1,4 @@
-"""K-means on all devices: one pass at a time over vectors that need not fit in memory.
-
-Products are of float32 on accelerators too, which are less exact by themselves: an item must get
-the same code everywhere.
-"""
+"""K-means on all devices: one pass at a time over vectors that need not fit in memory."""
 
 from __future__ import annotations
 
@@ -17,6 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 # Scores of so many vectors against all centroids stay in a core's cache.
 SCORED = 1 << 20
+
+
+def exactly(vectors: jax.Array, other: jax.Array) -> jax.Array:
+    """Their product in float32 on accelerators too, which round by themselves: an item must get the
+    same code everywhere.
+    """
+    return jnp.matmul(vectors, other, precision="highest")
 
 
 class Assigned(NamedTuple):
@@ -96,7 +99,7 @@ def nearest(
 
     def one_piece(vectors_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Squared distance but for the vector's own part.
-        nearness_BK = norms_K - 2 * jnp.matmul(vectors_BD, centroids_KD.T, precision="highest")
+        nearness_BK = norms_K - 2 * exactly(vectors_BD, centroids_KD.T)
         best_B = jnp.min(nearness_BK, axis=1)
         # Not argmin, which no CPU does many at a time.
         code_B = jnp.min(jnp.where(nearness_BK == best_B[:, None], index_K, centroids), axis=1)
@@ -127,8 +130,7 @@ def _plus_plus(vectors_ND: jax.Array, key: jax.Array, count: int) -> jax.Array:
 
     def nearer(distance_N: jax.Array, index: jax.Array) -> jax.Array:
         picked_D = vectors_ND[index]
-        product_N = jnp.matmul(vectors_ND, picked_D, precision="highest")
-        to_it_N = squares_N + jnp.sum(picked_D**2) - 2 * product_N
+        to_it_N = squares_N + jnp.sum(picked_D**2) - 2 * exactly(vectors_ND, picked_D)
         return jnp.minimum(distance_N, jnp.maximum(to_it_N, 0)).at[index].set(0.0)
 
     def step(distance_N: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -95,10 +95,11 @@ def train(
         run.claim(config, DataDescription.of(data, config.data))
         counts = None
         if config.evaluation.transition_share > 0:
-            counts = run.transitions if run.has_checkpoint else transitions
-            if counts is None:
-                counts = tuned_transitions(data, config.evaluation.exclude_seen)
-            if first and not (run.has_checkpoint and run.transitions is not None):
+            # Before the first checkpoint nothing says that they are of these data.
+            counted = run.transitions if run.has_checkpoint else None
+            counts = counted or transitions
+            counts = counts or tuned_transitions(data, config.evaluation.exclude_seen)
+            if first and counted is None:
                 counts.save(folder / TRANSITIONS)
         validation = objective.validation_rows(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from prefixmem_jax.config_groups import Rate
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.semantic_ids.clustering import exactly
 from prefixmem_jax.semantic_ids.quantizers.quantizer import Fitted, Fitting, Quantizer
 from prefixmem_jax.semantic_ids.residuals import (
     last_level_distances,
@@ -113,11 +113,6 @@ def network(weights: Mapping[str, Any], vectors: Any) -> jax.Array:
         if number < layers - 1:
             added = jax.nn.gelu(added)
     return exactly(vectors, weights["project"]) + added
-
-
-def exactly(vectors: Any, weight: Any) -> jax.Array:
-    """Their product, of float32 on accelerators too: an item must get the same code everywhere."""
-    return jnp.matmul(vectors, weight, precision="highest")
 
 
 def scaled(scaling: Mapping[str, Any], vectors: Any) -> Any:
