@@ -71,6 +71,13 @@ def python_process(script: str, *arguments: object, **environment: str) -> subpr
     )
 
 
+def python_block(document: str, having: str) -> str:
+    """The one block of Python in a Markdown document with these words."""
+    blocks = [part.split("```")[0] for part in document.split("```python\n")[1:]]
+    (block,) = (block for block in blocks if having in block)
+    return block
+
+
 def python_without_us(script: str) -> str:
     """What a script prints in a process that can import neither this package nor JAX."""
     done = forked.run(forked.script_without_us, [script], command_environment(), timeout=300)

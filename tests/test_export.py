@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT, command_environment, prefixmem, python_without_us
+from conftest import ROOT, command_environment, prefixmem, python_block, python_without_us
 from models import SID_ENCODER, make_run, small_config, whole_logits
 from oracles import close, save_oracle, torch_logits
 from safetensors import safe_open
@@ -293,7 +293,7 @@ def test_a_cache_without_the_tokens_before_is_refused(export_of):
 def test_the_documented_generation(family, export_of):
     """docs/huggingface.md, as written but for the folder."""
     exported = export_of(family)
-    script = (ROOT / "docs" / "huggingface.md").read_text().split("```python\n")[2].split("```")[0]
+    script = python_block((ROOT / "docs" / "huggingface.md").read_text(), "EXPORTED")
     printed = python_without_us(script.replace("EXPORTED", str(exported.out)))
     found = re.findall(r"<\|sid_(\d)_(\d+)\|>", printed)
     assert [int(level) for level, _ in found] == [1, 2, 3, 4] * 6
@@ -448,7 +448,7 @@ def test_without_sid_encoder_it_is_the_stock_architecture(tmp_path):
     assert type(model).__name__ == "Qwen3ForCausalLM"
     close(torch_logits(model, tokens), our_logits(engine, tokens), 1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
-    script = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
+    script = python_block(card, "FOLDER").replace("FOLDER", str(tmp_path / "out"))
     printed = python_without_us(script)
     ours = recommend(engine, [0, 1, 2], 5)
     assert [int(line.split()[0]) for line in printed.splitlines()] == [r.item for r in ours]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, prefixmem
+from conftest import ROOT, prefixmem, python_block
 from flax import nnx
 from models import make_run, whole_logits
 from oracles import ORACLES, VOCABULARY, close, gemma3, llama, qwen3, save_oracle, torch_logits
@@ -340,7 +340,7 @@ def test_malformed_files_are_named(tmp_path):
 def test_the_documented_config_trains(tmp_path):
     """docs/huggingface.md, as written but for the folders and sizes."""
     save_oracle(tmp_path / "model", "qwen3")
-    text = (ROOT / "docs" / "huggingface.md").read_text().split("```python\n")[1].split("```")[0]
+    text = python_block((ROOT / "docs" / "huggingface.md").read_text(), "read_folder")
     text = text.replace("FOLDER", str(tmp_path / "model")).replace('path="DATA", ', "")
     (tmp_path / "mine.py").write_text(text)
     small = (

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command_environment, prefixmem, python_without_us
+from conftest import ROOT, command_environment, prefixmem, python_block, python_without_us
 
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.synthetic import make_synthetic
@@ -80,7 +80,7 @@ def test_report_is_one_self_contained_page_with_plots_beside_it(finished):
 def test_it_ends_with_a_folder_that_recommends_as_the_readme_says(finished):
     """The README's lines as written but for the path, where this package cannot be imported."""
     out, _ = finished
-    script = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    script = python_block((ROOT / "README.md").read_text(), "quickstart/export")
     assert script.count("\n") <= 6
     printed = python_without_us(script.replace("quickstart/export", str(out / "export")))
     shown = prefixmem(
