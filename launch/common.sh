@@ -32,10 +32,9 @@ show() {
 }
 
 # tpu_environment ARGUMENT...: sets `environment` to the variables with which `prefixmem train ARGUMENT...`
-# starts on TPUs: the compiler's flags (docs/pods.md), and where --out is in a bucket, a folder for
-# compiled programs beside it, which outlives the machines. Yours stand where they are set.
+# starts on TPUs: the compiler's flags where LIBTPU_INIT_ARGS is set, and where --out is in a bucket, a folder
+# for compiled programs beside it, which outlives the machines. Yours stand where they are set.
 tpu_environment() {
-  local flags="--xla_enable_async_all_reduce=true --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true"
   local out="" cache=""
   while [ $# -gt 0 ]; do
     [ "$1" != --out ] || out=${2%/}
@@ -43,6 +42,7 @@ tpu_environment() {
   done
   case "$out" in gs://*/*) cache=${out%/*}/programs ;; esac
   cache=${JAX_COMPILATION_CACHE_DIR-$cache}
-  environment=("LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS-$flags}")
+  environment=()
+  [ -z "${LIBTPU_INIT_ARGS+set}" ] || environment+=("LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS")
   [ -z "$cache" ] || environment+=("JAX_COMPILATION_CACHE_DIR=$cache")
 }

@@ -5,8 +5,8 @@
 # IMAGE is made by launch/Dockerfile; HOSTS a slice's machines, CHIPS of one of them. Where a slice fails or
 # is taken away, all start again (100 times at most), and the run goes on from what was saved. --dry-run
 # prints the JobSet that would be created. LIBTPU_INIT_ARGS and JAX_COMPILATION_CACHE_DIR are set there as
-# they are here; where they are not, the compiler gets the flags of docs/pods.md, and its programs are kept
-# in gs://BUCKET/programs. The cluster needs the JobSet controller (clusters made by xpk have it).
+# they are here; where the latter is not, compiled programs are kept in gs://BUCKET/programs. The cluster
+# needs the JobSet controller (clusters made by xpk have it).
 set -euo pipefail
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit "$1"; }
 [ $# -ge 1 ] || usage 2
@@ -30,7 +30,7 @@ command=""
 for word in train "${arguments[@]}" --distributed; do command+="${command:+, }$(quoted "$word")"; done
 tpu_environment "${arguments[@]}"
 variables=""
-for variable in "${environment[@]}"; do
+for variable in ${environment[@]+"${environment[@]}"}; do
   variables+="
               - name: ${variable%%=*}
                 value: $(quoted "${variable#*=}")"

@@ -9,8 +9,8 @@
 # there with the TPU build of JAX, and `prefixmem train CONFIG --distributed ...` is started on
 # all of them. What they write is shown, and kept in a file on each; --logs fetches these when the
 # training ends, however it does, into FOLDER/worker-I.log. LIBTPU_INIT_ARGS and
-# JAX_COMPILATION_CACHE_DIR are set on the workers as they are here; where they are not, the compiler
-# gets the flags of docs/pods.md, and its programs are kept in gs://BUCKET/programs.
+# JAX_COMPILATION_CACHE_DIR are set on the workers as they are here; where the latter is not, compiled
+# programs are kept in gs://BUCKET/programs.
 # --dry-run prints exactly the commands that would run, and runs none.
 set -euo pipefail
 usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit "$1"; }
@@ -79,7 +79,7 @@ finish() {
 }
 trap finish EXIT
 tpu_environment "${arguments[@]}"
-train=$(show env "${environment[@]}" .venv/bin/prefixmem train "$config" --distributed "${arguments[@]:1}")
+train=$(show env ${environment[@]+"${environment[@]}"} .venv/bin/prefixmem train "$config" --distributed "${arguments[@]:1}")
 run git -C "$root" archive --format=tar.gz --output="$archive" HEAD
 run "${vm[@]}" scp "$archive" "$TPU_NAME:prefixmem_jax.tar.gz" "${where[@]}" --worker=all
 on_all "mkdir -p prefixmem_jax && tar -xzf prefixmem_jax.tar.gz -C prefixmem_jax && cd prefixmem_jax && root=\$PWD && . launch/common.sh && set_up .venv tpu gcs"

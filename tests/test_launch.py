@@ -234,14 +234,14 @@ def test_a_queued_tpu_is_waited_for_and_given_back(cloud, states, status, trains
     done = launch(
         "tpu_queued_resource.sh", *RUN, "--logs", str(logs), **QUEUED,
         PATH=f"{cloud}/bin:{os.environ['PATH']}", POLL_SECONDS="0", WAIT_HOURS="1",
+        LIBTPU_INIT_ARGS="--xla_a=1",
     )  # fmt: skip
     assert done.returncode == status, done.stderr
     assert "queued-resources create" in called(cloud)[0]
     assert "queued-resources delete" in called(cloud)[-1]
     assert any("prefixmem train" in line for line in called(cloud)) == trains
     if trains:
-        flags = "--xla_enable_async_all_reduce=true --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true"
-        written = f"{flags} in gs://bucket/programs\nfailed\n"
+        written = "--xla_a=1 in gs://bucket/programs\nfailed\n"
         assert done.stdout == written
         assert {path.name: path.read_text() for path in logs.iterdir()} == {
             "worker-0.log": written, "worker-1.log": written
@@ -269,11 +269,12 @@ def test_a_jobset_trains_what_it_is_told(tmp_path):
     """As Kubernetes reads it."""
     stand_in(tmp_path, "kubectl", f"cat > {tmp_path}/created")
     path = f"{tmp_path}:{os.environ['PATH']}"
-    launch("gke.sh", *RUN, 'name="a\\b"', **GKE, SLICES="2", PATH=path)
+    named = {"LIBTPU_INIT_ARGS": "--xla_a=1 --xla_b=2", "JAX_COMPILATION_CACHE_DIR": "/programs"}
+    launch("gke.sh", *RUN, 'name="a\\b"', **GKE, **named, SLICES="2", PATH=path)
     (job,) = yaml.safe_load((tmp_path / "created").read_text())["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     assert container["args"] == ["train", *RUN, 'name="a\\b"', "--distributed"]
-    assert [set(variable) for variable in container["env"]] == [{"name", "value"}] * 2
+    assert {variable["name"]: variable["value"] for variable in container["env"]} == named
     assert container["resources"] == {"limits": {"google.com/tpu": 4}} and job["replicas"] == 2
 
 

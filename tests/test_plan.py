@@ -143,6 +143,27 @@ def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table()
     assert not any(overlapped["table"]) and any(overlapped["mlp"])
 
 
+@needs_tpu_compiler
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_weights_are_gathered_while_others_are_computed_with(chip):
+    """By the flags that runs have too; a v6e's compiler overlaps nothing without them."""
+    _, devices = topology.pod_devices(f"{chip}:2x2")
+    mesh = jax.sharding.Mesh(np.array(devices), ("fsdp",))
+
+    def step(x, weights):
+        for w in weights:
+            x = jnp.tanh(x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P())))
+        return x
+
+    def sharded(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+    arguments = sharded((8192, 2048), "fsdp"), sharded((4, 2048, 2048), None, "fsdp")
+    program = Program.parse(jax.jit(step).lower(*arguments).compile().as_text())
+    gathers = [one.overlapped for one in program.collectives() if one.kind == "all-gather"]
+    assert gathers == [False, True, True, True]  # nothing comes before the first
+
+
 def test_a_search_is_planned(simulated):
     """Parameters whole on every device, rows divided as in training, users among the devices."""
     searched = plan(config_for(8, mesh=MeshConfig(2, 2, 2)), devices=8, verb="recommend")

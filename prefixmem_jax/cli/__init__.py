@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from prefixmem_jax.cli import terminal, verbs
 from prefixmem_jax.cli.parser import parse
 from prefixmem_jax.errors import Stopped, UserError
+from prefixmem_jax.parallel.tpu_flags import set_tpu_flags
 
 # Verbs that keep what they have done, and go on from there.
 RESUMED = (
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       on.
     """
     terminal.prepare()
+    set_tpu_flags()
     resumed = distributed = False
     try:
         options = parse(arguments)

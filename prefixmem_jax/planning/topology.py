@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.parallel.tpu_flags import set_tpu_flags
 from prefixmem_jax.training.flops import PEAK_FLOPS
 
 
@@ -71,6 +72,7 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(key, value)
+    set_tpu_flags()
     from jax.experimental import topologies
 
     options = {"num_slices": slices} if slices > 1 else {}
