@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, prefixmem
+from conftest import ROOT, prefixmem, python_process
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -162,6 +162,43 @@ def test_weights_are_gathered_while_others_are_computed_with(chip):
     program = Program.parse(jax.jit(step).lower(*arguments).compile().as_text())
     gathers = [one.overlapped for one in program.collectives() if one.kind == "all-gather"]
     assert gathers == [False, True, True, True]  # nothing comes before the first
+
+
+SPARSE_CORES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from prefixmem_jax.planning import topology
+from prefixmem_jax.planning.hlo import Program
+
+_, devices = topology.pod_devices("v6e:2x2")
+mesh = Mesh(np.array(devices), ("data",))
+def loss(weights, x):
+    return jnp.square(jnp.tanh(x @ weights[0]) @ weights[1]).mean()
+def gradient(weights, x):
+    return jax.lax.with_sharding_constraint(jax.grad(loss)(weights, x), NamedSharding(mesh, P()))
+def sharded(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+compiled = jax.jit(gradient).lower(sharded((2, 1024, 1024)), sharded((8192, 1024), "data")).compile()
+for one in Program.parse(compiled.as_text()).collectives():
+    print(one.kind, one.bytes, one.overlapped)
+"""
+ON_SPARSE_CORES = (
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false"
+    " --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true"
+    " --xla_tpu_use_tc_device_shape_on_sc=true"
+)
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("flags, overlapped", [("", False), (ON_SPARSE_CORES, True)])
+def test_what_sparse_cores_send_is_counted(flags, overlapped):
+    """In a process of its own: a compiler's flags are read once."""
+    process = python_process(SPARSE_CORES, LIBTPU_INIT_ARGS=flags)
+    written, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    kinds, sent, beside = zip(*(line.split() for line in written.splitlines()), strict=True)
+    assert set(kinds) == {"all-reduce"} and set(beside) == {str(overlapped)}
+    assert sum(map(int, sent)) == 2 * 1024 * 1024 * 2 * 2 * 3 // 4  # a ring of four, bfloat16
 
 
 def test_a_search_is_planned(simulated):

@@ -23,10 +23,13 @@ _COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
+# Instructions that are other instructions: where these are.
+_INNER = {"fusion": "calls", "call-start": "to_apply"}
 # Instructions that move nothing themselves.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"),
     *("while", "call", "conditional", "copy-done", "slice-done", "async-done", "async-update"),
+    "call-done",
     *("partition-id", "replica-id", "custom-call"),
     *(f"{kind}-done" for kind in _COLLECTIVES),
 }
@@ -134,7 +137,11 @@ class Program:
                 # The TPU compiler cuts one asynchronous collective into a chain of fusions.
                 chain = re.search(r'chain_id="(\d+)"', instruction.text)
                 channel = re.search(r"channel_id=(\d+)", instruction.text)
-                overlapped = bool(chain) or instruction.opcode.endswith("-start")
+                overlapped = (
+                    bool(chain)
+                    or instruction.opcode.endswith("-start")
+                    or self._is_beside_other_work(where)
+                )
                 if chain and channel:
                     if (chain[1], channel[1]) in seen:
                         continue
@@ -160,15 +167,21 @@ class Program:
         return sorted(collectives, key=lambda c: -c.bytes)
 
     def _with_fused(self, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Instruction]]:
-        """Instructions of a computation and of its fusions.
+        """Instructions of a computation, of its fusions, and of what sparse cores do for it.
 
         Args:
           where: the computation's name, after those of the fusions and computations around it.
         """
         for instruction in self.computations[where[-1]].values():
             yield where, instruction
-            if instruction.opcode == "fusion":
-                yield from self._with_fused((*where, instruction.name, instruction.called("calls")))
+            inner = _INNER.get(instruction.opcode)
+            if inner is not None:
+                yield from self._with_fused((*where, instruction.name, instruction.called(inner)))
+
+    def _is_beside_other_work(self, where: tuple[str, ...]) -> bool:
+        """Whether sparse cores run a computation, whose start the others do not wait at."""
+        around = zip(where[::2], where[1::2], strict=False)
+        return any(self.computations[home][name].opcode == "call-start" for home, name in around)
 
     def _scope(
         self, where: tuple[str, ...], instruction: Instruction, operand: str, joined: bool
