@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, DecoderConfig, MeshConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.objectives.classification import Classification
+from prefixmem_jax.parallel import tpu_flags
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning import topology
 from prefixmem_jax.planning.hlo import Program
@@ -143,62 +145,87 @@ def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table()
     assert not any(overlapped["table"]) and any(overlapped["mlp"])
 
 
-@needs_tpu_compiler
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_weights_are_gathered_while_others_are_computed_with(chip):
-    """By the flags that runs have too; a v6e's compiler overlaps nothing without them."""
-    _, devices = topology.pod_devices(f"{chip}:2x2")
-    mesh = jax.sharding.Mesh(np.array(devices), ("fsdp",))
-
-    def step(x, weights):
-        for w in weights:
-            x = jnp.tanh(x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P())))
-        return x
-
-    def sharded(shape, *spec):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
-
-    arguments = sharded((8192, 2048), "fsdp"), sharded((4, 2048, 2048), None, "fsdp")
-    program = Program.parse(jax.jit(step).lower(*arguments).compile().as_text())
-    gathers = [one.overlapped for one in program.collectives() if one.kind == "all-gather"]
-    assert gathers == [False, True, True, True]  # nothing comes before the first
-
-
-SPARSE_CORES = """
+FLAGS = "LIBTPU_INIT_ARGS"
+# A process's first flags are its last.
+COLLECTIVES = """
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from prefixmem_jax.planning import topology
 from prefixmem_jax.planning.hlo import Program
 
-_, devices = topology.pod_devices("v6e:2x2")
-mesh = Mesh(np.array(devices), ("data",))
-def loss(weights, x):
-    return jnp.square(jnp.tanh(x @ weights[0]) @ weights[1]).mean()
-def gradient(weights, x):
-    return jax.lax.with_sharding_constraint(jax.grad(loss)(weights, x), NamedSharding(mesh, P()))
+_, devices = topology.pod_devices(f"{sys.argv[1]}:2x2")
+mesh = Mesh(np.array(devices), ("all",))
 def sharded(shape, *spec):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
-compiled = jax.jit(gradient).lower(sharded((2, 1024, 1024)), sharded((8192, 1024), "data")).compile()
+def whole(array):
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P()))
+def gathers(weights, x):
+    for w in weights:
+        x = jnp.tanh(x @ whole(w))
+    return x
+def loss(weights, x):
+    return jnp.square(jnp.tanh(x @ weights[0]) @ weights[1]).mean()
+def sums(weights, x):
+    return whole(jax.grad(loss)(weights, x))
+function, weights, x = {
+    "gathers": (gathers, sharded((4, 2048, 2048), None, "all"), sharded((8192, 2048), "all")),
+    "sums": (sums, sharded((2, 1024, 1024)), sharded((8192, 1024), "all")),
+}[sys.argv[2]]
+compiled = jax.jit(function).lower(weights, x).compile()
 for one in Program.parse(compiled.as_text()).collectives():
     print(one.kind, one.bytes, one.overlapped)
 """
-ON_SPARSE_CORES = (
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false"
-    " --xla_tpu_enable_sparse_core_collective_offload_all_reduce=true"
-    " --xla_tpu_use_tc_device_shape_on_sc=true"
-)
 
 
-@needs_tpu_compiler
-@pytest.mark.parametrize("flags, overlapped", [("", False), (ON_SPARSE_CORES, True)])
-def test_what_sparse_cores_send_is_counted(flags, overlapped):
-    """In a process of its own: a compiler's flags are read once."""
-    process = python_process(SPARSE_CORES, LIBTPU_INIT_ARGS=flags)
+def collectives_of(*arguments, **environment) -> tuple[set[str], int, list[bool]]:
+    """Kinds, all bytes, and of each whether other work goes on beside it."""
+    process = python_process(COLLECTIVES, *arguments, **environment)
     written, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     kinds, sent, beside = zip(*(line.split() for line in written.splitlines()), strict=True)
-    assert set(kinds) == {"all-reduce"} and set(beside) == {str(overlapped)}
-    assert sum(map(int, sent)) == 2 * 1024 * 1024 * 2 * 2 * 3 // 4  # a ring of four, bfloat16
+    return set(kinds), sum(map(int, sent)), [one == "True" for one in beside]
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_weights_are_gathered_while_others_are_computed_with(chip):
+    """By the flags that runs have too; a v6e's compiler overlaps nothing without them."""
+    kinds, _, overlapped = collectives_of(chip, "gathers")
+    assert kinds == {"all-gather"}
+    assert overlapped == [False, True, True, True]  # nothing comes before the first
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_v6es_sparse_cores_sum_gradients_beside_other_work(ours):
+    """What they send is counted, whoever sends it."""
+    kinds, sent, overlapped = collectives_of("v6e", "sums", **({} if ours else {FLAGS: ""}))
+    assert kinds == {"all-reduce"} and set(overlapped) == {ours}
+    assert sent == 2 * 1024 * 1024 * 2 * 2 * 3 // 4  # a ring of four, bfloat16
+
+
+def test_flags_are_those_of_the_chip_unless_the_user_has_set_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu_flags, "_PCI", tmp_path)
+
+    def after(chip=None):
+        tpu_flags.set_tpu_flags(chip)
+        return os.environ[FLAGS]
+
+    monkeypatch.delenv(FLAGS, raising=False)
+    elsewhere = after()
+    assert "async_collective_fusion=true" in elsewhere and "sparse_core" not in elsewhere
+    for name, vendor, device in [("0", "0x8086", "0x006f"), ("1", "0x1ae0", "0x0063")]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "device").write_text(f"{device}\n")
+    assert after() == elsewhere  # a v5e, and another's device of that number
+    (tmp_path / "1" / "device").write_text("0x006f\n")
+    assert "sparse_core" in after() and after("v5e") == elsewhere
+    assert "sparse_core" in after("v6e")
+    for of_user in ("", "--xla_mine=1"):
+        monkeypatch.setenv(FLAGS, of_user)
+        assert after() == after("v5e") == of_user
 
 
 def test_a_search_is_planned(simulated):

@@ -72,7 +72,7 @@ def pod_devices(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(key, value)
-    set_tpu_flags()
+    set_tpu_flags(name)
     from jax.experimental import topologies
 
     options = {"num_slices": slices} if slices > 1 else {}
