@@ -29,6 +29,7 @@ from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
 from prefixmem_jax.paper.workers import Workers
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run, differences
+from prefixmem_jax.training_rows import training_source
 
 # What a table's file keeps of all that a run's metrics.json has.
 KEPT = ("tf_accuracy/", "reachable", "sid_recall@", "sid_hit_rate", "unique_level_1")
@@ -77,6 +78,8 @@ class Experiment:
             base = replace(base, data=replace(base.data, path=str(data)))
         self.base: Config = base
         self.data: PreparedData = prepare_data(base.data)
+        rows = len(training_source(base, self.data))
+        self.turns = base.steps * base.data.batch_size / rows
         levels = self.data.catalog.space.levels
         if levels < 3:
             raise UserError(f"the data's SIDs have {levels} levels; a memory wants 3 or more")
@@ -108,7 +111,7 @@ class Experiment:
         regime = self.regime()
         deepest = f"tf_accuracy/level_{len(regime['levels'])}"
         regime |= judge(regime, rows[first]["metrics"][deepest])
-        by_met = by_times_met(self.data, {row: one[deepest] for row, one in scores.items()})
+        by_met = by_times_met(self.data, self.turns, scores)
         result = {"table": name, "data": regime, "rows": rows, "by_met": by_met}
         here = {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
         result["machine"] = {**self.workers.machine(), **here}
@@ -119,7 +122,7 @@ class Experiment:
         """`measure_regime` of the data, with the best possible accuracy where that is known."""
         about = Path(self.base.data.path) / ABOUT
         optimum = read_json_object(about)["optimum"] if about.exists() else None
-        return measure_regime(self.data, optimum)
+        return measure_regime(self.data, self.turns, optimum)
 
     def _together(self, calls: Mapping[Key, Callable[[], Result]]) -> dict[Key, Result]:
         """What each call returns: they wait for the same workers, and end together if one fails."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 Result = dict[str, Any]
+# Fewer test users than these are too few for a point of a curve.
+FEWEST = 10
 
 
 def plot(path: Path, result: Result) -> None:
-    """Accuracy at the deepest level by how often training met the prefix, by reachability, by the
-    prefix's popularity, and against steps where the runs' curves are there; recall against K.
+    """Accuracy at the two deepest levels by how often the run met what follows; at the deepest by
+    reachability, by the prefix's popularity, and against steps where the runs' curves are there;
+    recall against K.
     """
-    panels = [_by_met, _by_recall, _by_reachability, _by_popularity]
+    levels = len(result["data"]["levels"])
+    panels = [partial(_by_met, level=level) for level in (levels, levels - 1)]
+    panels += [_by_recall, _by_reachability, _by_popularity]
     panels += [_by_steps] * any(row.get("curve") for row in result["rows"].values())
     columns = (len(panels) + 1) // 2
     figure, axes = plt.subplots(2, columns, figsize=(6 * columns, 8), constrained_layout=True)
@@ -46,14 +52,15 @@ def _accuracy(axis: Axes, result: Result) -> None:
     axis.set_ylabel(f"accuracy at level {len(result['data']['levels'])}, %")
 
 
-def _by_met(axis: Axes, result: Result) -> None:
-    pieces = result["by_met"]
+def _by_met(axis: Axes, result: Result, level: int) -> None:
+    found = [piece for piece in result["by_met"] if piece["level"] == level]
+    pieces = [piece for piece in found if piece["users"] >= FEWEST]
     names = [f"{piece['from']:,}+" for piece in pieces]
     for row, one in result["rows"].items():
         values = [100 * piece["accuracy"][row] for piece in pieces]
         axis.plot(names, values, marker="o", label=one["title"])
-    axis.set_xlabel("times that training met the prefix")
-    _accuracy(axis, result)
+    axis.set_xlabel("times that the run met each likely code after the prefix")
+    axis.set_ylabel(f"accuracy at level {level}, %")
 
 
 def _by_recall(axis: Axes, result: Result) -> None:

@@ -8,39 +8,44 @@ from typing import Any
 import numpy as np
 
 from prefixmem_jax.data.prepare import PreparedData
-from prefixmem_jax.semantic_ids.quality import MET, measure, prefix_ids
+from prefixmem_jax.evaluation.metrics import Scores
+from prefixmem_jax.semantic_ids.quality import MET, measure, prefix_ids, times_met
 
 # A baseline above this share of the best possible accuracy leaves nothing to show.
 SOLVED = 0.8
 # With a smaller share of next items after prefixes that are met often enough, few can gain.
 GAINING = 0.25
-# How often a prefix was met in training: from each of these to the next.
-PIECES = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)
+# How often the run met each likely code after a prefix: from each of these to the next.
+PIECES = (0, 1, 3, 5, 10, 20, 40, 80, 160)
 
 
-def measure_regime(data: PreparedData, optimum: list[float] | None) -> dict[str, Any]:
+def measure_regime(data: PreparedData, turns: float, optimum: list[float] | None) -> dict[str, Any]:
     """What counting codes after prefixes reaches, and how often prefixes are met.
 
     Args:
+      turns: how often the baseline's run trains on the data.
       optimum: the best possible accuracy by level, where it is known.
 
     Returns:
-      `items`, `optimum`, and `levels`: of each `counting_accuracy`; but for the first also
-      `prefixes` (distinct ones before it), `met` (how often training meets that of a test target,
-      the median), and `met_often_enough` (the share of test targets where it is `MET` times).
+      `items`, `turns`, `optimum`, and `levels`: of each `counting_accuracy`; but for the first also
+      `prefixes` (distinct ones before it), `met` (how often the run meets each likely code after
+      that of a test target, the median; `times_met`), and `met_often_enough` (the share of test
+      targets where it is `MET` times).
     """
     catalog, split = data.catalog, data.split
     trained = split.items[split.train.indices()]
-    counted = measure(catalog.sids, catalog.space.codebook_sizes, trained, split.test.targets)
+    counted = measure(
+        catalog.sids, catalog.space.codebook_sizes, trained, split.test.targets, turns=turns
+    )
     levels = []
     for level, one in enumerate(counted["levels"], start=1):
         found = {"counting_accuracy": one["counting_accuracy"]}
         if level > 1:
             found["prefixes"] = one["prefixes_before"]
-            found["met"] = float(np.median(times_met(data, level)))
+            found["met"] = float(np.median(_times_met(data, turns, level)))
             found["met_often_enough"] = one["met_often_enough"]
         levels.append(found)
-    return {"items": len(catalog), "levels": levels, "optimum": optimum}
+    return {"items": len(catalog), "turns": turns, "levels": levels, "optimum": optimum}
 
 
 def judge(regime: Mapping[str, Any], baseline: float) -> dict[str, Any]:
@@ -57,43 +62,53 @@ def judge(regime: Mapping[str, Any], baseline: float) -> dict[str, Any]:
     return found | {"in_regime": share < SOLVED}
 
 
-def times_met(data: PreparedData, level: int) -> np.ndarray:
-    """How often training met each test target's prefix before a level: int64 [users]."""
-    split, ids = data.split, prefix_ids(data.catalog.sids)[level - 2]
-    met = np.bincount(ids[split.items[split.train.indices()]], minlength=ids.max() + 1)
-    return met[ids[split.test.targets]]
-
-
-def by_times_met(data: PreparedData, deepest: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Accuracy at the deepest level by how often training met the prefix before it.
+def by_times_met(
+    data: PreparedData, turns: float, scores: Mapping[str, Scores]
+) -> list[dict[str, Any]]:
+    """Accuracy at the two deepest levels by how often the run met each likely code there.
 
     Args:
-      deepest: by row, of each test user.
+      turns: how often the baseline's run trains on the data.
+      scores: by row, of each test user.
+
+    Returns:
+      Of each level, from the least to the most often met: `level`, `from`, `users`, and `accuracy`
+      by row.
     """
-    met, found = times_met(data, data.catalog.space.levels), []
-    for low, high in zip(PIECES, (*PIECES[1:], np.inf), strict=True):
-        here = (met >= low) & (met < high)
-        if here.any():
-            accuracy = {row: float(values[here].mean()) for row, values in deepest.items()}
-            found.append({"from": low, "users": int(here.sum()), "accuracy": accuracy})
+    levels, found = data.catalog.space.levels, []
+    for level in (levels - 1, levels):
+        met = _times_met(data, turns, level)
+        for low, high in zip(PIECES, (*PIECES[1:], np.inf), strict=True):
+            here = (met >= low) & (met < high)
+            if here.any():
+                name = f"tf_accuracy/level_{level}"
+                accuracy = {row: float(one[name][here].mean()) for row, one in scores.items()}
+                piece = {"level": level, "from": low, "users": int(here.sum())}
+                found.append({**piece, "accuracy": accuracy})
     return found
+
+
+def _times_met(data: PreparedData, turns: float, level: int) -> np.ndarray:
+    """Of each test target, how often the run meets each likely code at a level: [users]."""
+    split, ids = data.split, prefix_ids(data.catalog.sids)[level - 2 :]
+    met = times_met(ids[0], ids[1], split.items[split.train.indices()])
+    return turns * met[ids[0][split.test.targets]]
 
 
 def describe_regime(regime: Mapping[str, Any]) -> list[str]:
     """Lines: what was counted, and the verdict, on a trained baseline if there is one."""
-    lines = [f"{regime['items']:,} items; before each level:"]
+    lines = [f"{regime['items']:,} items, {regime['turns']:.1f} turns of them; before each level:"]
     for level, one in enumerate(regime["levels"], start=1):
         if level == 1:
             continue
         line = (
-            f"  L{level}: {one['prefixes']:,} prefixes, met {one['met']:,.0f} times (median of the "
-            f"test's); counting reaches {one['counting_accuracy']:.3f}"
+            f"  L{level}: {one['prefixes']:,} prefixes, each likely code after them met "
+            f"{one['met']:,.0f} times (median of the test's); counting reaches "
+            f"{one['counting_accuracy']:.3f}"
         )
         if regime["optimum"] is not None:
             line += f", best possible {regime['optimum'][level - 1]:.3f}"
-        if "met_often_enough" in one:
-            line += f"; {one['met_often_enough']:.0%} are met {MET[0]} to {MET[1]} times"
-        lines.append(line)
+        lines.append(f"{line}; {one['met_often_enough']:.0%} are met {MET[0]} to {MET[1]} times")
     return [*lines, _verdict(regime)]
 
 
@@ -115,7 +130,10 @@ def _verdict(regime: Mapping[str, Any]) -> str:
             else "OUT of the regime, it has little left to learn"
         )
     share = regime["levels"][-1]["met_often_enough"]
-    often = f"{share:.0%} of next items come after a deepest prefix met {MET[0]} to {MET[1]} times"
+    often = (
+        f"at the deepest level {share:.0%} of next items are after a prefix of which the run meets "
+        f"each likely code {MET[0]} to {MET[1]} times"
+    )
     if share < GAINING:
         return f"OUT of the regime: {often} (expected {GAINING:.0%} or more)"
     return (

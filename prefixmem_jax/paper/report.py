@@ -188,8 +188,9 @@ def _difference(
 
 
 def _by_met(result: dict[str, Any]) -> list[str]:
-    lines = ["deepest level, by how often training met the prefix:"]
+    lines = ["by how often the run met each likely code after the prefix:"]
     for piece in result["by_met"]:
-        values = "  ".join(_percent(value) for value in piece["accuracy"].values())
-        lines.append(f"  {piece['from']:>5,}+ ({piece['users']:,} users): {values}")
+        values = "  ".join(f"{_percent(value):>5}" for value in piece["accuracy"].values())
+        head = f"L{piece['level']} {piece['from']:>3}+ ({piece['users']:,} users):"
+        lines.append(f"  {head:<24}{values}")
     return lines

@@ -10,7 +10,7 @@ import matplotlib
 
 from prefixmem_jax.files import write_json
 from prefixmem_jax.page import image, preformatted, save_figure, write_page
-from prefixmem_jax.semantic_ids.quality import target_levels, verdicts_on
+from prefixmem_jax.semantic_ids.quality import MET, target_levels, verdicts_on
 from prefixmem_jax.text import aligned
 
 matplotlib.use("Agg")
@@ -30,7 +30,7 @@ COLUMNS = {
     "neighbour_purity_by_chance": ("by chance", ".3f"),
     "next_item_bits": ("bits of next item", ".2f"),
     "counting_accuracy": ("counting", ".3f"),
-    "met_often_enough": ("met 10-300 times", ".3f"),
+    "met_often_enough": ("met {}-{} times".format(*MET), ".3f"),
 }
 
 
