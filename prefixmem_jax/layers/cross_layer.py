@@ -62,7 +62,7 @@ class CrossLayer(Layer):
           key: for dropout; None for none.
         """
         dropping = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x_BTD, kept = self.attended(x_BTD, queries.positions, None, attend, dropping[0])
+        x_BTD, kept = self.attended(x_BTD, None, attend, dropping[0])
         with jax.named_scope("attention"):
             query = to_heads(self.cross_norm(x_BTD), self.cross_query)
             scale = self.config.query_scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.parallel.parameters import normal, parameter
 from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp, on_tpus
 
+# Of axes that are no longer a TPU takes the mean as a product: heads, not models.
+LONGEST_PRODUCT = 256
 WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
 
 # Attends with a layer's queries, keys and values of the same tokens; returns [B, S, N, H] and what
@@ -31,8 +34,41 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon)
+        normed = x32 * jax.lax.rsqrt(_mean(x32**2) + self.epsilon)
         return (normed * (self.offset + self.scale[...])).astype(x.dtype)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """The last axis' mean, float32, which broadcasts against x."""
+    short = on_tpus() and x.shape[-1] <= LONGEST_PRODUCT
+    return _mean_by_product(x) if short else jnp.mean(x, axis=-1, keepdims=True)
+
+
+def _mean_by_product(x: jax.Array) -> jax.Array:
+    """The mean at each place of the last axis, as a product with a constant.
+
+    On TPUs this goes along with the products around it, where a sum along a vector and its way back
+    to each of the vector's places cost more than the projection to heads.
+    """
+    size = x.shape[-1]
+    shares = jnp.full((size, size), 1 / size, jnp.float32)
+    return jnp.einsum("...H,HG->...G", x, shares, precision="high")
+
+
+class Rotation(NamedTuple):
+    """Of rotary position embeddings, float32 [..., B, S, H / 2] each, or [..., B, S, H] on TPUs."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions_BS: jax.Array, frequency_H: jax.Array) -> Rotation:
+    """By positions and frequencies, float32 [..., 1, 1, H / 2]; for all layers that have these."""
+    angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency_H
+    cos, sin = jnp.cos(angle_BSH), jnp.sin(angle_BSH)
+    if on_tpus():
+        cos, sin = (jnp.concatenate(pair, axis=-1) for pair in ((cos, cos), (-sin, sin)))
+    return Rotation(cos, sin)
 
 
 def rope_frequencies(
@@ -51,13 +87,11 @@ def rope_frequencies(
     return (kept * frequency + (1 - kept) * stretched).astype(np.float32)
 
 
-def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, frequency_H: jax.Array) -> jax.Array:
+def rotate(x_BSNH: jax.Array, by_BSH: Rotation) -> jax.Array:
     """Rotary position embedding, rotate-half form, computed in float32."""
-    angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency_H
-    cos, sin = jnp.cos(angle_BSH)[:, :, None], jnp.sin(angle_BSH)[:, :, None]
+    cos, sin = by_BSH.cos[:, :, None], by_BSH.sin[:, :, None]
     x32_BSNH = x_BSNH.astype(jnp.float32)
     if on_tpus():
-        cos, sin = (jnp.concatenate(pair, axis=-1) for pair in ((cos, cos), (-sin, sin)))
         turned = x32_BSNH * cos + _halves_swapped(x_BSNH) * sin
     else:
         first, second = jnp.split(x32_BSNH, 2, axis=-1)
@@ -117,31 +151,29 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        frequency_H: jax.Array | None,
+        rotation_BSH: Rotation | None,
         attend: Attend,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """The layer's output, and what `attend` keeps.
 
         Args:
-          frequency_H: rotary frequencies; None for no rotation.
+          rotation_BSH: of queries and keys; None for none.
           key: for dropout; None for none.
         """
         keys = (None, None) if key is None else jax.random.split(key)
-        x_BSD, kept = self.attended(x_BSD, positions_BS, frequency_H, attend, keys[0])
+        x_BSD, kept = self.attended(x_BSD, rotation_BSH, attend, keys[0])
         return self.fed_forward(x_BSD, keys[1]), kept
 
     def attended(
         self,
         x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        frequency_H: jax.Array | None,
+        rotation_BSH: Rotation | None,
         attend: Attend,
         key: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues]:
         """Its first half."""
-        y, kept = self._attention(self.attention_norm(x_BSD), positions_BS, frequency_H, attend)
+        y, kept = self._attention(self.attention_norm(x_BSD), rotation_BSH, attend)
         if self.config.post_norms:
             y = self.attention_post_norm(y)
         return x_BSD + dropout(y, self.config.dropout, key, *WHOLE), kept
@@ -157,16 +189,14 @@ class Layer(nnx.Module):
     def _attention(
         self,
         x_BSD: jax.Array,
-        positions_BS: jax.Array,
-        frequency_H: jax.Array | None,
+        rotation_BSH: Rotation | None,
         attend: Attend,
     ) -> tuple[jax.Array, KeyValues]:
         query, key, value = (to_heads(x_BSD, w) for w in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        if frequency_H is not None:
-            query = rotate(query, positions_BS, frequency_H)
-            key = rotate(key, positions_BS, frequency_H)
+        if rotation_BSH is not None:
+            query, key = rotate(query, rotation_BSH), rotate(key, rotation_BSH)
         attended, kept = attend(query, KeyValues(key, value))
         return from_heads(attended, self.output), kept
 

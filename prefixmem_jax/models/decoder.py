@@ -30,7 +30,7 @@ from prefixmem_jax.layers.attention import (
 )
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.layers.remat import recomputed
-from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies
+from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies, rotation
 from prefixmem_jax.models.token_tables import TokenTables
 
 # So few layers compile fast without a loop, and their gradients run faster.
@@ -165,24 +165,28 @@ class Decoder(TokenTables):
     ) -> tuple[jax.Array, KeyValues]:
         """All layers; `attend(past of the layer, window, query, new keys and values)`."""
         window_L, frequency_LH = self._by_layer()
+        # Most layers have the same: what turns them is made once.
+        frequency_KH, kind_L = np.unique(frequency_LH, axis=0, return_inverse=True)
+        rotation_KBSH = rotation(queries.positions, jnp.asarray(frequency_KH[:, None, None]))
 
         def body(x: jax.Array, one: tuple) -> tuple:
-            layer, past, window, frequency_H, key = one
-            return layer(x, queries.positions, frequency_H, partial(attend, past, window), key)
+            layer, past, window, kind, key = one
+            rotation_BSH = jax.tree.map(lambda of_kinds: of_kinds[kind], rotation_KBSH)
+            return layer(x, rotation_BSH, partial(attend, past, window), key)
 
         body = recomputed(body, self.config.remat)
-        layers = (self.layers, past, window_L, frequency_LH, keys)
+        layers = (self.layers, past, jnp.asarray(window_L), jnp.asarray(kind_L), keys)
         few = self.config.layers <= UNROLLED_LAYERS
         x_BSD, kept = jax.lax.scan(body, x_BSD, layers, unroll=self.config.layers if few else 1)
         return self.final_norm(x_BSD), kept
 
-    def _by_layer(self) -> tuple[jax.Array, jax.Array]:
+    def _by_layer(self) -> tuple[np.ndarray, np.ndarray]:
         """Each layer's window int32 [L] and rotary frequencies float32 [L, H / 2]."""
         config, window_L = self.config, self._windows()
         everywhere = rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling)
         near = rope_frequencies(config.head_dim, config.sliding_rope_base)
         slides_L1 = (window_L != NO_WINDOW)[:, None]
-        return jnp.asarray(window_L), jnp.asarray(np.where(slides_L1, near, everywhere))
+        return window_L, np.where(slides_L1, near, everywhere)
 
     def _windows(self) -> np.ndarray:
         """Each layer's window, int32 [L]."""

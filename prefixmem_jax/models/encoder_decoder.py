@@ -176,7 +176,7 @@ class EncoderDecoder(TokenTables):
 
         def body(x: jax.Array, one: tuple) -> tuple:
             layer, key = one
-            return layer(x, place.positions, None, attend, key)
+            return layer(x, None, attend, key)
 
         keys = None if key is None else jax.random.split(key, self.depth)
         body = recomputed(body, self.config.remat)

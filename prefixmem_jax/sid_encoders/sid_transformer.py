@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.layers.attention import KeyValues
-from prefixmem_jax.layers.transformer import Layer, RMSNorm, rope_frequencies
+from prefixmem_jax.layers.transformer import Layer, RMSNorm, rope_frequencies, rotation
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import take
 from prefixmem_jax.semantic_ids.space import SidSpace
@@ -109,15 +109,15 @@ class SidTransformer(SidEncoder):
     ) -> jax.Array:
         del rows_BPAW
         level_BS, _ = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
-        positions_BS = jnp.maximum(level_BS - 1, 0)
         frequency_H = jnp.asarray(rope_frequencies(self.shape.head_dim, self.shape.rope_base))
+        rotation_BSH = rotation(jnp.maximum(level_BS - 1, 0), frequency_H)
 
         def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues]:
             return _attention_to_prefix(query, new, level_BS, self.vocabulary.levels), new
 
         x_BSD = take(self.embedding[...], tokens_BS, "batch", None, None)
         for layer in self.layers:
-            x_BSD, _ = layer(x_BSD, positions_BS, frequency_H, attend)
+            x_BSD, _ = layer(x_BSD, rotation_BSH, attend)
         vectors_BSD = jnp.einsum("BSW,WD->BSD", self.norm(x_BSD), self.projection[...])
         active_BS = self.active(tokens_BS, segment_ids_BS)
         vectors_BSD = jnp.where(active_BS[..., None], vectors_BSD, 0.0)
