@@ -39,8 +39,8 @@ def add_paper(paper: argparse.ArgumentParser, overrides_help: str) -> None:
         ),
         metavar="TABLE",
         help="main, rows (of the memory), initialisation, tiger, decoders, encoders, addresses, "
-        "levels, sweep (of the memory's sizes and rate), or all; or regime, which trains nothing: "
-        "whether the data have something for a memory to know",
+        "levels, or all of these; sweep, of the memory's sizes and rate; or regime, which trains "
+        "nothing: whether the data have something for a memory to know",
     )
     paper.add_argument(
         "--scale", choices=("tiny", "gpu"), default="tiny", help="tiny (default) or gpu"

@@ -207,7 +207,7 @@ def paper(options: argparse.Namespace) -> None:
     from prefixmem_jax.paper.plots import plot
     from prefixmem_jax.paper.regime import describe_regime
     from prefixmem_jax.paper.report import describe
-    from prefixmem_jax.paper.tables import TABLES
+    from prefixmem_jax.paper.tables import OF_THE_PAPER
     from prefixmem_jax.paper.workers import Workers, usual_count
 
     # The processes that train have the devices; this one has none.
@@ -219,7 +219,7 @@ def paper(options: argparse.Namespace) -> None:
         if options.table == "regime":
             print("\n".join(describe_regime(experiment.regime())))
             return
-        for table in TABLES if options.table == "all" else [options.table]:
+        for table in OF_THE_PAPER if options.table == "all" else [options.table]:
             result, path = experiment.table(table), experiment.folder / f"{table}.png"
             plot(path, result)
             print(f"\n{describe(result)}")

@@ -63,7 +63,7 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions_BS: jax.Array, frequency_H: jax.Array) -> Rotation:
-    """By positions and frequencies, float32 [..., 1, 1, H / 2]; for all layers that have these."""
+    """For all layers with these frequencies, float32 [H / 2], or [K, 1, 1, H / 2] of some kinds."""
     angle_BSH = positions_BS[..., None].astype(jnp.float32) * frequency_H
     cos, sin = jnp.cos(angle_BSH), jnp.sin(angle_BSH)
     if on_tpus():
