@@ -26,6 +26,7 @@ from prefixmem_jax.layers.attention import (
     self_attention,
     visible,
 )
+from prefixmem_jax.layers.fixed_products import halves_swapped, mean_by_product
 from prefixmem_jax.layers.splash_attention import splash_attention
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
@@ -270,6 +271,15 @@ def test_the_tpus_kernel_is_attention(heads, kv_heads, length):
             lambda q, k, v, window=window: attention(q, place, KeyValues(k, v), place, window, 0.1)
         )
         assert_same_trees(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [6, 128])
+def test_products_with_constants_are_a_mean_and_a_swap(size):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, size)).astype(np.float32)
+    first, second = np.split(x, 2, axis=-1)
+    np.testing.assert_array_equal(halves_swapped(x), np.concatenate([second, first], axis=-1))
+    mean = np.broadcast_to(x.mean(-1, keepdims=True), x.shape)
+    np.testing.assert_allclose(mean_by_product(x), mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])

@@ -30,6 +30,7 @@ from prefixmem_jax.data.batch import Batch, take_rows
 from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.layers.fixed_products import halves_swapped, mean_by_product
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.objectives.classification import Classification
@@ -560,6 +561,18 @@ def test_flops_count_loops_and_match_the_formula():
 
     kernel = jax.make_jaxpr(by_kernel)(jnp.zeros((24, 7)), jnp.zeros((7, 7)))
     assert 2 * kernel_flops(kernel) == matmul_flops(kernel) == 2 * 2 * 24 * 7 * 7
+    for fixed in (mean_by_product, halves_swapped):  # nor their gradients
+
+        def with_one(x, w, fixed=fixed):
+            return (fixed(x @ w) * (x @ w)).sum()
+
+        both = jax.grad(lambda x, w: ((x @ w) * (x @ w)).sum(), (0, 1))
+        counts = [
+            matmul_flops(jax.make_jaxpr(function)(x, weights[0]))
+            for x, weights in [(jnp.zeros((5, 8)), jnp.zeros((1, 8, 8)))]
+            for function in (jax.grad(with_one, (0, 1)), both)
+        ]
+        assert counts[0] == counts[1] > 0
     counts = []
     for sizes in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):  # the same work, however it is divided
         spec = spec_of(on_mesh(CONFIG, *sizes))

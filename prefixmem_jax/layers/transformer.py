@@ -14,6 +14,7 @@ from flax import nnx
 from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.layers.attention import KeyValues
 from prefixmem_jax.layers.dropout import dropout
+from prefixmem_jax.layers.fixed_products import halves_swapped, mean_by_product
 from prefixmem_jax.parallel.parameters import normal, parameter
 from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp, on_tpus
 
@@ -41,18 +42,7 @@ class RMSNorm(nnx.Module):
 def _mean(x: jax.Array) -> jax.Array:
     """The last axis' mean, float32, which broadcasts against x."""
     short = on_tpus() and x.shape[-1] <= LONGEST_PRODUCT
-    return _mean_by_product(x) if short else jnp.mean(x, axis=-1, keepdims=True)
-
-
-def _mean_by_product(x: jax.Array) -> jax.Array:
-    """The mean at each place of the last axis, as a product with a constant.
-
-    On TPUs this goes along with the products around it, where a sum along a vector and its way back
-    to each of the vector's places cost more than the projection to heads.
-    """
-    size = x.shape[-1]
-    shares = jnp.full((size, size), 1 / size, jnp.float32)
-    return jnp.einsum("...H,HG->...G", x, shares, precision="high")
+    return mean_by_product(x) if short else jnp.mean(x, axis=-1, keepdims=True)
 
 
 class Rotation(NamedTuple):
@@ -92,23 +82,11 @@ def rotate(x_BSNH: jax.Array, by_BSH: Rotation) -> jax.Array:
     cos, sin = by_BSH.cos[:, :, None], by_BSH.sin[:, :, None]
     x32_BSNH = x_BSNH.astype(jnp.float32)
     if on_tpus():
-        turned = x32_BSNH * cos + _halves_swapped(x_BSNH) * sin
+        turned = x32_BSNH * cos + halves_swapped(x_BSNH) * sin
     else:
         first, second = jnp.split(x32_BSNH, 2, axis=-1)
         turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BSNH.dtype)
-
-
-def _halves_swapped(x_BSNH: jax.Array) -> jax.Array:
-    """Float32 [B, S, N, H], as a product with a permutation, which is exact.
-
-    Half a head is less than a TPU's vector: cut and put together it takes half a dozen passes over
-    memory, where a product goes along with the projections around it.
-    """
-    size = x_BSNH.shape[-1]
-    swap_HG = jnp.asarray(np.roll(np.eye(size), size // 2, axis=1), x_BSNH.dtype)
-    exact = {"precision": "highest", "preferred_element_type": jnp.float32}
-    return jnp.einsum("BSNH,HG->BSNG", x_BSNH, swap_HG, **exact)
 
 
 def to_heads(x_BSD: jax.Array, weight: nnx.Param) -> jax.Array:

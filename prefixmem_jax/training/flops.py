@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from prefixmem_jax.layers import fixed_products
+
 # bfloat16 FLOP/s without sparsity, as published (cloud.google.com/tpu/docs, nvidia.com), by the
 # beginning of what JAX calls a device.
 PEAK_FLOPS = {
@@ -30,6 +32,7 @@ def peak_flops(device: jax.Device) -> float | None:
 def matmul_flops(traced: core.ClosedJaxpr) -> int:
     """FLOPs of all `dot_general`s in a call, on all devices, loops included (2 per multiply-add).
 
+    But of products with constants, which only TPUs have in place of sums (`layers.fixed_products`).
     Of a `cond` the branch with the most counts; of a kernel all blocks of its grid.
     """
     return _count(traced.jaxpr, counts=True)
@@ -48,7 +51,8 @@ def _count(jaxpr: Any, counts: bool) -> int:
     total = 0
     for equation in jaxpr.eqns:
         primitive = equation.primitive.name
-        if primitive == "dot_general" and counts:
+        fixed = fixed_products.SCOPE in str(equation.source_info.name_stack)
+        if primitive == "dot_general" and counts and not fixed:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
