@@ -169,7 +169,7 @@ def test_counting_by_hand(small, workers):
     sids = experiment.data.catalog.sids
     trained = [tuple(sids[item]) for item in split.items[split.train.indices()]]
     held_out = [tuple(sids[item]) for item in split.test.targets]
-    config = dataclasses.replace(experiment.base, sid_encoder=None)
+    config = experiment.base
     rows = len(training_source(config, experiment.data))
     turns = config.steps * config.data.batch_size / rows
     assert experiment.turns == turns and experiment.regime()["turns"] == turns

@@ -97,7 +97,10 @@ def _times_met(data: PreparedData, turns: float, level: int) -> np.ndarray:
 
 def describe_regime(regime: Mapping[str, Any]) -> list[str]:
     """Lines: what was counted, and the verdict, on a trained baseline if there is one."""
-    lines = [f"{regime['items']:,} items, {regime['turns']:.1f} turns of them; before each level:"]
+    lines = [
+        f"{regime['items']:,} items, {regime['turns']:.1f} turns of the training data; before each "
+        "level:"
+    ]
     for level, one in enumerate(regime["levels"], start=1):
         if level == 1:
             continue

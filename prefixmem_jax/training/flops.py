@@ -51,8 +51,7 @@ def _count(jaxpr: Any, counts: bool) -> int:
     total = 0
     for equation in jaxpr.eqns:
         primitive = equation.primitive.name
-        fixed = fixed_products.SCOPE in str(equation.source_info.name_stack)
-        if primitive == "dot_general" and counts and not fixed:
+        if primitive == "dot_general" and counts and not _is_fixed(equation):
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
@@ -67,6 +66,10 @@ def _count(jaxpr: Any, counts: bool) -> int:
             repeated = math.prod(equation.params["grid_mapping"].grid)
         total += inner * repeated
     return total
+
+
+def _is_fixed(equation: Any) -> bool:
+    return fixed_products.SCOPE in str(equation.source_info.name_stack)
 
 
 def _subjaxprs(params: dict[str, Any]) -> list[Any]:
