@@ -3,8 +3,8 @@
 #   TPU_NAME=NAME ZONE=ZONE [PROJECT=ID] launch/tpu_vm.sh CONFIG --out DIR [--logs FOLDER] [--dry-run] [arguments of `prefixmem train`]
 #   TPU_NAME=NAME ZONE=ZONE [PROJECT=ID] launch/tpu_vm.sh --tail            shows what all workers write
 #   TPU_NAME=NAME ZONE=ZONE [PROJECT=ID] launch/tpu_vm.sh --logs FOLDER     fetches what they wrote
-# CONFIG is a path within this repository; DIR is gs://BUCKET/RUN, or a folder that all workers share
-# (the data that the config names likewise). Workers need Python 3.11 to 3.13. What is
+# CONFIG is a path within this repository, or a name such as recommend/base; DIR is gs://BUCKET/RUN, or
+# a folder that all workers share (the data that the config names likewise). Workers need Python 3.11 to 3.13. What is
 # committed (HEAD) is copied, not edits beside it. The repository is copied to every worker, installed
 # there with the TPU build of JAX, and `prefixmem train CONFIG --distributed ...` is started on
 # all of them. What they write is shown, and kept in a file on each; --logs fetches these when the
@@ -63,7 +63,7 @@ if [ ${#arguments[@]} -eq 0 ]; then
   exit 0
 fi
 config=${arguments[0]}
-[ -f "$root/$config" ] || { echo "tpu_vm.sh: $config: no such file in the repository" >&2; exit 2; }
+[ -f "$root/$config" ] || [ -f "$root/configs/$config.py" ] || { echo "tpu_vm.sh: $config: no such file or config in the repository" >&2; exit 2; }
 [ "$follow" = no ] || { echo "tpu_vm.sh: --tail stands alone: what is started is shown anyhow" >&2; exit 2; }
 case " ${arguments[*]} " in *" --out "*) ;; *) echo "tpu_vm.sh: --out is needed: gs://BUCKET/RUN, or a folder that all workers share" >&2; exit 2 ;; esac
 archive=$(mktemp -u "${TMPDIR:-/tmp}/prefixmem_jax.XXXXXX").tar.gz

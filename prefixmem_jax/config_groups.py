@@ -271,7 +271,8 @@ class OptimizerConfig:
       trainable: which parameters learn. `new_tokens` freezes the LLM but for the embeddings (and
         head) of its SID tokens; `sid_encoder` freezes the whole LLM. The SID encoder always learns.
       clip_norm: bound on the global gradient norm; the memory's row gradients count in it.
-      weight_decay: on matrices of the dense model; norms and memory rows are not decayed.
+      weight_decay: on matrices and embeddings of the dense model; norms are not decayed, and memory
+        rows by `memory.weight_decay`.
       embedding_weight_decay: on its vectors of tokens and items instead; none means the same.
       final_rate: the learning rate at the end as a share of its peak.
       average_decay: keep an exponential moving average of the dense parameters with this decay a
@@ -380,7 +381,7 @@ class EvaluationConfig:
     beam: Annotated[PositiveInt, Field(le=100_000)] = 20
     batch_size: PositiveInt = 64
     item_share: Share = 0.7
-    transition_share: Share = 0.0
+    transition_share: Rate = 0.0
 
     @property
     def retrieves(self) -> bool:

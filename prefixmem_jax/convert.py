@@ -40,7 +40,7 @@ def export_run(
     tokenizer: str | None = None,
     catalog: Catalog | None = None,
 ) -> None:
-    """Writes a run's newest checkpoint as a Hugging Face folder.
+    """Writes a run (its checkpoint of `run.step`) as a Hugging Face folder.
 
     Dense parameters are held in memory whole, the memory's rows some megabytes at a time. With
     several processes all of them call alike: the first writes, and the others wait.

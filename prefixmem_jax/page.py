@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +32,24 @@ def write_page(path: Path, title: str, body: Sequence[str]) -> None:
     )
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a plot, .png where its name does not say otherwise."""
-    with replacing(path) as beside:
-        figure.savefig(beside, dpi=120, format=path.suffix.lstrip(".") or "png")
+@contextmanager
+def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw in, which is then written: a PNG where its name does not say otherwise.
+
+    Whoever else uses matplotlib in the process finds it as it was. Names are shown as they are:
+    `$^{` is no formula.
+
+    Args:
+      width, height: in inches.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        yield drawn
+        with replacing(path) as beside:
+            drawn.savefig(beside, dpi=120, format=path.suffix.lstrip(".") or "png")
 
 
 def preformatted(text: str) -> str:

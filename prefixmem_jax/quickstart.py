@@ -45,23 +45,27 @@ def quickstart_configs(
     for name, file in (SYNTHETIC if data is None else ON_DATA).items():
         config = load_config(packaged_configs() / file)
         if config.init.run is not None:
-            stage_one = str(out / STAGE_ONE)
+            stage_one = str(out.absolute() / STAGE_ONE)
             config = dataclasses.replace(
                 config, init=dataclasses.replace(config.init, run=stage_one)
             )
         if data is not None:
             config = override(config, f"data.path={data}")
-        for text in overrides:
-            if text.startswith("sid_encoder.") and config.sid_encoder is None:
-                continue  # the baseline has none
-            config = override(config, text)
-        configs[name] = config
+        configs[name] = _overridden(config, overrides)
     return configs
 
 
-def fit_sid_encoder(config: Config, levels: int) -> Config:
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+    for text in overrides:
+        if text.startswith("sid_encoder.") and config.sid_encoder is None:
+            continue  # the baseline has none
+        config = override(config, text)
+    return config
+
+
+def fit_sid_encoder(config: Config, levels: int, overrides: Sequence[str] = ()) -> Config:
     """Targets every level from the third on, whatever the depth of the data's SIDs; and the next
-    item's first, by whole SIDs, if the config does.
+    item's first, by whole SIDs, if the config does. What `overrides` say of it stands.
     """
     if config.sid_encoder is None:
         return config
@@ -76,7 +80,8 @@ def fit_sid_encoder(config: Config, levels: int) -> Config:
         target_levels=(*next_item, *range(3, levels + 1)),
         orders=levels if next_item else levels - 1,
     )
-    return dataclasses.replace(config, sid_encoder=sid_encoder)
+    fitted = dataclasses.replace(config, sid_encoder=sid_encoder)
+    return _overridden(fitted, [text for text in overrides if text.startswith("sid_encoder.")])
 
 
 def quickstart(
@@ -99,7 +104,7 @@ def quickstart(
     configs = quickstart_configs(out, data, overrides)
     prepared = prepare_data(configs["baseline"].data)
     levels = prepared.catalog.space.levels
-    configs = {name: fit_sid_encoder(config, levels) for name, config in configs.items()}
+    configs = {name: fit_sid_encoder(one, levels, overrides) for name, one in configs.items()}
     out.mkdir(parents=True, exist_ok=True)
     say(describe_data(prepared))
     transitions = None

@@ -163,6 +163,8 @@ def _vectors(
     prefix, width = "text_", None
     arrays = {name.removeprefix(prefix): x for name, x in fitted.items() if name.startswith(prefix)}
     by_words = embeddings is None and config.text_model is None
+    if embeddings is not None and config.text_model is not None:
+        raise UserError("--embeddings and text_model both say what vectors are; expected one")
     if fitted:
         width = config.quantizer.width(fitted)
         if bool(arrays) != by_words:

@@ -11,6 +11,7 @@ import numpy as np
 from prefixmem_jax.config_files import override
 from prefixmem_jax.data.conversion import ConversionConfig, convert
 from prefixmem_jax.data.formats.parquet import read_dataset
+from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.report import Results
 from prefixmem_jax.quickstart import quickstart
 from prefixmem_jax.recommender import recommend
@@ -53,6 +54,8 @@ def start(
     converted = convert(conversion, paths, raw)
     say(converted.describe())
     if converted.has_sids and embeddings is None:
+        if about_sids:
+            raise UserError(f"{about_sids[0]}: these items have SIDs; none are made")
         data = raw
     else:
         codes = f"quantizer.codes={codes_for(converted.items)}"

@@ -68,6 +68,8 @@ def combinations(
             "nothing varies; expected a key with several values, such as seed=0,1,2 (a value that "
             "has commas itself stands in brackets)"
         )
+    if "evaluation.select_by" in varied:
+        raise UserError("evaluation.select_by says which run is best; expected one value of it")
     chosen = list(itertools.islice(itertools.product(*varied.values()), MOST_RUNS + 1))
     if len(chosen) > MOST_RUNS:
         raise UserError(f"more than {MOST_RUNS:,} combinations; give fewer values")

@@ -22,7 +22,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # The same programs are compiled by many tests and commands; once a session is enough.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share that of the process that starts them
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefixmem-test-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# No test asks where in the source an operation is from.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 import forked
 import jax

@@ -17,6 +17,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "prefixmem_jax.start", "prefixmem_jax.sweep", "prefixmem_jax.benchmarks.step",
         "prefixmem_jax.hf.export", "torch", "transformers.models.auto", "matplotlib.pyplot",
+        "frozen",
     ]
 )  # fmt: skip
 

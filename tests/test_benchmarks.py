@@ -5,15 +5,19 @@ import subprocess
 import sys
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 from conftest import command_environment, prefixmem
+from matplotlib.figure import Figure
 
+from prefixmem_jax.benchmarks import load, step
 from prefixmem_jax.benchmarks.fixtures import (
     one_device_model,
     random_batches,
     table_training,
 )
+from prefixmem_jax.benchmarks.timing import bar_plot
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
@@ -34,6 +38,28 @@ def test_bench_memory_writes_numbers_and_a_plot(tmp_path):
     assert found["machine"]["devices"] == 8
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
     assert "dense AdamW" in done.stdout
+
+
+def test_plots_show_numbers_in_the_unit_that_they_name(tmp_path, monkeypatch):
+    """And leave matplotlib to whoever else uses it."""
+    shown, before = [], dict(matplotlib.rcParams)
+    save = Figure.savefig
+
+    def savefig(figure, *arguments, **options):
+        for axis in figure.axes:
+            shown.append((axis.get_title(), [bar.get_width() for bar in axis.patches]))
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    sizes = dict.fromkeys(("checkpoint", "largest_shard", "arrays", "peak", "state"), 10**9)
+    bar_plot(tmp_path / "load.png", load.panels({**sizes, "state_peak": 2 * 10**9}))
+    about = {"decoder": "small", "step_seconds": {"without": 0.25, "with": 0.5}}
+    bar_plot(tmp_path / "step.png", step.panels(about))
+    assert shown == [
+        ("host memory, GB", [1, 1, 1, 1, 1, 2]),
+        ("train step, small, ms", [250, 500]),
+    ]
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_bench_step_writes_the_overhead(tmp_path):
@@ -132,9 +158,9 @@ def test_row_wise_and_dense_tables_take_the_same_steps():
     spec = one_device_model("quickstart", memory, 4, 32, 16)
     batches = random_batches(spec, 1)
     calls = [table_training(spec, batches, dense=dense) for dense in (False, True)]
-    for step in range(2):  # the warm-up starts at rate zero: the second step moves the rows
+    for number in range(2):  # the warm-up starts at rate zero: the second step moves the rows
         row_wise, dense = (np.asarray(call()[0]) for call in calls)
-        if step == 0:
+        if number == 0:
             start = row_wise.copy()
     assert not np.array_equal(row_wise, start)
     np.testing.assert_allclose(row_wise, dense, rtol=1e-5, atol=1e-7)

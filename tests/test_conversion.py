@@ -207,6 +207,34 @@ def test_a_log_alone_in_its_own_order(tmp_path):
     assert "timestamps" not in pq.read_table(tmp_path / "out" / "histories.parquet").column_names
 
 
+@pytest.mark.parametrize("kind", ["csv", "recbole"])
+def test_ids_of_digits_are_text(tmp_path, kind):
+    """007 is not 7, and is the 007 of a catalogue that says it as text."""
+    log = [("01", "007", 1), ("01", "7", 2), ("1", "0042", 3), ("1", "007", 4)]
+    header, separator = ["user_id", "item_id", "timestamp"], ","
+    if kind == "recbole":
+        header, separator = ["user_id:token", "item_id:token", "timestamp:float"], "\t"
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "x.item").write_text("item_id:token\ttitle:token_seq\n007\tBond\n")
+    file = tmp_path / ("x/x.inter" if kind == "recbole" else "log.csv")
+    file.write_text(csv(log, header, separator))
+    pq.write_table(pa.table({"item_id": ["007"], "title": ["Bond"]}), tmp_path / "items.parquet")
+    paths = ["x"] if kind == "recbole" else ["items.parquet", "log.csv"]
+    run(tmp_path, paths, ["source=recbole"] if kind == "recbole" else [])
+    assert histories(tmp_path / "out") == {"01": ["007", "7"], "1": ["0042", "007"]}
+    titles, keys = read_titles(tmp_path / "out")
+    assert dict(zip(keys, titles, strict=True))["007"] == "Bond" and len(keys) == 3
+
+
+def test_integers_that_were_written_as_fractions_are_integers(tmp_path):
+    """As pandas does where one of them is missing elsewhere."""
+    (tmp_path / "log.csv").write_text("user_id,item_id\n3.0,10\n3.0,11\n")
+    (tmp_path / "items.csv").write_text("item_id,title\n10.0,Ten\n11.0,Eleven\n")
+    run(tmp_path, ["items.csv", "log.csv"], [])
+    assert histories(tmp_path / "out") == {"3": ["10", "11"]}
+    assert read_titles(tmp_path / "out")[0] == ["Ten", "Eleven"]
+
+
 @pytest.mark.parametrize("separator", ["::", ","])
 def test_movielens(tmp_path, separator):
     movies = [(7, "Amélie, the film (2001)", "Drama"), (9, "Up", "Comedy")]
@@ -256,10 +284,11 @@ TWO = csv(LOG, ["user_id", "item_id", "timestamp"])
         (["log.csv"], text("log.csv", "user_id,item_id,timestamp\na,b,soon\n"), [], "column 'timestamp': "),
         (["log.csv"], text("log.csv", "user_id,item_id,timestamp\na,b,1\na,c,\n"), [], "row 1: timestamp is missing"),
         (["log.csv"], text("log.csv", "user_id,item_id,timestamp\na,b,nan\na,c,1.5\n"), [], "timestamp is nan|timestamp is missing"),
-        (["log.csv"], text("log.csv", "user_id,item_id\n1,b\n,c\n"), [], "row 1: user_id is missing"),
+        (["log.csv"], text("log.csv", "user_id,item_id,timestamp\na,b,1.7e15\na,c,0.5\n"), [], "row 0: timestamp is 17000000"),
+        (["log.csv"], text("log.csv", "user_id,item_id\n1,b\n,c\n"), [], "row 1: user_id is empty"),
         (["log.csv"], text("log.csv", "user_id,item_id\na,b\n,c\n"), [], "row 1: user_id is empty"),
-        (["log.csv"], text("log.csv", "user_id,item_id\n1.5,b\n"), [], "column 'user_id' has numbers that are no ids"),
-        (["log.csv"], text("log.csv", "user_id,item_id\ntrue,b\n"), [], "column 'user_id' is bool, expected ids"),
+        (["log.jsonl"], text("log.jsonl", '{"user_id": 1.5, "item_id": "b"}\n'), [], "column 'user_id' has numbers that are no ids"),
+        (["log.jsonl"], text("log.jsonl", '{"user_id": true, "item_id": "b"}\n'), [], "column 'user_id' is bool, expected ids"),
         (["log.jsonl"], text("log.jsonl", "{\"user_id\": 1}\n{"), [], "log.jsonl: not readable"),
         (["log.jsonl"], text("log.jsonl", '{"user_id": [1], "item_id": 2}\n'), [], "column 'user_id' is list"),
         (["log.parquet"], text("log.parquet", "no"), [], "log.parquet: not readable"),

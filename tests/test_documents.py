@@ -5,6 +5,8 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import prefixmem
 from transformers import AutoTokenizer
@@ -342,6 +344,17 @@ def test_a_tokenizer_without_titles_or_place_is_refused(folder, tmp_path):
     out = tmp_path / "tokenizer"
     said = prefixmem("data", "tokenizer", tmp_path / "bare", "--out", out, expect=2).stderr
     assert "no item has a title" in said and not out.exists()
+
+
+def test_titles_need_no_sids_for_a_tokenizer(tmp_path):
+    titles = ["red lamp", "blue lamp", "red cup"]
+    (tmp_path / "raw").mkdir()
+    table = pa.table({"item_id": range(3), "title": titles})
+    pq.write_table(table, tmp_path / "raw" / "items.parquet")
+    done = prefixmem(
+        "data", "tokenizer", tmp_path / "raw", "--tokens", 300, "--out", tmp_path / "t"
+    )
+    assert "from 3 titles" in done.stdout and (tmp_path / "t" / "tokenizer.json").is_file()
 
 
 def test_what_was_trained_goes_through_a_file(tmp_path):

@@ -223,6 +223,10 @@ def test_mistakes_are_named(runs, tmp_path):
         evaluate_runs([folder / "first"], beam=0)
     with pytest.raises(UserError, match="--blend: expected a share of 0 to 1, got 30"):
         evaluate_runs([folder / "first", folder / "second"], blends=[0.3, 30])
+    with pytest.raises(UserError, match="--transition-share: expected 0 to below 1, got 1"):
+        evaluate_runs([folder / "first"], transition_share=1.0)
+    with pytest.raises(UserError, match=r"--item-share: expected 0 to 1, got 1\.5"):
+        evaluate_runs([folder / "first"], item_share=1.5)
     with pytest.raises(UserError, match="a run is named twice"):
         evaluate_runs([folder / "first", folder / "first"])
     with pytest.raises(UserError, match="not a run directory"):

@@ -176,7 +176,7 @@ def test_runs_are_listed(trained, tmp_path, capfd):
     assert "runs.json: no such folder" in capfd.readouterr().err
 
 
-def test_small_data_lowers_the_batch(tmp_path, caplog):
+def test_small_data_lowers_the_batch(tmp_path, caplog, monkeypatch):
     config = dataclasses.replace(
         CONFIG,
         steps=1,
@@ -188,6 +188,9 @@ def test_small_data_lowers_the_batch(tmp_path, caplog):
     assert "data.batch_size=4000: the training data packs into only" in caplog.text
     size = Run(tmp_path / "run").config.data.batch_size
     assert 8 <= size < 4000 and size % 8 == 0  # eight devices share a batch
+    monkeypatch.setattr("prefixmem_jax.parallel.mesh.all_devices", lambda: jax.devices()[:1])
+    train(dataclasses.replace(config, steps=2), tmp_path / "run", DATA)  # one device goes on alike
+    assert Run(tmp_path / "run").step == 2 and Run(tmp_path / "run").config.data.batch_size == size
 
 
 def test_one_bad_step_is_an_error_and_leaves_no_checkpoint(tmp_path):

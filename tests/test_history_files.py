@@ -1,7 +1,9 @@
 """Recommendations to all users of a file: those of one after the other, and gone on with after a kill."""
 
 import dataclasses
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from prefixmem_jax.data.history_files import HistoryFile
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.recommender import recommend, recommend_to_all
+from prefixmem_jax.runs.checksums import write_checksums
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.semantic_ids.catalog import Catalog
 
@@ -113,6 +116,23 @@ def test_a_killed_call_goes_on_where_it_was(engine, tmp_path, monkeypatch):
     with HistoryFile(path) as file:  # others are asked for: nothing is taken from before
         recommend_to_all(engine, "m", file, out, 2)
     assert_same(rows_of(out), one_by_one(engine, 2))
+
+
+def test_what_a_run_is_changes_with_what_it_recommends(run, tmp_path):
+    """Trained anew in the same folder, evaluated otherwise or with other counts it is another."""
+    shutil.copytree(run.path, tmp_path / "run")
+    before = Run(tmp_path / "run").identity()
+    assert Run(tmp_path / "run").identity() == before != run.identity()
+    step = Run(tmp_path / "run").step
+    (tmp_path / "run" / "checkpoints" / str(step) / "other").write_text("rows")
+    write_checksums(tmp_path / "run", step)
+    trained = Run(tmp_path / "run").identity()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["evaluation"]["item_share"] = 0.25
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    otherwise = Run(tmp_path / "run").identity()
+    (tmp_path / "run" / "transitions.npz").write_bytes(b"counts")
+    assert len({before, trained, otherwise, Run(tmp_path / "run").identity()}) == 4
 
 
 FAULTS = {

@@ -124,6 +124,18 @@ def test_the_loss_is_that_of_the_codes_and_a_softmax_over_items(vectors, data):
     assert without["count"] == sums["count"] == 24
 
 
+def test_a_weight_of_the_loss_is_one_of_the_items_too(data):
+    """A document that counts half, or twice, predicts the same items."""
+    config = with_head("own")
+    _, _, model, _, batch, found = one_batch(config, data)
+    once = jax.device_get(loss_sums(config, model, batch, found, None))
+    for weight in (0.5, 2.0):
+        weighted = batch._replace(loss_mask=weight * batch.loss_mask)
+        sums = jax.device_get(loss_sums(config, model, weighted, found, None))
+        for name in ("loss", "item_loss", "item_count", "count"):
+            np.testing.assert_allclose(sums[name], weight * once[name], rtol=1e-6)
+
+
 def test_items_that_are_drawn_stand_for_all_others(data):
     config = with_head("memory", negatives=20)
     _, _, model, rows_at, batch, found = one_batch(config, data)

@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, command_environment, prefixmem, python_block, python_without_us
 
 from prefixmem_jax.config_groups import SyntheticConfig
 from prefixmem_jax.data.synthetic import make_synthetic
+from prefixmem_jax.quickstart import fit_sid_encoder, quickstart_configs
 
 SMALL = [
     "steps=15",
@@ -66,6 +68,23 @@ def test_results_hold_every_metric_of_every_system(finished):
     assert abs(found["difference"] - difference) < 1e-9 and found["low"] <= found["high"]
     assert f"item_recall@10/constrained  {difference:+.4f}" in done.stdout
     assert "40 of them" in done.stdout  # the retrieval sample's size
+
+
+def test_what_is_said_of_the_memory_stands():
+    """Though the rest of it is made to fit the data's SIDs."""
+    said = ["sid_encoder.target_levels=(1,4)", "sid_encoder.rows=64"]
+    configs = quickstart_configs(Path("somewhere"), "data", said)
+    assert Path(configs["baseline"].data.path) == Path("data")
+    fitted = fit_sid_encoder(configs["prefixmem"], 5, said).sid_encoder
+    assert (fitted.target_levels, fitted.orders, fitted.rows) == ((1, 4), 5, 64)
+    assert fit_sid_encoder(configs["prefixmem"], 5).sid_encoder.target_levels == (1, 3, 4, 5)
+
+
+def test_a_relative_folder_is_the_same_as_its_whole_path(tmp_path, monkeypatch):
+    """From wherever the same command is called again."""
+    monkeypatch.chdir(tmp_path)
+    near, whole = (quickstart_configs(out, None) for out in (Path("x"), tmp_path / "x"))
+    assert near == whole and near["prefixmem"].init.run == str(tmp_path / "x" / "classification")
 
 
 def test_report_is_one_self_contained_page_with_plots_beside_it(finished):

@@ -227,6 +227,7 @@ def test_a_run_ends_when_validation_gets_no_better_and_keeps_the_best(tmp_path):
     state = train(config, tmp_path / "run")
     assert int(state.step) == 8  # 2 was the best; 4, 6 and 8 were not better
     run = Run(tmp_path / "run")
+    assert [r["step"] for r in read_metrics(run.path) if "gradient_norm" in r][-1] == 8
     with run.checkpoints() as checkpoints:
         assert checkpoints.steps == [8, 2]  # the newest, and the best
     assert run.step == 2 and Run(run.path, step="best").step == 2
@@ -244,6 +245,8 @@ def test_a_run_ends_when_validation_gets_no_better_and_keeps_the_best(tmp_path):
     by_loss = dataclasses.replace(options, select_by="loss", patience=3)
     other = train(dataclasses.replace(config, evaluation=by_loss), tmp_path / "run")
     assert int(other.step) == 20  # the first by another metric, 14, is the best by that one
+    with run.checkpoints() as checkpoints:
+        assert checkpoints.steps == [20, 14]
 
 
 @pytest.mark.parametrize(

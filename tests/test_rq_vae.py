@@ -6,17 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.item_vectors import VectorBatch
 from prefixmem_jax.data.pipeline import RowsInMemory, training_batches
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.models.rq_autoencoder import RqAutoencoder
 from prefixmem_jax.objectives import rq_vae as objective
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.quantizer_training import RUN, fit_quantizer
 from prefixmem_jax.runs.checkpoint import saved_steps
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
+from prefixmem_jax.semantic_ids.quantizers.quantizer import level_name
 from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
 from prefixmem_jax.semantic_ids.quantizers.rq_vae import RqVae
 from prefixmem_jax.semantic_ids.vectors import Vectors
@@ -96,6 +101,28 @@ def test_training_brings_back_more_than_kmeans(mesh, devices, tmp_path):
     assert [record["step"] for record in validated] == [100, 200, 300, 400, 500, 600]
     errors = [record["validation/reconstruction_error"] for record in validated]
     assert errors[-1] == pytest.approx(ours, rel=0.1) and errors[-1] < errors[0] < theirs
+
+
+def test_eleven_levels_are_taken_off_in_their_order():
+    """Not in that of their names, of which `level_10` comes before `level_2`."""
+    codes, rng = (3,) * 11, np.random.default_rng(0)
+    model = RqAutoencoder(6, 4, (8,), codes, nnx.Rngs(0))
+    for level in range(11):
+        codebook = getattr(model.codebooks, level_name(level))
+        codebook[...] = rng.standard_normal((3, 4)) * 0.8**level
+    vectors = jnp.asarray(rng.standard_normal((20, 6)), jnp.float32)
+    left = np.asarray(model.encoder(vectors))
+    committed = 0
+    for level in range(11):
+        codebook = np.asarray(getattr(model.codebooks, level_name(level))[...])
+        nearest = ((left[:, None] - codebook) ** 2).sum(axis=-1).argmin(axis=1)
+        left = left - codebook[nearest]
+        committed = committed + (left**2).sum(axis=1)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(vectors, NamedSharding(mesh, P(("data", "fsdp"), None)))
+        found = jax.jit(lambda x: model(x).committed)(placed)
+    np.testing.assert_allclose(found, committed, rtol=1e-5)
 
 
 def test_the_last_code_is_the_nearest(mesh, devices, tmp_path):
@@ -205,10 +232,13 @@ def test_vectors_are_read_as_they_are_drawn(devices, tmp_path, monkeypatch):
         return take(self, items)
 
     monkeypatch.setattr(Vectors, "take", noting)
+    monkeypatch.setattr("prefixmem_jax.semantic_ids.vectors.PIECE", 12 * 1000)
     monkeypatch.setattr(objective, "SAMPLE", 500)
     config = dataclasses.replace(RqVae(**SIZES, steps=10), codes=(2, 2))
     fit_quantizer(config, vectors, tmp_path / "fit")
-    assert taken.count(256) >= 10 and max(taken) == 1000  # those that are validated on
+    assert (
+        taken.count(256) >= 10 and max(taken) == 1000
+    )  # as many as a piece, and as are validated on
 
 
 def test_a_vector_that_is_not_finite_ends_it():

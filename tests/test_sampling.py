@@ -36,15 +36,3 @@ def test_nothing_is_written_after_an_end_token():
         length = at[0] + 1 if len(at) else NEW
         assert row[:length].tolist() == full[:length].tolist() and (row[length:] == -1).all()
     assert (stopped == -1).any()
-
-
-def test_sampling_follows_the_distribution():
-    model, rows_at, catalog, rng = make_model((4, 3, 5), 25, True, 2)
-    given = prompts(model, catalog, [rng.integers(0, 25, 2)] * 4000, 2)
-    found = jax.jit(lambda p, key: generate(model, rows_at, p, 1, (), 1.5, key))(
-        given, jax.random.key(0)
-    )
-    logits = whole_logits(model, rows_at, given.tokens[:1])[0, -1] / 1.5
-    expected = np.exp(logits) / np.exp(logits).sum()
-    share = np.bincount(np.asarray(found)[:, 0], minlength=len(expected)) / 4000
-    assert np.abs(share - expected).max() < 5 * np.sqrt(0.25 / 4000)

@@ -1,5 +1,6 @@
 """The SID-Transformer in the slot: what its vectors depend on, and that decoding agrees."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,16 +12,19 @@ from models import prompts, small_config, whole_logits
 from scipy.special import log_softmax
 
 from prefixmem_jax.config_files import override
-from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig
+from prefixmem_jax.config_groups import CheckpointConfig, DecoderConfig, MeshConfig
 from prefixmem_jax.convert import export_run
+from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.sid_transformer import SidTransformerConfig
 from prefixmem_jax.training.loop import train
+from prefixmem_jax.training.step import check_mesh
 
 SMALL = SidTransformerConfig(target_levels=(3, 4), layers=2, width=16, d_ff=24, heads=2)
 VOCABULARY = Vocabulary(SidSpace((3, 4, 5, 6)), text_tokens=10)
@@ -110,6 +114,15 @@ def test_it_trains_and_its_search_scores_as_whole_sequences_do(tmp_path):
         assert scores[user, beam] == pytest.approx(total, abs=1e-4)
     with pytest.raises(UserError, match="its SID encoder is sid_transformer"):
         export_run(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key, size", [("heads", 3), ("d_ff", 31)])
+def test_a_mesh_that_its_sizes_do_not_divide_by_is_refused(key, size):
+    encoder = dataclasses.replace(SMALL, **({"width": 24} if key == "heads" else {}), **{key: size})
+    config = small_config(DecoderConfig(), 0, sid_encoder=encoder)
+    mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
+    with pytest.raises(UserError, match=rf"sid_encoder\.{key}={size} does not divide by 2"):
+        check_mesh(config, prepare_data(config.data).vocabulary, mesh)
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,12 @@ def test_ways_that_cannot_be(data, tmp_path, changes, words):
     assert not (tmp_path / "x").exists()
 
 
+def test_vectors_are_from_one_place(data, tmp_path):
+    np.savez(tmp_path / "v.npz", item_id=np.arange(240), embedding=np.ones((240, 2)))
+    with pytest.raises(UserError, match="--embeddings and text_model both say what vectors are"):
+        make_sids(data, tmp_path / "x", tmp_path / "v.npz", [*WAYS, "text_model=some"])
+
+
 def test_titles_without_words_are_no_vectors(data, tmp_path):
     pq.write_table(pa.table({"item_id": IDS, "title": ["?"] * 240}), data / "items.parquet")
     with pytest.raises(UserError, match="240 titles with 0 different words are too few"):
@@ -290,6 +296,23 @@ def test_new_titles_have_the_vectors_of_old_ones():
     again = texts.TextVectors(fitted.arrays)(["red lamp 3", "nothing known", None])
     np.testing.assert_allclose(again[0], fitted(TITLES)[3], atol=1e-6)
     assert not again[1:].any() and np.linalg.norm(again[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_vectors_of_which_one_is_another_are_others():
+    array = np.ones((5000, 3))
+    digests = {vectors.Vectors(array, None, "x").sha256 for _ in range(2)}
+    for row in (0, 1, 4999):
+        other = array.copy()
+        other[row, 2] = 2
+        digests.add(vectors.Vectors(other, None, "x").sha256)
+    assert len(digests) == 4
+
+
+def test_ids_may_be_unsigned(tmp_path):
+    ids, array = np.array([1, 0, 2**40], np.uint64), np.arange(6.0).reshape(3, 2)
+    np.savez(tmp_path / "v.npz", item_id=ids, embedding=array)
+    found = vectors.read_vectors(tmp_path / "v.npz", 2, None, tmp_path / "unpacked")
+    np.testing.assert_array_equal(found.take(np.arange(2)), array[[1, 0]])
 
 
 def test_a_file_larger_than_a_piece_is_read_in_pieces(monkeypatch):

@@ -40,6 +40,14 @@ def test_it_is_the_cosine_of_weighted_words(words, most):
             np.testing.assert_allclose(row[kept], wanted[kept] / greatest.sum())
 
 
+def test_words_that_all_have_say_nothing(monkeypatch):
+    monkeypatch.setattr(similar, "COMMON", 3)
+    assert similar_items([["unknown"]] * 4, 8).nnz == 0
+    some = similar_items([["unknown", "red"], ["unknown", "red"], ["unknown"], ["unknown"]], 8)
+    np.testing.assert_array_equal(some.toarray()[:2, :2], [[0, 1], [1, 0]])
+    assert some.nnz == 2
+
+
 def test_prefixes_stand_for_words_where_there_are_no_titles():
     sids = np.array([[0, 1, 2], [0, 1, 3], [0, 2, 2], [1, 1, 2]])
     space = SidSpace((4, 4, 4))

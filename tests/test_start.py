@@ -7,6 +7,9 @@ import re
 import pytest
 from conftest import prefixmem, python_without_us
 
+from prefixmem_jax.errors import UserError
+from prefixmem_jax.start import start
+
 COLORS, THINGS = ["red", "green", "blue", "black"], ["lamp", "chair", "table", "cup", "rug"]
 SMALL = [
     "steps=6", "model.layers=1", "evaluation.validation_examples=30", "data.batch_size=8", "evaluation.users=30",
@@ -61,6 +64,17 @@ def test_files_that_are_none_leave_nothing(tmp_path):
         done = prefixmem("start", tmp_path / log, "--out", tmp_path / "a" / "b", expect=2)
         assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_data_that_have_sids_get_no_others(tmp_path):
+    (tmp_path / "x").mkdir()
+    for name, content in (
+        ("inter", {"ann": ["a", "b", "a"]}),
+        ("index", {"a": ["<a_0>"], "b": ["<a_1>"]}),
+    ):
+        (tmp_path / "x" / f"x.{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"quantizer\.seed=1: these items have SIDs; none are made"):
+        start([tmp_path / "x"], tmp_path / "o", None, ["source=lc_rec", "quantizer.seed=1"])
 
 
 def test_items_are_called_as_their_owner_calls_them(started):

@@ -59,6 +59,7 @@ def test_values_with_commas_stand_in_brackets():
         (["steps=1,x"], "steps: expected"),
         (["seed=" + ",".join(map(str, range(1001)))], "more than 1,000 combinations"),
         (["name=a/b,a?b"], "no folder name of their own"),
+        (["evaluation.select_by=loss,item_recall@10"], "select_by says which run is best"),
     ],
 )
 def test_mistakes_are_found_first(overrides, message):

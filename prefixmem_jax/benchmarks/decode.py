@@ -118,7 +118,9 @@ def _decode(
     return beam_search(CachedSidLM(nnx.merge(graphdef, params), None), prompts, width, trie)
 
 
-def _constraint(width: int, levels: int, logits: jax.Array, trie: list[TrieLevel]) -> jax.Array:
+def _constraint(
+    width: int, levels: int, logits: jax.Array, trie: list[TrieLevel]
+) -> tuple[jax.Array, jax.Array]:
     """What `beam_search` does between a model's log-probabilities of one level and the next."""
     users = len(logits)
     scores, nodes = jnp.zeros((users, 1)), jnp.zeros((users, 1), jnp.int32)
@@ -159,10 +161,10 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
     return [
         (
-            f"decode, beam {width}",
+            f"decode, beam {width}, ms",
             {
-                "no constraint": one["unconstrained_seconds"],
-                **{f"{int(s):,} SIDs": v for s, v in one["constrained_seconds"].items()},
+                "no constraint": 1e3 * one["unconstrained_seconds"],
+                **{f"{int(s):,} SIDs": 1e3 * v for s, v in one["constrained_seconds"].items()},
             },
         )
         for width, one in measured["by_beam"].items()

@@ -230,15 +230,21 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
     return [
         (
-            "train step by rows per table",
-            {f"{k:,}": v for k, v in measured["step_seconds"].items()},
+            "train step by rows per table, ms",
+            {f"{k:,}": 1e3 * v for k, v in measured["step_seconds"].items()},
         ),
         (
-            f"table alone, {measured['compared_rows']:,} rows per table",
-            {"row-wise": measured["row_wise_seconds"], "dense AdamW": measured["dense_seconds"]},
+            f"table alone, {measured['compared_rows']:,} rows per table, ms",
+            {
+                "row-wise": 1e3 * measured["row_wise_seconds"],
+                "dense AdamW": 1e3 * measured["dense_seconds"],
+            },
         ),
         (
-            f"fetch on {measured['machine']['devices']} devices",
-            {name.replace("_", " "): one["seconds"] for name, one in measured["fetch"].items()},
+            f"fetch on {measured['machine']['devices']} devices, ms",
+            {
+                name.replace("_", " "): 1e3 * one["seconds"]
+                for name, one in measured["fetch"].items()
+            },
         ),
     ]

@@ -193,11 +193,11 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
     systems = measured["systems"]
     return [
-        (title, {name: one[key] for name, one in systems.items()})
-        for title, key in (
-            ("fit, seconds", "fit_seconds"),
-            ("encode, seconds", "encode_seconds"),
-            ("memory, bytes", "peak"),
-            ("error, share of variance", "error"),
+        (title, {name: one[key] / unit for name, one in systems.items()})
+        for title, key, unit in (
+            ("fit, seconds", "fit_seconds", 1),
+            ("encode, seconds", "encode_seconds", 1),
+            ("memory, GB", "peak", 1e9),
+            ("error, share of variance", "error", 1),
         )
     ]

@@ -141,7 +141,7 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """What the plot shows."""
     shown = {"without": "without SID encoder", "with": "with SID encoder"}
     shown["item_head"] = "and item head"
-    named = {shown[name]: value for name, value in measured["step_seconds"].items()}
+    named = {shown[name]: 1e3 * value for name, value in measured["step_seconds"].items()}
     if "peer" in measured:
-        named["torch.compile"] = measured["peer"]["seconds"]
-    return [(f"train step, {measured['decoder']}", named)]
+        named["torch.compile"] = 1e3 * measured["peer"]["seconds"]
+    return [(f"train step, {measured['decoder']}, ms", named)]

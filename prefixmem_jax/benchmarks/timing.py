@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from prefixmem_jax.page import save_figure
+from prefixmem_jax.page import figure
 
 BLOCK = 4  # calls in a row; the first, which finds another call's data in the caches, is dropped
 
@@ -59,19 +59,12 @@ def machine() -> dict[str, Any]:
 
 
 def bar_plot(path: Path, panels: Sequence[tuple[str, dict[str, float]]]) -> None:
-    """One panel of horizontal bars per (title, seconds by name), in milliseconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 2.6), squeeze=False)
-    for axis, (title, seconds) in zip(axes[0], panels, strict=True):
-        bars = axis.barh(list(seconds), [1e3 * value for value in seconds.values()])
-        axis.bar_label(bars, fmt="%.1f", padding=2)
-        axis.set(title=title, xlabel="ms")
-        axis.margins(x=0.2)
-        axis.invert_yaxis()
-    figure.tight_layout()
-    save_figure(figure, path)
-    plt.close(figure)
+    """One panel of horizontal bars per (title with the unit, numbers by name)."""
+    with figure(path, 4.5 * len(panels), 2.6) as drawn:
+        axes = drawn.subplots(1, len(panels), squeeze=False)
+        for axis, (title, values) in zip(axes[0], panels, strict=True):
+            bars = axis.barh(list(values), list(values.values()))
+            axis.bar_label(bars, fmt="%.4g", padding=2)
+            axis.set(title=title)
+            axis.margins(x=0.2)
+            axis.invert_yaxis()

@@ -14,6 +14,8 @@ from prefixmem_jax.parallel.tpu_flags import set_tpu_flags
 
 # Verbs that keep what they have done, and go on from there.
 RESUMED = (
+    verbs.start_,
+    verbs.sids,
     verbs.quickstart,
     verbs.train,
     verbs.resume,

@@ -56,8 +56,8 @@ def add_evaluate(evaluation: argparse.ArgumentParser, distributed_help: str) -> 
         "--transition-share",
         type=float,
         metavar="SHARE",
-        help="of what stood next to what in training in a SID's probability, 0 to 1 (default: the "
-        "config's)",
+        help="of what stood next to what in training in a SID's probability, 0 to below 1 "
+        "(default: the config's)",
     )
     evaluation.add_argument(
         "--blend",

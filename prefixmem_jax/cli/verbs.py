@@ -61,7 +61,8 @@ def start_(options: argparse.Namespace) -> None:
     out = options.out
     start_job(paths, out, options.embeddings, overrides, say=print)
     run, names = out / "prefixmem", ("report.html", "data/sids.html", "results.json", "export")
-    print("\n" + "  ".join(visible(str(out / name)) for name in names))
+    there = (out / name for name in names if (out / name).exists())  # SIDs may not be ours
+    print("\n" + "  ".join(visible(str(path)) for path in there))
     print(visible(f"prefixmem recommend {run} --history ID,ID,..."))
 
 
@@ -104,12 +105,11 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def tokenizer(options: argparse.Namespace) -> None:
-    from prefixmem_jax.config_groups import DataConfig
-    from prefixmem_jax.data.prepare import load_catalog
+    from prefixmem_jax.data.formats.parquet import read_titles
     from prefixmem_jax.data.texts import TOKENIZER, train_tokenizer, write_tokenizer
     from prefixmem_jax.files import replacing_files
 
-    titles = [title for title in load_catalog(DataConfig(path=options.data)).titles if title]
+    titles = [title for title in read_titles(options.data)[0] if title]
     if not titles:
         raise UserError(f"{options.data}: no item has a title")
     trained = train_tokenizer(titles, options.tokens)
@@ -321,13 +321,12 @@ def _recommend_to_all(options: argparse.Namespace) -> None:
     from prefixmem_jax.data.history_files import HistoryFile
     from prefixmem_jax.recommender import recommend_to_all
     from prefixmem_jax.runs.run import Run
-    from prefixmem_jax.storage import absolute
 
     run = Run(options.run, step=options.step)
     with HistoryFile(options.histories) as histories:
         unknown = recommend_to_all(
             run.engine(run.catalog(options.data)),
-            f"{absolute(run.path)} {run.step}",
+            run.identity(),
             histories,
             options.out,
             options.top,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,9 +42,11 @@ def similar_items(words: Sequence[Sequence[str]], most: int) -> sparse.csr_array
 
     items = len(words)
     empty = sparse.csr_array((items, items))
+    met = Counter(word for one in words for word in set(one))
+    words = [[word for word in one if met[word] <= COMMON] for one in words]
     if not any(words):
         return empty
-    weighing = TfidfVectorizer(analyzer=list, sublinear_tf=True, max_df=min(COMMON, items))
+    weighing = TfidfVectorizer(analyzer=list, sublinear_tf=True)
     vectors = sparse.csr_array(weighing.fit_transform(words))
     rows, columns, alike = [], [], []
     with progress_bar(items, "comparing titles", "item") as bar:

@@ -112,8 +112,11 @@ def evaluate_runs(
         run.check_generates()
     shares = {"item_share": item_share, "transition_share": transition_share}
     for name, share in shares.items():
-        if share is not None and not 0 <= share <= 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected 0 to 1, got {share}")
+        # By counts alone most SIDs would have no probability.
+        below = share is not None and name == "transition_share" and share == 1
+        if share is not None and (below or not 0 <= share <= 1):
+            option, most = name.replace("_", "-"), "below 1" if below else "1"
+            raise UserError(f"--{option}: expected 0 to {most}, got {share}")
     changes: dict[str, Any] = {"users": users, "beam": beam, **shares}
     changes = {key: value for key, value in changes.items() if value is not None}
     if include_seen:

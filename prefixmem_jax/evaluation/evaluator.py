@@ -211,6 +211,8 @@ def evaluate_run(
         **about,
     }
     if first:
+        # Last comes what says that all are there, and of the same evaluation.
+        (run.path / "metrics.json").unlink(missing_ok=True)
         write_npz(run.path / "scores.npz", evaluated.scores, compressed=True)
         save_lists(run.path, evaluated.lists)
         write_json(run.path / "metrics.json", metrics)

@@ -5,17 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from prefixmem_jax.evaluation.metrics import CUTOFFS, SPLIT_BY_TRANSITION
-from prefixmem_jax.page import image, preformatted, save_figure, table, write_page
+from prefixmem_jax.page import figure, image, preformatted, table, write_page
 from prefixmem_jax.text import aligned, visible
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-# Names of runs are shown as they are: `$^{` is no formula.
-matplotlib.rcParams["text.parse_math"] = False
 
 Results = dict[str, dict[str, Any]]
 
@@ -92,71 +84,69 @@ def plot_learning_curves(path: Path, curves: dict[str, list[dict]], levels: int)
         in the last two) and `validation/...`.
     """
     metrics = ("validation/loss", f"validation/accuracy/level_{levels}")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), sharey="row", constrained_layout=True)
-    for row, metric in enumerate(metrics):
-        for column, (key, label, scale) in enumerate(
-            (
-                ("step", "steps", 1),
-                ("seconds", "training seconds, stage 1 included", 1),
-                ("flops", "training TFLOPs, stage 1 included", 1e-12),
-            )
-        ):
-            axis = axes[row, column]
-            for system, records in curves.items():
-                axis.plot(
-                    [record[key] * scale for record in records],
-                    [record[metric] for record in records],
-                    color=_COLORS[system],
-                    label=system,
-                    marker=".",
+    with figure(path, 12, 6.5) as drawn:
+        axes = drawn.subplots(2, 3, sharey="row")
+        for row, metric in enumerate(metrics):
+            for column, (key, label, scale) in enumerate(
+                (
+                    ("step", "steps", 1),
+                    ("seconds", "training seconds, stage 1 included", 1),
+                    ("flops", "training TFLOPs, stage 1 included", 1e-12),
                 )
-            axis.set_xlabel(label)
-            axis.grid(alpha=0.3)
-        axes[row, 0].set_ylabel(metric.removeprefix("validation/").replace("_", " "))
-    axes[0, 0].legend()
-    figure.suptitle("Validation while training (teacher-forced, next item of held-out users)")
-    save_figure(figure, path)
-    plt.close(figure)
+            ):
+                axis = axes[row, column]
+                for system, records in curves.items():
+                    axis.plot(
+                        [record[key] * scale for record in records],
+                        [record[metric] for record in records],
+                        color=_COLORS[system],
+                        label=system,
+                        marker=".",
+                    )
+                axis.set_xlabel(label)
+                axis.grid(alpha=0.3)
+            axes[row, 0].set_ylabel(metric.removeprefix("validation/").replace("_", " "))
+        axes[0, 0].legend()
+        drawn.suptitle("Validation while training (teacher-forced, next item of held-out users)")
 
 
 def plot_bars(path: Path, results: Results, metrics: list[str], title: str) -> None:
     """One group of bars per metric, one bar per system that has it."""
-    figure, axis = plt.subplots(figsize=(max(6.0, 2.1 * len(metrics)), 4), constrained_layout=True)
-    width = 0.8 / len(results)
-    for index, (system, values) in enumerate(results.items()):
-        shift = (index - (len(results) - 1) / 2) * width
-        shown = [i for i, metric in enumerate(metrics) if metric in values]
-        heights = [values[metrics[i]] for i in shown]
-        places = [i + shift for i in shown]
-        bars = axis.bar(places, heights, width, label=_label(system), color=_color(system, index))
-        axis.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
-    labels = [metric.removeprefix("tf_accuracy/").replace("/", "\n") for metric in metrics]
-    axis.set_xticks(range(len(metrics)), labels)
-    axis.margins(y=0.15)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_title(title)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=len(results))
-    save_figure(figure, path)
-    plt.close(figure)
+    with figure(path, max(6.0, 2.1 * len(metrics)), 4) as drawn:
+        axis = drawn.subplots()
+        width = 0.8 / len(results)
+        for index, (system, values) in enumerate(results.items()):
+            shift = (index - (len(results) - 1) / 2) * width
+            shown = [i for i, metric in enumerate(metrics) if metric in values]
+            heights = [values[metrics[i]] for i in shown]
+            places = [i + shift for i in shown]
+            color = _color(system, index)
+            bars = axis.bar(places, heights, width, label=_label(system), color=color)
+            axis.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
+        labels = [metric.removeprefix("tf_accuracy/").replace("/", "\n") for metric in metrics]
+        axis.set_xticks(range(len(metrics)), labels)
+        axis.margins(y=0.15)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_title(title)
+        drawn.legend(fontsize=8, loc="outside lower center", ncols=len(results))
 
 
 def plot_recall(path: Path, results: Results) -> None:
     """Item recall against K, constrained, with bootstrap intervals where there are some."""
-    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
-    for number, (system, values) in enumerate(results.items()):
-        names = {k: f"item_recall@{k}/constrained" for k in CUTOFFS}
-        shown = [k for k, name in names.items() if name in values]
-        color = _color(system, number)
-        recall = [values[names[k]] for k in shown]
-        axis.plot(shown, recall, marker="o", color=color, label=_label(system))
-        if shown and "intervals" in values:  # a beam may be narrower than the least K
-            low, high = zip(*(values["intervals"][names[k]] for k in shown), strict=True)
-            axis.fill_between(shown, low, high, color=color, alpha=0.15)
-    axis.set(xlabel="K", ylabel="item recall@K, constrained")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    save_figure(figure, path)
-    plt.close(figure)
+    with figure(path, 6, 4) as drawn:
+        axis = drawn.subplots()
+        for number, (system, values) in enumerate(results.items()):
+            names = {k: f"item_recall@{k}/constrained" for k in CUTOFFS}
+            shown = [k for k, name in names.items() if name in values]
+            color = _color(system, number)
+            recall = [values[names[k]] for k in shown]
+            axis.plot(shown, recall, marker="o", color=color, label=_label(system))
+            if shown and "intervals" in values:  # a beam may be narrower than the least K
+                low, high = zip(*(values["intervals"][names[k]] for k in shown), strict=True)
+                axis.fill_between(shown, low, high, color=color, alpha=0.15)
+        axis.set(xlabel="K", ylabel="item recall@K, constrained")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
 
 
 def write_comparison(folder: Path, results: Results, levels: int) -> None:

@@ -19,18 +19,14 @@ def generate(
     prompts: Batch,
     new_tokens: int,
     end_tokens: Sequence[int] = (),
-    temperature: float = 0.0,
-    key: jax.Array | None = None,
 ) -> jax.Array:
-    """Continues every prompt.
+    """Continues every prompt by the likeliest token, again and again.
 
     Args:
       rows_at: reads the SID encoder's memory table; None where it owns none.
       prompts: one document a row, padded on the right.
       new_tokens: how many at most.
       end_tokens: end a row where one is generated.
-      temperature: 0 takes the likeliest token; above, tokens are drawn from
-        softmax(logits / temperature) with `key`.
 
     Returns:
       int32 [rows, new_tokens]; -1 after an end token.
@@ -51,16 +47,10 @@ def generate(
 
     window, known = last_tokens(tokens, length, model.reach + 1)
 
-    def choose(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        logits = model.llm.softmax_head().logits(hidden)[:, 0]
-        if temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        drawn = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
-        return drawn.astype(jnp.int32)
-
     def one_token(carry: tuple, step: jax.Array) -> tuple:
         hidden, cache, window, known, done = carry
-        token = choose(hidden, step)
+        logits = model.llm.softmax_head().logits(hidden)[:, 0]
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         written = jnp.where(done, -1, token)
         done |= jnp.isin(token, jnp.array(end_tokens, jnp.int32))
         window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)

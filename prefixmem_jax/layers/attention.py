@@ -147,7 +147,8 @@ def beam_attention(
     query = query_BSNH.reshape(batch, length, kv_heads, heads // kv_heads, size)
     wide = {"preferred_element_type": jnp.float32}
     to_prompt = jnp.einsum("BSKGH,BTKH->BKGST", query, prompt.keys, **wide) * scale
-    to_own = (query[:, :, None] * own.keys[:, :, :, :, None]).astype(jnp.float32).sum(-1) * scale
+    query32, keys32 = query.astype(jnp.float32), own.keys.astype(jnp.float32)
+    to_own = (query32[:, :, None] * keys32[:, :, :, :, None]).sum(-1) * scale
     to_own = jnp.moveaxis(to_own, (1, 2), (3, 4))  # [B, K, G, S, A]
     lowest = jnp.finfo(jnp.float32).min
     near_A = count - 1 - jnp.arange(count) < window

@@ -190,7 +190,7 @@ def _forward(here: _Loss, *operands: jax.Array) -> tuple[tuple, tuple]:
 
 def _backward(here: _Loss, gradients: tuple, cotangents: tuple) -> tuple:
     del here
-    by_hidden, by_weight = (x * cotangents[0].astype(x.dtype) for x in gradients)
+    by_hidden, by_weight = ((x * cotangents[0]).astype(x.dtype) for x in gradients)
     return by_hidden, by_weight, None, None
 
 

@@ -92,7 +92,8 @@ class RqAutoencoder(nnx.Module):
             _nearest_by_level, (jax.lax.stop_gradient(latent_BZ),), codebooks
         )
         left_BZ, committed_B = latent_BZ, 0.0
-        for level, codebook_KZ in enumerate(codebooks.values()):
+        for level in range(len(codebooks)):
+            codebook_KZ = codebooks[level_name(level)]
             left_BZ = left_BZ - take(codebook_KZ, codes_BL[:, level], "batch", None)
             committed_B += jnp.sum(left_BZ**2, axis=1)
         # The codes' sum, with the latent vector's gradient: straight through.
@@ -111,7 +112,8 @@ def _nearest_by_level(
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
     """Codes int32 [B, levels], and by level how many have each, and the sums of these."""
     left_BZ, codes, counts, sums = latent_BZ, [], {}, {}
-    for level, codebook_KZ in codebooks.items():
+    for level in map(level_name, range(len(codebooks))):  # the dict's order: 1, 10, 2
+        codebook_KZ = codebooks[level]
         code_B, _, count_K, sums[level] = nearest(left_BZ, np.int32(len(left_BZ)), codebook_KZ)
         counts[level] = count_K.astype(jnp.float32)
         left_BZ = left_BZ - codebook_KZ[code_B]

@@ -162,9 +162,10 @@ def _item_sums(
     rows: Lookup,
     in_training: bool,
 ) -> dict[str, jax.Array]:
-    next_item_BS = batch.next_item * mask_BS.astype(jnp.int32)
+    next_item_BS = jnp.where(mask_BS > 0, batch.next_item, 0)
     index_BP, items_BP = item_places(next_item_BS, model.vocabulary.levels)
-    there_BP = (items_BP >= 0).astype(jnp.float32)
+    weight_BP = take_positions(mask_BS[..., None], index_BP)[..., 0]
+    there_BP = jnp.where(items_BP >= 0, weight_BP, 0.0)
     sums = {"item_count": jnp.sum(there_BP)}
     hidden_BPD = take_positions(hidden_BSD, index_BP)
     weight_DI = model.item_head.weight(model.sid_encoder, rows, hidden_BSD.dtype)

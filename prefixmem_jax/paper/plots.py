@@ -7,14 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-from prefixmem_jax.page import save_figure
-from prefixmem_jax.paper.tables import CUTOFFS, SPLITS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from prefixmem_jax.page import figure
+from prefixmem_jax.paper.tables import CUTOFFS, SPLITS
 
 Result = dict[str, Any]
 # Fewer test users than these are too few for a point of a curve.
@@ -31,17 +27,16 @@ def plot(path: Path, result: Result) -> None:
     panels += [_by_recall, _by_reachability, _by_popularity]
     panels += [_by_steps] * any(row.get("curve") for row in result["rows"].values())
     columns = (len(panels) + 1) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(6 * columns, 8), constrained_layout=True)
-    for axis, draw in zip(axes.flat, panels, strict=False):
-        draw(axis, result)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
-    save_figure(figure, path)
-    plt.close(figure)
+    with figure(path, 6 * columns, 8) as drawn:
+        axes = drawn.subplots(2, columns)
+        for axis, draw in zip(axes.flat, panels, strict=False):
+            draw(axis, result)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
 
 
 def _deepest(result: Result) -> str:

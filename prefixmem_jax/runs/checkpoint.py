@@ -101,10 +101,14 @@ class Checkpoints:
     stands for it.
     """
 
-    def __init__(self, run: Path, keep: int | None = None):
-        """Opens a run's checkpoints: for writing where `keep` is given, else only to read."""
+    def __init__(self, run: Path, keep: int | None = None, metric: str | None = None):
+        """Opens a run's checkpoints: for writing where `keep` is given, else only to read.
+
+        Args:
+          metric: by which one is the best, and kept beside the newest; None: by none.
+        """
         self.run = run
-        self.keep = keep
+        self.keep, self.metric = keep, metric
         if keep is None and not has_checkpoint(run):
             raise UserError(f"{run}: not a run directory with a checkpoint in {FOLDER}/")
         self._damaged: dict[int, str] = {}  # those that stay, where none is whole
@@ -126,7 +130,8 @@ class Checkpoints:
             self._place.bring(step)
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["best"],
+            # Values of another metric, before the config named this one, cannot be compared.
+            get_metric_fn=lambda metrics: metrics.get(metric, -math.inf),
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -219,14 +224,13 @@ class Checkpoints:
 
         Args:
           metadata: JSON, comes back from `metadata`.
-          best: the value by which this is the best so far; the one with the largest is kept, beside
-            the newest.
+          best: the metric's value by which this is the best so far, the larger the better.
         """
         self._wait()
         response = self._checkpointer.save_checkpointables_async(
             step,
             parts,
-            metrics=None if best is None else {"best": best},
+            metrics=None if best is None else {self.metric: best},
             custom_metadata=metadata,
         )
         if jax.process_index() == 0:

@@ -22,7 +22,7 @@ from prefixmem_jax.data.shards import index_sha256
 from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.data.transitions import Transitions
 from prefixmem_jax.errors import UserError
-from prefixmem_jax.files import write_json, write_text
+from prefixmem_jax.files import sha256_of, write_json, write_text
 from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.kinds import kind_name
 from prefixmem_jax.model_spec import ModelSpec
@@ -33,11 +33,12 @@ from prefixmem_jax.runs.checkpoint import (
     averaged,
     has_checkpoint,
 )
+from prefixmem_jax.runs.checksums import CHECKSUMS
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.catalog import Catalog
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.storage import is_remote, make_folder, to_path
+from prefixmem_jax.storage import absolute, is_remote, make_folder, to_path
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +184,12 @@ class Run:
             raise UserError(f"{path}: of {found.near.shape[0]} items, the run has {items}")
         return found
 
+    def identity(self) -> str:
+        """What another model, or this one after other training, does not have."""
+        files = (self.path / CHECKSUMS / f"{self.step}.json", self.path / TRANSITIONS)
+        digests = [sha256_of(file).hex() for file in files if file.is_file()]
+        return f"{absolute(self.path)} {self.step} {to_json(self.config.evaluation)} {digests}"
+
     def check_generates(self) -> None:
         """Raises UserError where its model does not generate SIDs."""
         if not self.config.objective.generates:
@@ -196,7 +203,7 @@ class Run:
         return ModelSpec.create(self.config, self.vocabulary, make_mesh(devices=devices))
 
     def load(self, spec: ModelSpec, parts: Iterable[str] | None = None) -> dict[str, Any]:
-        """Parts of its newest checkpoint as `spec` wants them (default: all of the model).
+        """Parts of the checkpoint of `step` as `spec` wants them (default: all of the model).
 
         Optimizer states are never read.
         """
@@ -219,7 +226,7 @@ class Run:
     def engine(
         self, catalog: Catalog | None = None, devices: Sequence[jax.Device] | None = None
     ) -> Engine:
-        """Its newest checkpoint, ready to search.
+        """The checkpoint of `step`, ready to search.
 
         Args:
           catalog: default: that of its data.

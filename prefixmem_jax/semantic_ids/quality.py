@@ -185,7 +185,7 @@ def _add_purity(levels: list[dict[str, Any]], ids: np.ndarray, vectors: Vectors)
 
 
 def target_levels(measured: dict[str, Any]) -> tuple[int, ...]:
-    """Levels that a memory is for: those with more prefixes before them than there are codes.
+    """Levels at which a memory can help: those with more prefixes before them than there are codes.
 
     A code's embedding can say what the code means wherever it stands; what it means after each of
     so many prefixes only a memory of prefixes can.
@@ -243,15 +243,16 @@ def verdicts_on(measured: dict[str, Any]) -> list[Verdict]:
                     True,
                     f"level {number}: {share:.0%} of next items come after a prefix of which one "
                     f"turn of training meets each likely code {MET[0]} to {MET[1]} times, which is "
-                    "where a memory gained most (docs/paper.md)",
+                    "where a small decoder gained most from a memory (docs/paper.md)",
                 )
             )
     levels = target_levels(measured)
     said.append(
         Verdict(
             True,
-            f"a memory of prefixes would help levels {', '.join(map(str, levels))}: more prefixes "
-            "lead there than there are codes"
+            f"a memory of prefixes can help at levels {', '.join(map(str, levels))}, where more "
+            "prefixes lead than there are codes; whether it does depends on how long a run trains: "
+            "`prefixmem paper regime`"
             if levels
             else "no level has more prefixes before it than there are codes: a memory of prefixes "
             "has little to add",

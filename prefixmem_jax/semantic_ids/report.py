@@ -6,15 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from prefixmem_jax.files import write_json
-from prefixmem_jax.page import image, preformatted, save_figure, write_page
+from prefixmem_jax.page import figure, image, preformatted, write_page
 from prefixmem_jax.semantic_ids.quality import MET, target_levels, verdicts_on
 from prefixmem_jax.text import aligned
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PAGE = "sids.html"
 # Measures of a level, how they are headed, and how they are shown.
@@ -71,18 +66,17 @@ def _plot(path: Path, levels: list[dict[str, Any]]) -> None:
          ("reconstruction_error", "neighbour_purity", "neighbour_purity_by_chance",
           "counting_accuracy", "met_often_enough")),
     ]  # fmt: skip
-    figure, axes = plt.subplots(1, len(groups), figsize=(12, 3.6), constrained_layout=True)
-    numbers = range(1, len(levels) + 1)
-    for axis, (title, names) in zip(axes, groups, strict=True):
-        for name in (name for name in names if name in levels[0]):
-            values = [one[name] for one in levels]
-            if title == "share of codes":
-                values = [value / one["codes"] for value, one in zip(values, levels, strict=True)]
-            axis.plot(numbers, values, marker="o", label=COLUMNS[name][0])
-        axis.set(title=title, xlabel="level", xticks=list(numbers))
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(fontsize=8)
-    save_figure(figure, path)
-    plt.close(figure)
+    with figure(path, 12, 3.6) as drawn:
+        axes = drawn.subplots(1, len(groups))
+        numbers = range(1, len(levels) + 1)
+        for axis, (title, names) in zip(axes, groups, strict=True):
+            for name in (name for name in names if name in levels[0]):
+                values = [one[name] for one in levels]
+                if title == "share of codes":
+                    values = [one[name] / one["codes"] for one in levels]
+                axis.plot(numbers, values, marker="o", label=COLUMNS[name][0])
+            axis.set(title=title, xlabel="level", xticks=list(numbers))
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            if axis.has_data():
+                axis.legend(fontsize=8)

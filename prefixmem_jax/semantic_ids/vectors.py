@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,6 @@ from prefixmem_jax.errors import UserError
 EMBEDDING = "embedding"
 # Numbers read at a time.
 PIECE = 1 << 24
-# Vectors by which others are told from these.
-DIGESTED = 1000
 
 
 class Vectors:
@@ -54,11 +53,13 @@ class Vectors:
         """As `take`, or of one item: so that batches can be drawn from them as from an array."""
         return self.take(np.array([items]))[0] if np.ndim(items) == 0 else self.take(items)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Digest of how many there are, and of some of them."""
-        some = np.unique(np.linspace(0, self.count - 1, DIGESTED).astype(int))
-        return hashlib.sha256(self.take(some).tobytes() + str(self.count).encode()).hexdigest()
+        """Digest of all of them."""
+        digest = hashlib.sha256()
+        for _, vectors in self.pieces():
+            digest.update(vectors.tobytes())
+        return digest.hexdigest()
 
     def slices(self) -> Iterator[slice]:
         """All items, a piece at a time."""
@@ -95,7 +96,9 @@ def read_vectors(path: Path, items: int, keys: Sequence[str] | None, unpacked: P
         raise UserError(f"{path}: {len(ids)} item ids, but {len(array)} vectors")
     if keys is None and not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"{path}: column 'item_id' must hold integers without nulls")
-    if keys is not None:
+    if keys is None:
+        ids = np.where(ids < items, ids, -1).astype(np.int64)
+    else:
         item_of_key = {key: item for item, key in enumerate(keys)}
         ids = np.array([item_of_key.get(key, -1) for key in ids.astype(str).tolist()], np.int64)
     row_of_item = np.full(items, -1, np.int64)

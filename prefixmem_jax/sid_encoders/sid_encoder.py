@@ -102,6 +102,11 @@ class SidEncoderConfig(Kind, ABC):
             scale.
         """
 
+    def divided(self, fsdp: int, tensor: int) -> list[tuple[str, int, int]]:
+        """Keys whose sizes have to divide by so many devices of a mesh: key, size, devices."""
+        del fsdp, tensor
+        return []
+
     @property
     def reads_items(self) -> bool:
         """Whether its table has rows of whole items, which it adds up where an item ends."""

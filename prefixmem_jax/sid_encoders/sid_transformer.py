@@ -57,6 +57,13 @@ class SidTransformerConfig(SidEncoderConfig):
                     f"2..{space.levels} (the SIDs have {space.levels} levels)"
                 )
 
+    def divided(self, fsdp: int, tensor: int) -> list[tuple[str, int, int]]:
+        return [
+            ("sid_encoder.heads", self.heads, tensor),
+            ("sid_encoder.d_ff", self.d_ff, tensor),
+            ("sid_encoder.width", self.width, fsdp * tensor),
+        ]
+
     def build(
         self, vocabulary: Vocabulary, d_model: int, output_std: float | None, rngs: nnx.Rngs
     ) -> SidTransformer:

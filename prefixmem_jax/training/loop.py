@@ -80,7 +80,8 @@ def train(
     data = training_data(config) if data is None else data
     mesh = make_mesh(config.mesh)
     source = training_source(config, data)
-    config = with_batch_size(config, len(source), mesh)
+    saved = run.config.data.batch_size if run.has_checkpoint else None
+    config = with_batch_size(config, len(source), mesh, saved)
     check_mesh(config, data.vocabulary, mesh)
     spec = ModelSpec.create(config, data.vocabulary, mesh)
     iterator = training_batches(source, config.data.batch_size, config.seed)
@@ -104,7 +105,8 @@ def train(
         validation = objective.validation_rows(
             data, config.data, config.evaluation.validation_examples, mesh.shape["tensor"]
         )
-        checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint.keep))
+        keeping = Checkpoints(folder, config.checkpoint.keep, config.evaluation.select_by)
+        checkpoints = stack.enter_context(keeping)
         patience = config.evaluation.patience
         rows = len(source)
         progress = Progress(0, config.steps, rows, patience=patience)
@@ -124,8 +126,8 @@ def train(
             retrieval = ValidationRetrieval(spec, data, counts)
         validating = Validation(spec, writer, validation, retrieval)
         hooks: list[Hook] = [
+            validating,  # first: what it finds may make this step the last, which all others note
             Logging(spec, writer, bar),
-            validating,
             Checkpointing(
                 spec,
                 checkpoints,
@@ -142,13 +144,19 @@ def train(
         return run_steps(spec, state, iterator, hooks, progress, bar, run.path)
 
 
-def with_batch_size(config: Config, rows: int, mesh: Mesh) -> Config:
-    """The config, its batch no larger than what there is to learn from."""
+def with_batch_size(config: Config, rows: int, mesh: Mesh, saved: int | None = None) -> Config:
+    """The config, its batch no larger than what there is to learn from.
+
+    Args:
+      saved: of the run that goes on.
+    """
     data, fsdp, _ = mesh.devices.shape
     least = data * fsdp * config.optimizer.accumulation_steps
     size = rows - rows % least
     if size >= config.data.batch_size or size == 0:
         return config
+    if saved is not None and rows // 2 < saved <= rows:
+        size = saved  # as another mesh left it
     log.warning(
         f"data.batch_size={config.data.batch_size}: the training data packs into only {rows} rows; "
         f"going on with batches of {size}"

@@ -242,9 +242,12 @@ def compile_train_step(spec: ModelSpec) -> jax.stages.Compiled:
 def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
     """Raises UserError where the config's sizes do not divide over the mesh, or are too large."""
     data, fsdp, tensor = mesh.devices.shape
-    table = None if config.sid_encoder is None else config.sid_encoder.table(vocabulary.space)
-    if table is not None:
-        table.rows_per_device(mesh.size)
+    of_encoder = []
+    if config.sid_encoder is not None:
+        of_encoder = config.sid_encoder.divided(fsdp, tensor)
+        table = config.sid_encoder.table(vocabulary.space)
+        if table is not None:
+            table.rows_per_device(mesh.size)
     accumulated = config.optimizer.accumulation_steps
     codes_alone = sum(vocabulary.space.codebook_sizes) if config.objective.sids_alone else 0
     has_item_vectors = config.item_head is not None and config.item_head.vectors == "own"
@@ -261,6 +264,7 @@ def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
             vocabulary.item_outputs if has_item_vectors else 0,
             tensor,
         ),
+        *of_encoder,
         ("devices of one process", jax.local_device_count(), tensor),
     ):
         if size % shares:

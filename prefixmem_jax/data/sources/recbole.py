@@ -61,6 +61,6 @@ class RecBole(Source):
 
 
 def _untyped(path: Path) -> pa.Table:
-    """A file's columns, named without their types: `user_id:token` is `user_id`."""
-    table = read_table(path, separator="\t")
+    """A file's columns, named without their types: `user_id:token` is `user_id`, and text."""
+    table = read_table(path, separator="\t", ids=("user_id:token", "item_id:token"))
     return table.rename_columns([name.partition(":")[0] for name in table.column_names])

@@ -72,12 +72,15 @@ def one_folder(paths: Sequence[Path], expected: str) -> Path:
     return paths[0]
 
 
-def read_table(path: Path, separator: str | None = None) -> pa.Table:
+def read_table(
+    path: Path, separator: str | None = None, ids: Sequence[str | None] = ()
+) -> pa.Table:
     """A table of a CSV or TSV file with a header, of JSON lines, or of Parquet.
 
     Args:
       path: its ending says which (.csv, .tsv, .txt, .json, .jsonl, .parquet; .gz and .bz2 too).
       separator: of another kind of text file; it has a header too.
+      ids: columns, where they are there, whose text is what it is: `007` is not `7`.
     """
     suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".bz2")]
     kind = suffixes[-1] if suffixes else ""
@@ -95,7 +98,10 @@ def read_table(path: Path, separator: str | None = None) -> pa.Table:
                 )
             options = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
             with pa.input_stream(path) as stream:
-                table = pa.csv.read_csv(stream, parse_options=options)
+                texts = pa.csv.ConvertOptions(
+                    column_types={name: pa.string() for name in ids if name is not None}
+                )
+                table = pa.csv.read_csv(stream, parse_options=options, convert_options=texts)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not readable ({shortened(reason, 200)})") from None
@@ -144,6 +150,10 @@ def ids_of(path: Path, table: pa.Table, name: str) -> pa.Array:
         row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"{path}: row {row}: {name} is missing")
     texts = values.cast(pa.string())
+    whole = pc.match_substring_regex(texts, r"^[0-9]+\.0$")
+    if len(texts) and pc.all(pc.or_(whole, pc.match_substring_regex(texts, "^[0-9]+$"))).as_py():
+        # Integers that a program took for fractions when it wrote them.
+        texts = pc.replace_substring_regex(texts, r"\.0$", "")
     empty = np.flatnonzero(pc.equal(texts, "").to_numpy(zero_copy_only=False))
     if len(empty):
         raise UserError(f"{path}: row {int(empty[0])}: {name} is empty")
@@ -168,10 +178,12 @@ def times_of(path: Path, table: pa.Table, name: str) -> np.ndarray:
         raise UserError(f"{path}: row {row}: {name} is missing")
     if pa.types.is_floating(values.type):
         numbers = values.to_numpy()
-        bad = np.flatnonzero(~np.isfinite(numbers) | (np.abs(numbers) > 2**62))
+        whole = np.all((numbers == np.floor(numbers)) | ~np.isfinite(numbers))
+        kept = numbers if whole else numbers * 1e6
+        bad = np.flatnonzero(~np.isfinite(kept) | (np.abs(kept) > 2**62))
         if len(bad):
             raise UserError(f"{path}: row {int(bad[0])}: {name} is {numbers[bad[0]]}")
-        return (numbers if np.all(numbers == np.floor(numbers)) else numbers * 1e6).astype(np.int64)
+        return kept.astype(np.int64)
     return values.cast(pa.int64()).to_numpy()
 
 

@@ -49,7 +49,7 @@ class Tables(Source):
             raise UserError("expected ITEMS INTERACTIONS, or INTERACTIONS alone")
         catalogue = self._items(paths[0]) if len(paths) == 2 else None
         path = paths[-1]
-        table = read_table(path)
+        table = read_table(path, ids=(self.user, self.item, *USER, *ITEM))
         user = column(path, table, "source.user", self.user, USER)
         item = column(path, table, "source.item", self.item, ITEM)
         times = None
@@ -61,7 +61,7 @@ class Tables(Source):
         )
 
     def _items(self, path: Path) -> RawItems:
-        table = read_table(path)
+        table = read_table(path, ids=(self.item_id, *ITEM))
         ids = ids_of(path, table, column(path, table, "source.item_id", self.item_id, ITEM))
         titles = None
         if self.title is not None or set(TITLE) & set(table.column_names):

@@ -155,7 +155,7 @@ class Catalog:
         Args:
           history: items, the newest last.
           had: what the history holds, as leaves.
-          returns: how probable it is in all; zero leaves it out, None leaves all as it is.
+          returns: how probable it is in all; zero leaves it out.
         """
         if self.transitions is None:
             return None
