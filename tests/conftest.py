@@ -30,6 +30,7 @@ import forked
 import jax
 import pytest
 
+from prefixmem_jax import cli
 from prefixmem_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +93,29 @@ def one_device():
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture
+def first_device_alone(monkeypatch):
+    """What trains or searches has one device: programs for eight take longer to compile."""
+    monkeypatch.setattr("prefixmem_jax.parallel.mesh.all_devices", lambda: jax.devices()[:1])
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls a command line that has to end with one line of a mistake, and returns that line.
+
+    In this process: nothing is started before a mistake is found.
+    """
+
+    def call(*arguments: object) -> str:
+        capsys.readouterr()
+        assert cli.main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("prefixmem: ") and said.count("\n") == 1, said
+        return said
+
+    return call
 
 
 @contextlib.contextmanager

@@ -71,6 +71,7 @@ def data(config):
     return prepare_data(config.data)
 
 
+@pytest.mark.usefixtures("first_device_alone")
 def test_the_same_records_under_the_same_number(config, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
@@ -87,6 +88,7 @@ def test_the_same_records_under_the_same_number(config, data, tmp_path, monkeypa
         assert {name: there[name] for name in recorded[step]} == pytest.approx(recorded[step])
 
 
+@pytest.mark.usefixtures("first_device_alone")
 def test_a_training_that_fails_is_shown_as_failed(config, data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     model = dataclasses.replace(config.model, init_std=1e30)

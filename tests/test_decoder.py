@@ -241,9 +241,11 @@ def test_attention_of_a_few_rows_at_a_time_is_attention(rows, pieces, monkeypatc
     assert_same_trees(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [300, 9])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (4, 1)])
-def test_the_tpus_kernel_is_attention(heads, kv_heads, length):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "windows"),
+    [(6, 3, 300, (2, 130, NO_WINDOW)), (4, 1, 300, (2, 130)), (6, 3, 9, (2, 130)), (4, 1, 9, (2,))],
+)
+def test_the_tpus_kernel_is_attention(heads, kv_heads, length, windows):
     """Forward and backward; lengths that no block divides; three documents and padding."""
     query, key, value, weight = random_numbers(
         (2, length, heads, 64), *[(2, length, kv_heads, 64)] * 2, (2, length, heads, 64)
@@ -261,7 +263,7 @@ def test_the_tpus_kernel_is_attention(heads, kv_heads, length):
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
 
-    for window in (2, 130, NO_WINDOW):
+    for window in windows:
         found = gradients(
             lambda *x, window=window: splash_attention(
                 *x, place.segments, window=window, scale=0.1, interpret=True

@@ -382,7 +382,7 @@ def run_config(options, steps) -> Config:
     )
 
 
-def test_titles_are_learnt_exported_and_guarded(folder, options, tmp_path):
+def test_titles_are_learnt_exported_and_guarded(folder, options, tmp_path, first_device_alone):
     """BLEU rises; an export speaks text and SIDs; with another tokenizer the run does not go on."""
     run = tmp_path / "run"
     train(run_config(options, 160), run)

@@ -62,7 +62,7 @@ def row_numbers(addresses: np.ndarray, tables: int) -> np.ndarray:
     return np.where(np.asarray(addresses) < 0, -1, numbers)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     levels=st.integers(2, 6),

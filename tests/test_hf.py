@@ -41,6 +41,9 @@ from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.state import abstract_state
 from prefixmem_jax.training.step import compile_train_step
 
+# Others differ from these in counts of heads, and in what positions and windows are.
+IN_BFLOAT16 = ("qwen3", "llama", "llama3 rope, tied", "gemma3", "gemma3, odd heads, soft cap")
+
 
 def some_devices(mesh_sizes):
     return make_mesh(MeshConfig(*mesh_sizes), jax.devices()[: int(np.prod(mesh_sizes))])
@@ -87,6 +90,8 @@ def test_logits_equal_torch_in_prefill_and_cached_decode(name, tmp_path):
     for at in range(start, 40):
         found, cache = extended(decoder, tokens, cache, place, at)
         close(np.asarray(found), expected[:, at], 1e-4)
+    if name not in IN_BFLOAT16:
+        return
     # Of torch in bfloat16 against itself in float32.
     error = np.abs(torch_logits(oracle.to(torch.bfloat16), tokens) - expected).mean()
     ours, _ = whole(load(tmp_path, compute_dtype="bfloat16"), tokens, place)

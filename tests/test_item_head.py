@@ -1,6 +1,7 @@
 """The item head: its loss against NumPy, its say in the search against brute force."""
 
 import dataclasses
+import functools
 import json
 import re
 from functools import partial
@@ -176,19 +177,27 @@ def test_a_step_that_draws_holds_nothing_of_every_item(data):
     assert shapes[None] and not shapes[64]
 
 
+@functools.cache
+def scored_users(vectors: str) -> tuple:
+    """A model with an item head, three users' histories, and every SID's score by the codes."""
+    head = ItemHeadConfig(vectors)
+    model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, head)
+    if vectors == "own":
+        model.item_head.vectors[...] = 40 * model.item_head.vectors[...]
+    histories = [rng.integers(0, 40, length) for length in (3, 0, 4)]
+    by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
+    return model, rows_at, catalog, histories, by_codes
+
+
 @pytest.mark.parametrize(
     ("vectors", "share"), [("own", 0.0), ("own", 0.4), ("memory", 0.4), ("memory", 1.0)]
 )
 def test_a_wide_search_ranks_by_both(vectors, share):
-    head = ItemHeadConfig(vectors)
-    model, rows_at, catalog, rng = make_model((4, 3, 5), 40, True, 5, DECODER, head)
+    model, rows_at, catalog, histories, by_codes = scored_users(vectors)
     read = None
-    if vectors == "own":
-        model.item_head.vectors[...] = 40 * model.item_head.vectors[...]
-    else:
+    if vectors == "memory":
         read = read_items(model, rows_at, jnp.asarray(model.vocabulary.encode(catalog.sids)))
         assert read.shape == (40, DECODER.d_model) and np.std(read) > 0.1
-    histories = [rng.integers(0, 40, length) for length in (3, 0, 4)]
     given = prompts(model, catalog, histories, 4)
     cached = CachedSidLM(model, rows_at, read)
     groups = jnp.asarray(catalog.group_of_item, jnp.int32)
@@ -197,7 +206,6 @@ def test_a_wide_search_ranks_by_both(vectors, share):
         static_argnums=1,
     )
     found, narrow = (jax.device_get(search(given, beams)) for beams in (60, 4))
-    by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
     items = log_softmax(np.asarray(cached.item_logits(cached.start(given)[1]), np.float64))
     for user in range(3):
         mass = np.bincount(catalog.group_of_item, np.exp(items[user, :40]))

@@ -221,7 +221,7 @@ STILL = dataclasses.replace(
 )
 
 
-def test_a_run_ends_when_validation_gets_no_better_and_keeps_the_best(tmp_path):
+def test_a_run_ends_when_validation_gets_no_better_and_keeps_the_best(tmp_path, first_device_alone):
     """Its rate is so low that nothing changes: the first validation stays the best."""
     config = with_optimizer(STILL, learning_rate=1e-12, average_decay=0.9)
     state = train(config, tmp_path / "run")

@@ -171,7 +171,7 @@ def test_groups_hold_exactly_the_items_of_each_sid(seed, items):
     assert missing is None or catalog.groups(np.array([missing]))[0] == -1
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10_000), items=st.integers(1, 60))
 def test_trie_spells_exactly_the_catalogue_in_group_order(seed, items):
     catalog = random_catalog(np.random.default_rng(seed), items)

@@ -232,6 +232,7 @@ def test_any_number_of_processes_draws_each_row_once_an_epoch(packed, data, monk
     assert start + middle + end == whole
 
 
+@pytest.mark.usefixtures("first_device_alone")
 def test_a_run_on_files_resumes_bit_identical(packed, tmp_path):
     state = jax.device_get(train(packed, tmp_path / "run"))
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
@@ -244,6 +245,7 @@ def test_a_run_on_files_resumes_bit_identical(packed, tmp_path):
     assert cut == whole and len(whole) >= 12
 
 
+@pytest.mark.usefixtures("first_device_alone")
 def test_a_file_that_vanishes_while_a_run_reads_it_is_named(packed, data, tmp_path, monkeypatch):
     """Where it has to be opened again, as over a network; or it is cut short, as it is."""
     copied = Path(shutil.copytree(packed.data.packed, tmp_path / "rows"))

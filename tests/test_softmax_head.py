@@ -82,14 +82,21 @@ def test_it_is_the_reference_however_it_is_cut(case, at_once, best, monkeypatch)
     chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
-@pytest.mark.parametrize("case", CASES[1:])
-def test_any_mesh_gives_the_same(case, shape, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "shapes"),
+    [
+        (CASES[1], [(2, 2, 2), (8, 1, 1)]),
+        (CASES[2], [(2, 2, 2), (1, 4, 2)]),
+        (CASES[3], [(2, 2, 2), (1, 1, 8)]),
+    ],
+)
+def test_any_mesh_gives_the_same(case, shapes, monkeypatch):
     in_pieces_of(monkeypatch, 3 * OUTPUTS)
     alone = value_and_gradients(*case)
-    with jax.set_mesh(make_mesh(MeshConfig(*shape))):
-        divided = value_and_gradients(*case)
-    chex.assert_trees_all_close(divided, alone, rtol=1e-4, atol=1e-5)
+    for shape in shapes:
+        with jax.set_mesh(make_mesh(MeshConfig(*shape))):
+            divided = value_and_gradients(*case)
+        chex.assert_trees_all_close(divided, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_that_lies_divided_gets_its_gradient_where_it_lies():

@@ -284,7 +284,7 @@ def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_nor
 @pytest.mark.parametrize(
     "objective, meshes",
     [
-        (NextToken(), ((2, 1, 1), (1, 4, 1), (8, 1, 1), (1, 1, 2), (2, 2, 2))),
+        (NextToken(), ((2, 1, 1), (1, 4, 1), (1, 1, 2), (2, 2, 2))),
         (Classification(), ((8, 1, 1), (2, 2, 2))),
         (Tiger(), ((2, 2, 2),)),
     ],
@@ -292,9 +292,9 @@ def test_the_step_equals_a_dense_reference_with_row_gradients_in_the_clipped_nor
 )
 def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(objective, meshes):
     config = dataclasses.replace(CONFIG, objective=objective)
-    history, state = run(config, 20)
+    history, state = run(config, 10)
     for sizes in meshes:
-        other_history, other = run(on_mesh(config, *sizes), 20)
+        other_history, other = run(on_mesh(config, *sizes), 10)
         np.testing.assert_allclose(losses(other_history), losses(history), rtol=1e-5)
         moved = [h[-1]["update_norms"]["memory"] for h in (other_history, history)]
         np.testing.assert_allclose(*moved, rtol=1e-3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -200,8 +201,14 @@ def check(
     return [rounds for _, _, rounds in out]
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "row_adam"])
+@pytest.mark.parametrize(
+    ("devices", "name"),
+    [
+        *itertools.product((1, 8), ("sgd", "adam", "adagrad", "row_adam")),
+        (2, "adam"),
+        (4, "row_adam"),
+    ],
+)
 def test_every_distribution_matches_the_dense_reference(devices, name):
     rounds = check(devices, KINDS, 0, name)
     if devices == 8:  # the adversarial ones really overflow one exchange, the rest do not

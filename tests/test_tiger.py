@@ -239,12 +239,11 @@ def test_its_memory_goes_into_a_decoder_and_itself_into_no_hugging_face_folder(t
     assert not (trained / "out").exists()
 
 
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(refused):
     for overrides, message in (
         (['objective.documents=[{"kind":"items"}]'], "tiger learns from next_item alone"),
         (["model.sliding_layers=(0,)", "model.sliding_window=4"], "tiger has relative positions"),
         (["model.post_norms=true"], "tiger has relative positions and T5's layers"),
         (["data.tokenizer=some"], "tiger speaks SIDs alone"),
     ):
-        done = prefixmem("train", *TRAINED, *overrides, "--out", "nowhere", expect=2)
-        assert message in done.stderr.splitlines()[-1]
+        assert message in refused("train", *TRAINED, *overrides, "--out", "nowhere")

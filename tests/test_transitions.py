@@ -1,6 +1,7 @@
 """What followed what: counted by hand, and mixed into every search as a user would expect."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -111,18 +112,26 @@ def test_how_often_histories_come_back_to_an_item(data):
     assert return_rate(split) == 1 / 5
 
 
+@functools.cache
+def scored_users() -> tuple:
+    """A model, three users' histories, what the counts say, and every SID's score by the codes."""
+    model, rows_at, catalog, rng = make_model((3, 4, 5), 40, True, seed=1)
+    near = rng.integers(0, 3, (40, 40)) * (rng.random((40, 40)) < 0.1)
+    near[[30, 31]] = 0
+    near[17, 5] = 2  # which the first user has had
+    histories = [[3, 17, 5], [8], [30, 31]]
+    by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
+    return model, rows_at, catalog, near, histories, by_codes
+
+
 @pytest.mark.parametrize("share, returns", [(0.3, 0.0), (1.0, 0.0), (0.3, NEVER), (0.6, 0.4)])
 def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
     """Against scoring every SID by itself; the third user's items were never followed.
 
     What was had is left out, or comes as often as users come back.
     """
-    model, rows_at, catalog, rng = make_model((3, 4, 5), 40, True, seed=1)
-    near = rng.integers(0, 3, (40, 40)) * (rng.random((40, 40)) < 0.1)
-    near[[30, 31]] = 0
-    near[17, 5] = 2  # which the first user has had
+    model, rows_at, catalog, near, histories, by_codes = scored_users()
     transitions = Transitions(sparse.csr_array(near.astype(float)), 0.6, returns)
-    histories = [[3, 17, 5], [8], [30, 31]]
     seen = np.array([[catalog.group_of_item[5], -1], [-1, -1], [-1, -1]])
     rates = transitions.decay, transitions.returns
     table = TransitionTable(*transitions.most_frequent(64), *rates)
@@ -138,7 +147,6 @@ def test_a_wide_search_ranks_by_the_mixed_probability(share, returns):
         return beam_search(cached, batch, size, trie, returning, transitions=prior)
 
     found = search(table, last_items(histories, 4), seen)
-    by_codes = brute_force(model, rows_at, catalog, histories, catalog.group_sids)
     for user, history in enumerate(histories):
         said = np.bincount(
             catalog.group_of_item, transitions.scores(np.array(history)), minlength=size
