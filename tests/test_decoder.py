@@ -212,6 +212,22 @@ def test_remat_changes_memory_and_not_gradients(remat, whole):
     assert_same_trees(again(params), plain(params), rtol=1e-5, atol=1e-7)
 
 
+def test_kept_products_of_weights_are_not_computed_again(whole):
+    """Else six of a layer's seven are, since nothing asks for the last one's; and on CPUs attention's
+    two in any case.
+    """
+    decoder, tokens, positions, _ = whole
+    params = nnx.state(decoder, nnx.Param)
+    products = {
+        remat: str(jax.make_jaxpr(gradients_of(tokens, positions, remat=remat))(params)).count(
+            "dot_general["
+        )
+        for remat in ("none", "dots", "offload", "full")
+    }
+    assert products["dots"] == products["offload"] == products["none"] + 2
+    assert products["full"] == products["none"] + 2 + 6
+
+
 @pytest.mark.parametrize(("rows", "pieces"), [(6, 3), (7, 7), (2, 1)])
 def test_attention_of_a_few_rows_at_a_time_is_attention(rows, pieces, monkeypatch):
     """Forward and backward; numbers of rows that the pieces divide and do not."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from functools import partial
 
 import jax
@@ -18,6 +19,8 @@ from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, InitConfig, MeshConfig, SyntheticConfig
 from prefixmem_jax.convert import import_folder
 from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.data.generation import generate
+from prefixmem_jax.data.generator import GeneratorConfig
 from prefixmem_jax.data.prepare import data_vocabulary
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.hf.families import (
@@ -36,6 +39,7 @@ from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.parameters import abstract_parameters
 from prefixmem_jax.parallel.sharding import batch_sharding
+from prefixmem_jax.runs.run import Run
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.training.initialise import initial_state
 from prefixmem_jax.training.state import abstract_state
@@ -351,7 +355,51 @@ def test_the_documented_config_trains(tmp_path):
     small = (
         "sid_encoder.target_levels=(3,4)", "sid_encoder.orders=3", "sid_encoder.rows=64", "sid_encoder.d_mem=16",
         "data.sequence_length=32", "data.batch_size=4", "data.synthetic.users=50", "steps=2",
-        "data.synthetic.items=200", "evaluation.validation_examples=8",
+        "data.synthetic.items=200", "evaluation.validation_examples=8", "mesh.fsdp=1",
     )  # fmt: skip
     prefixmem("train", tmp_path / "mine.py", "--out", tmp_path / "run", *small)
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+def test_the_documented_stages_train(tmp_path):
+    """docs/huggingface.md's two commands, as written but for folders and sizes."""
+    save_oracle(tmp_path / "model", "qwen3")
+    generate(
+        GeneratorConfig(
+            users=60,
+            codebook_sizes=(8, 4, 4, 8, 8),
+            children=(4, 2, 2, 4, 4),
+            groups=2,
+            mean_length=5,
+        ),
+        tmp_path / "data",
+    )
+    text = (ROOT / "docs" / "huggingface.md").read_text().replace("\\\n", "")
+    commands = [
+        line.split("prefixmem ", 1)[1]
+        for line in text.splitlines()
+        if "    prefixmem train qwen3_1p7b" in line
+    ]
+    assert len(commands) == 2
+    shape = dataclasses.asdict(read_folder(tmp_path / "model").decoder)
+    small = [
+        *(f"model.{key}={value}" for key, value in shape.items() if key not in ("compute_dtype", "remat")),
+        f"data.text_tokens={VOCABULARY}", "data.vocabulary_multiple=1", "data.codebook_sizes=none",
+        "data.sequence_length=32", "data.batch_size=4", "evaluation.validation_examples=8", "mesh.fsdp=1",
+        "sid_encoder.rows=64", "sid_encoder.d_mem=16", "steps=2", "optimizer.warmup_steps=0",
+    ]  # fmt: skip
+    for command in commands:
+        for written, here in (
+            ("/models/Qwen3-1.7B", "model"), ("runs/", "runs-"), ("DATA", "data"),
+        ):  # fmt: skip
+            command = command.replace(written, f"{tmp_path}/{here}")
+        last = ["optimizer.learning_rate=1e-9"] if "stage2" in command else []
+        prefixmem(*shlex.split(command), *small, *last)
+    first, second = (Run(tmp_path / f"runs-stage{n}") for n in (1, 2))
+    assert set(first.spec().parts) == {"sid_encoder", "head", "memory"}
+    memories = [run.load(run.spec(), ("memory",))["memory"]["rows"] for run in (first, second)]
+    np.testing.assert_allclose(*memories, atol=1e-6)  # stage 1 moved them by 1e-3
+    llm = second.load(second.spec(), ("llm",))["llm"]
+    np.testing.assert_allclose(
+        llm["final_norm"]["scale"], load(tmp_path / "model").final_norm.scale[...], atol=1e-6
+    )

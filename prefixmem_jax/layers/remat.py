@@ -7,15 +7,19 @@ from collections.abc import Callable
 import jax
 
 from prefixmem_jax.layers.splash_attention import ATTENDED
+from prefixmem_jax.parallel.sharding import PRODUCT
 
 # What it finds kept, by `DecoderConfig.remat`.
 _policies = jax.checkpoint_policies
 _KEPT = {
     "full": _policies.nothing_saveable,
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENDED)
+    "dots": _policies.save_only_these_names(PRODUCT, ATTENDED),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT, ATTENDED],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
-    "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 

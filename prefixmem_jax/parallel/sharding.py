@@ -17,12 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prefixmem_jax.parallel.mesh import AXES
 
 BATCH_AXES = ("data", "fsdp")
+# What remat policies call a product of tokens with a weight.
+PRODUCT = "product"
 
 # Mesh axes by logical axis; None stands for a dimension that is not sharded.
 RULES = {
@@ -81,16 +84,18 @@ def einsum(
 ) -> jax.Array:
     """`jnp.einsum` of tokens BS... with a weight; the result, BS... too, has the partition `out`.
 
-    Where they are not divided, tokens are one axis: contracting two for the weight's gradient, XLA
-    copies both operands on CPUs, which takes as long as the products.
+    Remat policies know it as `PRODUCT`. Where they are not divided, tokens are one axis:
+    contracting two for the weight's gradient, XLA copies both operands on CPUs, which takes as long
+    as the products.
     """
     if device_count() > 1:
-        return jnp.einsum(equation, x, weight, out_sharding=spec(*out), **options)
+        y = jnp.einsum(equation, x, weight, out_sharding=spec(*out), **options)
+        return checkpoint_name(y, PRODUCT)
     sharding = spec(out[0], *out[2:]) if _explicit_mesh() else None
     flat = x.reshape(-1, *x.shape[2:])
     y = jnp.einsum(equation.replace("BS", "T"), flat, weight, out_sharding=sharding, **options)
     y = y.reshape(*x.shape[:2], *y.shape[1:], out_sharding=spec(*out) if _explicit_mesh() else None)
-    return y
+    return checkpoint_name(y, PRODUCT)
 
 
 def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax.Array:
