@@ -135,6 +135,16 @@ def test_what_a_run_is_changes_with_what_it_recommends(run, tmp_path):
     assert len({before, trained, otherwise, Run(tmp_path / "run").identity()}) == 4
 
 
+def test_lists_may_be_of_one_length(engine, tmp_path):
+    found = []
+    for name, kind in (("any", pa.list_(pa.int64())), ("one", pa.list_(pa.int64(), 2))):
+        path = write(tmp_path / name, pa.array([[3, 1], [2, 9]], kind))
+        with HistoryFile(path) as file:
+            recommend_to_all(engine, "m", file, tmp_path / f"{name}.out", 4)
+        found.append(rows_of(tmp_path / f"{name}.out"))
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 FAULTS = {
     "no file": (lambda path: path, "No such file"),
     "no Parquet": (lambda path: path.write_text("a,b"), "not a readable Parquet file"),

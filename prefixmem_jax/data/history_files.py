@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from prefixmem_jax.data.parquet_columns import is_list, of_any_length
 from prefixmem_jax.errors import UserError
 
 COLUMNS = {"user_id": "who it is", "item_ids": "list of item ids or keys, oldest first"}
@@ -52,7 +53,7 @@ class HistoryFile:
                     has = ", ".join(schema.names)
                     raise UserError(f"{path}: no column {column!r} ({meaning}); it has: {has}")
             kind = schema.field("item_ids").type
-            inner = kind.value_type if _is_list(kind) else None
+            inner = kind.value_type if is_list(kind) else None
             self.has_keys = inner is not None and (
                 pa.types.is_string(inner) or pa.types.is_large_string(inner)
             )
@@ -82,7 +83,7 @@ class HistoryFile:
         known = pa.array(keys, pa.string()) if self.has_keys else None
         first = 0
         for batch in self._file.iter_batches(size, columns=list(COLUMNS)):
-            lists = batch["item_ids"]
+            lists = of_any_length(batch["item_ids"])
             if batch["user_id"].null_count or lists.null_count:
                 raise UserError(f"{self.path}: rows from {first} on hold a null")
             if known is None:
@@ -97,7 +98,3 @@ class HistoryFile:
             histories = np.split(numbers[there], ends[:-1])
             yield Piece(batch["user_id"], histories, int((~there).sum()))
             first += len(batch)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)

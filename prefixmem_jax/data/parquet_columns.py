@@ -90,14 +90,12 @@ def integer_lists(
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
     kind = array.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if pa.types.is_fixed_size_list(kind):
-        array, is_list = array.cast(pa.list_(kind.value_type)), True
-    if not is_list or not pa.types.is_integer(kind.value_type):
+    if not is_list(kind) or not pa.types.is_integer(kind.value_type):
         raise UserError(f"{path}: column {name!r} is {kind}, expected a list of integers")
     if array.null_count:
         row = first + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"{path}: row {row}: {name} is null, expected a list of integers")
+    array = of_any_length(array)
     values, lengths = array.flatten(), array.value_lengths().to_numpy(zero_copy_only=False)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     if values.null_count:
@@ -105,3 +103,16 @@ def integer_lists(
         row = first + int(np.searchsorted(offsets, at, side="right")) - 1
         raise UserError(f"{path}: row {row}: {name} holds a null, expected integers")
     return values.to_numpy(zero_copy_only=False).astype(np.int64), offsets
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Lists of any length, short or long, or of one length."""
+    of_one_length = pa.types.is_fixed_size_list(kind)
+    return of_one_length or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def of_any_length(lists: pa.Array) -> pa.Array:
+    """Lists, of which none has a length by its type."""
+    if not pa.types.is_fixed_size_list(lists.type):
+        return lists
+    return lists.cast(pa.list_(lists.type.value_type))
