@@ -302,6 +302,11 @@ def test_mistakes_in_launching_are_one_line(tmp_path, name, environment, argumen
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "called").exists()
 
 
+def test_a_pod_trains_a_config_by_its_name():
+    done = launch("tpu_vm.sh", "recommend/base", "--out", "gs://b/run", "--dry-run", **QUEUED)
+    assert done.returncode == 0 and "recommend/base" in done.stdout.splitlines()[-1]
+
+
 def instructions() -> list[tuple[str, str]]:
     """Of the Dockerfile, in order; what goes on over lines is one."""
     text = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ")
