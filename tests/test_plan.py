@@ -151,10 +151,6 @@ COLLECTIVES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from prefixmem_jax.config_groups import MeshConfig
-from prefixmem_jax.parallel.fsdp import gather_over_fsdp
-from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.parallel.sharding import einsum, spec
 from prefixmem_jax.planning import topology
 from prefixmem_jax.planning.hlo import Program
 
@@ -172,23 +168,11 @@ def loss(weights, x):
     return jnp.square(jnp.tanh(x @ weights[0]) @ weights[1]).mean()
 def sums(weights, x):
     return whole(jax.grad(loss)(weights, x))
-def through_layers(weights, x):
-    for w in weights:
-        whole = gather_over_fsdp(w, "bfloat16", None, None)
-        x = jnp.tanh(einsum("BSD,DF->BSF", x, whole, out=("batch", None, None)))
-    return jnp.square(x.astype(jnp.float32)).sum()
-ours = make_mesh(MeshConfig(1, 4, 1), devices)
-def stored(shape, dtype, *logical):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(ours, spec(*logical)))
-of_layers = [stored((2048, 2048), jnp.float32, *one) for one in 2 * [("stored_model", None), (None, "stored_model")]]
-tokens = stored((8, 1024, 2048), jnp.bfloat16, "batch", None, None)
 function, weights, x = {
     "gathers": (gathers, sharded((4, 2048, 2048), None, "all"), sharded((8192, 2048), "all")),
     "sums": (sums, sharded((2, 1024, 1024)), sharded((8192, 1024), "all")),
-    "layers": (jax.grad(through_layers), of_layers, tokens),
 }[sys.argv[2]]
-with jax.set_mesh(ours if sys.argv[2] == "layers" else mesh):
-    compiled = jax.jit(function).lower(weights, x).compile()
+compiled = jax.jit(function).lower(weights, x).compile()
 for one in Program.parse(compiled.as_text()).collectives():
     print(one.kind, one.bytes, one.overlapped)
 """
@@ -210,14 +194,6 @@ def test_weights_are_gathered_while_others_are_computed_with(chip):
     kinds, _, overlapped = collectives_of(chip, "gathers")
     assert kinds == {"all-gather"}
     assert overlapped == [False, True, True, True]  # nothing comes before the first
-
-
-@needs_tpu_compiler
-def test_gradients_of_layers_go_back_beside_other_work():
-    """Whichever of their axes is divided; none is summed whole on every device."""
-    kinds, _, overlapped = collectives_of("v5e", "layers")
-    assert kinds == {"all-gather", "all-to-all"}
-    assert overlapped.count(False) <= 2  # before the first gather, and after the last gradient
 
 
 @needs_tpu_compiler

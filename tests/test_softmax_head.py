@@ -9,9 +9,8 @@ import pytest
 from prefixmem_jax.config_groups import MeshConfig
 from prefixmem_jax.layers import softmax_head
 from prefixmem_jax.layers.softmax_head import SoftmaxHead, cross_entropy
-from prefixmem_jax.parallel.fsdp import gather_over_fsdp
 from prefixmem_jax.parallel.mesh import make_mesh
-from prefixmem_jax.parallel.sharding import constrain, spec
+from prefixmem_jax.parallel.sharding import constrain, gather_over_fsdp, spec
 
 BATCH, LENGTH, MODEL, OUTPUTS = 8, 5, 16, 40
 

@@ -15,9 +15,8 @@ from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.layers.attention import KeyValues
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.layers.fixed_products import halves_swapped, mean_by_product
-from prefixmem_jax.parallel.fsdp import gather_over_fsdp
 from prefixmem_jax.parallel.parameters import normal, parameter
-from prefixmem_jax.parallel.sharding import einsum, on_tpus
+from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp, on_tpus
 
 # Of axes that are no longer a TPU takes the mean as a product: heads, not models.
 LONGEST_PRODUCT = 256

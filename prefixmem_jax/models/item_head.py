@@ -14,11 +14,11 @@ from prefixmem_jax.config_groups import ItemHeadConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.models.negatives import draw
-from prefixmem_jax.parallel.fsdp import gather_over_fsdp
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import (
     constrain,
     device_count,
+    gather_over_fsdp,
     over_all_devices,
     take_positions,
 )

@@ -9,9 +9,13 @@ from flax import nnx
 from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.layers.transformer import WHOLE
-from prefixmem_jax.parallel.fsdp import constrain_gathered, gather_over_fsdp
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import constrain, take
+from prefixmem_jax.parallel.sharding import (
+    constrain,
+    constrain_gathered,
+    gather_over_fsdp,
+    take,
+)
 
 # The axis of tokens in each table of them.
 TOKEN_AXIS = {"embedding": 0, "head": 1}
@@ -40,8 +44,7 @@ class TokenTables(nnx.Module):
 
         Where input and output share it, one gather for both sends its gradient once.
         """
-        dtype = self.config.compute_dtype
-        return gather_over_fsdp(self.embedding[...], dtype, None, "embedded", exchanged=False)
+        return gather_over_fsdp(self.embedding[...], self.config.compute_dtype, None, "embedded")
 
     @jax.named_scope("embedding")
     def embed(self, tokens_BS: jax.Array, token_table: jax.Array | None = None) -> jax.Array:

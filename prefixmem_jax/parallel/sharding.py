@@ -54,7 +54,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def on_explicit_mesh() -> bool:
+def _explicit_mesh() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
@@ -69,11 +69,6 @@ def on_cpus() -> bool:
     return _device_kind() == "cpu"
 
 
-def sums_on_sparse_cores() -> bool:
-    """Whether they are TPUs that leave sums to cores of their own (`parallel.tpu_flags`): v6e."""
-    return _device_kind() == "tpu v6 lite"
-
-
 def _device_kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.device_kind).lower()
@@ -81,7 +76,7 @@ def _device_kind() -> str:
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Moves x to the partition of these logical axes."""
-    return jax.sharding.reshard(x, spec(*logical)) if on_explicit_mesh() else x
+    return jax.sharding.reshard(x, spec(*logical)) if _explicit_mesh() else x
 
 
 def einsum(
@@ -96,34 +91,81 @@ def einsum(
     if device_count() > 1:
         y = jnp.einsum(equation, x, weight, out_sharding=spec(*out), **options)
         return checkpoint_name(y, PRODUCT)
-    sharding = spec(out[0], *out[2:]) if on_explicit_mesh() else None
+    sharding = spec(out[0], *out[2:]) if _explicit_mesh() else None
     flat = x.reshape(-1, *x.shape[2:])
     y = jnp.einsum(equation.replace("BS", "T"), flat, weight, out_sharding=sharding, **options)
-    y = y.reshape(
-        *x.shape[:2], *y.shape[1:], out_sharding=spec(*out) if on_explicit_mesh() else None
-    )
+    y = y.reshape(*x.shape[:2], *y.shape[1:], out_sharding=spec(*out) if _explicit_mesh() else None)
     return checkpoint_name(y, PRODUCT)
+
+
+def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax.Array:
+    """A stored weight in the compute dtype, whole but for its logical axes.
+
+    Its gradient goes back by a reduce-scatter over `fsdp` in the compute dtype, and then by an
+    all-reduce over `data` of each device's own part in the stored dtype. (Left to itself, the
+    compiler all-reduces whole gradients.)
+    """
+    if not _explicit_mesh():
+        return weight.astype(dtype)
+    if jax.sharding.get_abstract_mesh().size == 1:
+        return constrain(weight.astype(dtype), *logical)
+    stored = jax.typeof(weight).sharding.spec
+    whole = tuple(_without_fsdp(axes) for axes in stored)
+    sharded = [dim for dim in range(len(stored)) if whole[dim] != stored[dim]]
+    if not sharded:
+        return constrain(weight.astype(dtype), *logical)
+
+    def gather(own: jax.Array) -> jax.Array:
+        own = jax.lax.pcast(own, "data", to="reduced").astype(dtype)
+        # TPUs reduce-scatter along the first axis; along others they reduce all, and cut.
+        first = jnp.moveaxis(own, sharded[0], 0)
+        whole = jax.lax.all_gather(first, "fsdp", axis=0, tiled=True, to="reduced")
+        return jnp.moveaxis(whole, 0, sharded[0])
+
+    gathered = jax.shard_map(
+        gather,
+        in_specs=stored,
+        out_specs=P(*whole, reduced={"data", "fsdp"}),
+    )(weight)
+    return constrain_gathered(gathered, *logical)
+
+
+def constrain_gathered(weight: jax.Array, *logical: str | None) -> jax.Array:
+    """Moves what `gather_over_fsdp` gave to the partition of these logical axes."""
+    if not _explicit_mesh():
+        return weight
+    stored, wanted = jax.typeof(weight).sharding.spec, spec(*logical)
+    if wanted.partitions == stored.partitions:
+        return weight
+    return jax.sharding.reshard(weight, P(*wanted, reduced=stored.reduced))
+
+
+def _without_fsdp(axes: Any) -> Any:
+    if isinstance(axes, tuple):
+        left = tuple(axis for axis in axes if axis != "fsdp")
+        return left[0] if len(left) == 1 else left or None
+    return None if axes == "fsdp" else axes
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...], *logical: str | None) -> jax.Array:
     """Random uint32, the same on any mesh, with the partition of these logical axes."""
-    sharding = spec(*logical) if on_explicit_mesh() else None
+    sharding = spec(*logical) if _explicit_mesh() else None
     return jax.random.bits(key, shape, jnp.uint32, out_sharding=sharding)
 
 
 def device_count() -> int:
     """Devices that an array is divided over where it lies on the mesh."""
-    return jax.sharding.get_abstract_mesh().size if on_explicit_mesh() else 1
+    return jax.sharding.get_abstract_mesh().size if _explicit_mesh() else 1
 
 
 def over_all_devices(x: jax.Array) -> jax.Array:
     """Moves x so that its first axis, which must divide by the devices, lies over all of them."""
-    return jax.sharding.reshard(x, row_spec()) if on_explicit_mesh() else x
+    return jax.sharding.reshard(x, row_spec()) if _explicit_mesh() else x
 
 
 def take_positions(x_BSD: jax.Array, index_BP: jax.Array) -> jax.Array:
     """x[b, index[b, p]] for every row b: [B, P, D]."""
-    if not on_explicit_mesh():
+    if not _explicit_mesh():
         return jnp.take_along_axis(x_BSD, index_BP[..., None], axis=1)
     return jax.shard_map(
         lambda x, index: jnp.take_along_axis(x, index[..., None], axis=1),
@@ -142,7 +184,7 @@ def put_positions(x_BPD: jax.Array, index_BP: jax.Array, length: int) -> jax.Arr
         row = jnp.arange(len(x))[:, None]
         return jnp.zeros((len(x), length, x.shape[-1]), x.dtype).at[row, index].set(x, mode="drop")
 
-    if not on_explicit_mesh():
+    if not _explicit_mesh():
         return put(x_BPD, index_BP)
     return jax.shard_map(
         put,
@@ -153,7 +195,7 @@ def put_positions(x_BPD: jax.Array, index_BP: jax.Array, length: int) -> jax.Arr
 
 def take(table: jax.Array, index: jax.Array, *logical: str | None) -> jax.Array:
     """Rows of a table [n, ...] at index [...], with the partition of these logical axes."""
-    sharding = spec(*logical) if on_explicit_mesh() else None
+    sharding = spec(*logical) if _explicit_mesh() else None
     return table.at[index].get(out_sharding=sharding)
 
 
@@ -173,7 +215,7 @@ def by_heads(
       shared: of every device alike; by_head: arrays [heads, any, any].
       kernel: whether it calls a kernel, which does not say what its results vary over.
     """
-    if not on_explicit_mesh():
+    if not _explicit_mesh():
         return function(heads, batch, *by_head, *shared)
     per_head, per_batch = spec("batch", None, "heads", None), spec("batch", None)
     also = (*(spec("heads", None, None) for _ in by_head), *(P() for _ in shared))
@@ -192,7 +234,7 @@ def by_rows(
         over them, which are added up over the devices.
       batch: arrays [B, ...]; shared: of every device alike.
     """
-    if not on_explicit_mesh():
+    if not _explicit_mesh():
         return function(*batch, *shared)
 
     def local(batch: tuple, shared: tuple) -> tuple[jax.Array, Any]:
@@ -214,7 +256,7 @@ def by_vocabulary(
         gives its part's sum, and something by prediction [B, S]: the same along that axis.
       of_batch: arrays [B, S].
     """
-    if not on_explicit_mesh():
+    if not _explicit_mesh():
         return function(None, hidden_BSD, weight_DV, of_batch)
     axis = RULES["vocabulary"]
 

@@ -11,7 +11,6 @@ _VARIABLE = "LIBTPU_INIT_ARGS"
 _FLAGS = (
     "--xla_enable_async_all_gather=true "
     "--xla_enable_async_all_reduce=true "
-    "--xla_tpu_enable_async_all_to_all=true "
     "--xla_tpu_overlap_compute_collective_tc=true "
     "--xla_tpu_enable_async_collective_fusion=true "
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
