@@ -186,7 +186,8 @@ def test_it_trains_and_a_resumed_run_ends_bit_identical(trained, tmp_path):
     records = read_metrics(folder)
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 6 and losses[-1] < losses[0]
-    assert np.isfinite(records[-1]["validation/loss"])
+    validated = [record["validation/loss"] for record in records if "validation/loss" in record]
+    assert validated and np.isfinite(validated).all()
     assert set(state.params) == {"nearness": {"before", "after"}}.get(name, {"llm", "sid_encoder"})
     assert (state.memory is not None) == (name == "buckets")
 
