@@ -112,7 +112,7 @@ def refused(capsys):
         capsys.readouterr()
         assert cli.main([str(argument) for argument in arguments]) == 2
         said = capsys.readouterr().err
-        assert said.startswith("prefixmem: ") and said.count("\n") == 1, said
+        assert said.startswith("prefixmem") and said.count("\n") == 1, said
         return said
 
     return call
