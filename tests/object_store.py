@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 
 BUCKET = "bucket"
@@ -25,8 +26,8 @@ def object_store(scheme: str) -> Iterator[dict[str, str]]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(port, server)
         address = f"http://127.0.0.1:{port}"
+        _wait_for(f"{address}/{BUCKET}" if scheme == "s3" else address, server)
         yield {
             "gs": {
                 "STORAGE_EMULATOR_HOST": address,  # for gcsfs
@@ -46,11 +47,12 @@ def object_store(scheme: str) -> Iterator[dict[str, str]]:
         server.wait()
 
 
-def _wait_for(port: int, server: subprocess.Popen) -> None:
+def _wait_for(address: str, server: subprocess.Popen) -> None:
+    """Until it answers there; Amazon's makes its bucket when it runs already."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         assert server.poll() is None, "the emulator ended"
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        with contextlib.suppress(OSError), urllib.request.urlopen(address):
             return
         time.sleep(0.1)
     raise TimeoutError(f"no emulator after {SECONDS} s")
