@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from prefixmem_jax.paper.experiment import Experiment, _is_evaluated
 from prefixmem_jax.paper.plots import plot
 from prefixmem_jax.paper.regime import describe_regime, judge
 from prefixmem_jax.paper.report import describe, markdown, read_result
-from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
+from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of, count_runs
 from prefixmem_jax.paper.workers import Workers
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.space import SidSpace
@@ -72,6 +73,11 @@ def workers():
         yield workers
 
 
+def main_table(experiment):
+    ((_, table),) = experiment.results(["main"])
+    return table
+
+
 def test_a_table_trains_compares_chooses_and_goes_on(small, workers, monkeypatch):
     folder, overrides = small
     memory = dataclasses.replace(SCALES["tiny"].memory, rows=64, d_mem=16)
@@ -86,9 +92,14 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, workers, monkeypatch
     compared = dataclasses.replace(ROWS["prefixmem_classification"], equal_cost="baseline")
     monkeypatch.setitem(ROWS, "prefixmem_classification", compared)
     said = []
-    found = Experiment("tiny", folder / "out", 1, workers, overrides, said.append).table("main")
+    out = folder / "out"
+    found = main_table(Experiment("tiny", out, 1, workers, overrides, said.append))
     trained = [line for line in said if "learning rate" in line]
     assert len(trained) == len(set(trained)) == 3  # with stage 1
+    assert [re.search(r"run (\d of \d)", line)[1] for line in trained] == [
+        "1 of 3", "2 of 3", "3 of 3",
+    ]  # fmt: skip
+    assert re.search(r"about \d\d:\d\d left", trained[-1])  # two run at once: one is done by now
     rows = found["rows"]
     assert list(rows) == ["baseline", "prefixmem_classification"]
     assert {row["learning_rate"] for row in rows.values()} == {1e-2}
@@ -117,10 +128,7 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, workers, monkeypatch
     plot(folder / "main.png", found)
     assert (folder / "main.png").read_bytes().startswith(b"\x89PNG")
     said.clear()
-    assert (
-        Experiment("tiny", folder / "out", 1, workers, overrides, said.append).table("main")
-        == found
-    )
+    assert main_table(Experiment("tiny", out, 1, workers, overrides, said.append)) == found
     assert not [line for line in said if "learning rate" in line]  # nothing was trained again
 
     mistaken = [*overrides, "model.d_ff=24"]
@@ -128,7 +136,7 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, workers, monkeypatch
         pytest.raises(UserError, match=r"holds a run with another config \(model.d_ff is 16"),
         Workers(2) as others,
     ):
-        Experiment("tiny", folder / "out", 1, others, mistaken).table("main")
+        main_table(Experiment("tiny", out, 1, others, mistaken))
 
     main, *others = describe(found).split("\n\n")
     assert cells(main, "flat tokens", "L5") == [f"{100 * values[0]:.1f}", "37.6"]
@@ -143,10 +151,12 @@ def test_a_table_trains_compares_chooses_and_goes_on(small, workers, monkeypatch
     at(1e-6, 1e-2)
     monkeypatch.setitem(TABLES, "main", ("baseline",))
     said.clear()
-    table = Experiment("tiny", folder / "out", 2, workers, overrides, said.append).table("main")
+    table = main_table(Experiment("tiny", out, 2, workers, overrides, said.append))
     row = table["rows"]["baseline"]
     # The other rate, and a second seed at the better one.
-    assert [line.split()[-1] for line in said if "learning rate" in line] == ["0", "1"]
+    trained = [line for line in said if "learning rate" in line]
+    assert [re.search(r"seed (\d)", line)[1] for line in trained] == ["0", "1"]
+    assert "run 3 of 3, about 00:" in trained[-1]
     run = folder / "out" / "tiny" / "runs" / "baseline"
     last = [
         [r[name] for r in read_metrics(run / f"learning_rate=0.01,seed={seed}") if name in r][-1]
@@ -265,6 +275,16 @@ def test_rows_of_the_sweep_differ_from_prefixmem_in_one_key_and_take_its_rate(
     for row in TABLES["sweep"][2:]:
         rate, tried = experiment._choose(row)
         assert rate == 3e-3 and list(tried) == ["0.003"]
+
+
+def test_runs_that_several_rows_need_are_counted_once():
+    rates, seeds = 3, 2
+    assert count_runs(["baseline"], rates, seeds) == 4  # three rates, one more seed of the best
+    # Its own two seeds, and the three rates that it is chosen between by another row.
+    assert count_runs(["suffix"], rates, seeds) == 2 + 3
+    assert count_runs(["suffix", "prefixmem"], rates, seeds) == 2 + 4
+    # Stage 1 is one of them, and both have rates of their own.
+    assert count_runs(["prefixmem_classification"], rates, seeds) == 4 + 4
 
 
 def cells(text, title, head):

@@ -219,8 +219,9 @@ def paper(options: argparse.Namespace) -> None:
         if options.table == "regime":
             print("\n".join(describe_regime(experiment.regime())))
             return
-        for table in OF_THE_PAPER if options.table == "all" else [options.table]:
-            result, path = experiment.table(table), experiment.folder / f"{table}.png"
+        tables = OF_THE_PAPER if options.table == "all" else (options.table,)
+        for table, result in experiment.results(tables):
+            path = experiment.folder / f"{table}.png"
             plot(path, result)
             print(f"\n{describe(result)}")
             print(visible(str(path.with_suffix(".json"))), visible(str(path)))

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,8 @@ from prefixmem_jax.evaluation.metrics import Scores
 from prefixmem_jax.evaluation.statistics import compare, intervals, means
 from prefixmem_jax.files import read_json_object, write_json
 from prefixmem_jax.paper.regime import by_times_met, judge, measure_regime
-from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of
+from prefixmem_jax.paper.remaining import Remaining
+from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of, count_runs
 from prefixmem_jax.paper.workers import Workers
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run, differences
@@ -87,16 +88,23 @@ class Experiment:
             self.scale.memory, target_levels=(levels - 1, levels), orders=levels - 1
         )
 
-    def table(self, name: str) -> dict[str, Any]:
-        """Trains and evaluates a table's rows and compares them with its first.
+    def results(self, tables: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Trains and evaluates the tables' rows; each is compared with its table's first.
 
-        Returns:
-          `data` (`regime`, judged by the first row), and by row: title, the paper's numbers,
-          chosen learning rate, what each rate gave on validation, costs, `curve` (steps, tokens
-          and the deepest level's accuracy at each validation, of the seeds' mean), and by metric
-          the mean over seeds, each seed's, and the difference from the first row with a paired 95%
-          interval over users; `against_equal_cost` has that from the row of equal cost, if any.
+        Yields:
+          The table's name, and its `data` (`regime`, judged by the first row), and by row: title,
+          the paper's numbers, chosen learning rate, what each rate gave on validation, costs,
+          `curve` (steps, tokens and the deepest level's accuracy at each validation, of the seeds'
+          mean), and by metric the mean over seeds, each seed's, and the difference from the first
+          row with a paired 95% interval over users; `against_equal_cost` has that from the row of
+          equal cost, if any.
         """
+        rows = {row for name in tables for row in TABLES[name]}
+        self._remaining = Remaining(count_runs(rows, len(self.scale.rates), self.seeds))
+        for name in tables:
+            yield name, self._table(name)
+
+    def _table(self, name: str) -> dict[str, Any]:
         self.say(f"{name}: {', '.join(ROWS[row].title for row in TABLES[name])}")
         found = self._together({row: partial(self._row, row) for row in TABLES[name]})
         rows = {row: result for row, (result, _) in found.items()}
@@ -183,9 +191,14 @@ class Experiment:
             before[other] = self._train(other, self._choose(other)[0], seed)
         config = config_of(row, self.base, self.memory, rate, seed, before)
         with self.locks.setdefault(str(folder), threading.Lock()):
-            if not self._is_done(folder, config):  # or it is another run, which training says
+            if self._is_done(folder, config):
+                self._remaining.found(folder)
+            else:  # or it is another run, which training says
                 what = f"  {row}, learning rate {rate:g}, seed {seed}"
-                self.workers.train(config, folder, lambda: self.say(what))
+                self.workers.train(
+                    config, folder, lambda: self.say(f"{what}: {self._remaining.begin(folder)}")
+                )
+                self._remaining.end(folder)
         return folder
 
     def _is_done(self, folder: Path, config: Config) -> bool:

@@ -9,7 +9,7 @@ not of one from random tables. They stand with `prefixmem`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -355,3 +355,20 @@ def config_of(
     made = ROWS[row].make(base, memory, folders)
     optimizer: OptimizerConfig = replace(made.optimizer, learning_rate=rate)
     return replace(made, name=row, seed=seed, optimizer=optimizer)
+
+
+def count_runs(rows: Iterable[str], rates: int, seeds: int) -> int:
+    """How many runs these rows are, with those that they take a memory or a learning rate from."""
+    found: dict[str, int] = {}
+
+    def want(row: str, seeds: int) -> None:
+        found[row] = max(seeds, found.get(row, 0))
+        for other in ROWS[row].after:
+            want(other, seeds)
+        if (other := ROWS[row].rate_of) is not None:
+            want(other, 1)
+
+    for row in rows:
+        want(row, seeds)
+    chosen_by_others = sum(ROWS[row].rate_of is not None for row in found)
+    return sum(found.values()) + (rates - 1) * (len(found) - chosen_by_others)
