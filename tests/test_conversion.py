@@ -235,6 +235,35 @@ def test_integers_that_were_written_as_fractions_are_integers(tmp_path):
     assert read_titles(tmp_path / "out")[0] == ["Ten", "Eleven"]
 
 
+def test_times_to_the_nanosecond(tmp_path):
+    times = pa.array([2_000_000_000_000_000_777, 1_000_000_000_000_000_999], pa.timestamp("ns"))
+    log = {"user_id": ["ann", "ann"], "item_id": ["rug", "lamp"], "timestamp": times}
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    run(tmp_path, ["log.parquet"], [])
+    assert histories(tmp_path / "out") == {"ann": ["lamp", "rug"]}
+
+
+def test_marks_that_recbole_does_not_quote_with_are_part_of_titles(tmp_path):
+    (tmp_path / "x").mkdir()
+    titles = {"rug": '"Unfinished', "lamp": "Red", "desk": '"Oak" desk'}
+    for name, rows, header in (
+        ("inter", [row[:2] for row in LOG], ["user_id:token", "item_id:token"]),
+        ("item", titles.items(), ["item_id:token", "title:token_seq"]),
+    ):
+        (tmp_path / "x" / f"x.{name}").write_text(csv(rows, header, "\t"))
+    run(tmp_path, ["x"], ["source=recbole"])
+    found = dict(zip(*read_titles(tmp_path / "out")[::-1], strict=True))
+    assert {item: found[item] for item in titles} == titles
+
+
+def test_half_a_character_in_json_is_replaced(tmp_path):
+    (tmp_path / "meta.jsonl").write_text('{"parent_asin": "a", "title": "Up \\ud83d"}\n')
+    review = '{"parent_asin": "a", "user_id": "u", "timestamp": 1}\n'
+    (tmp_path / "reviews.jsonl").write_text(review)
+    run(tmp_path, ["meta.jsonl", "reviews.jsonl"], ["source=amazon_reviews"])
+    assert read_titles(tmp_path / "out")[0] == ["Up ?"]
+
+
 @pytest.mark.parametrize("separator", ["::", ","])
 def test_movielens(tmp_path, separator):
     movies = [(7, "Amélie, the film (2001)", "Drama"), (9, "Up", "Comedy")]
@@ -295,6 +324,11 @@ TWO = csv(LOG, ["user_id", "item_id", "timestamp"])
         (["log.csv.gz"], text("log.csv.gz", TWO), [], "log.csv.gz: not readable"),
         (["i.csv", "log.csv"], lambda f: (text("log.csv", TWO)(f), text("i.csv", "item_id,title\nrug,a\nrug,b\n")(f)), [], "item rug is in the catalogue twice"),
         (["i.csv", "log.csv"], lambda f: (text("log.csv", TWO)(f), text("i.csv", "label\nrug\n")(f)), [], "i.csv: no column like 'item_id'"),
+        (["i.tsv", "log.csv"], lambda f: (text("log.csv", TWO)(f), text("i.tsv", 'item_id\ttitle\ncup\tBlue\nrug\t"Unfinished\ndesk\tOak\nlamp\t"Red" lamp\n')(f)), [], "i.tsv: row 1: title goes over several lines"),
+        (["i.csv", "log.csv"], lambda f: (text("log.csv", TWO)(f), (f / "i.csv").write_bytes(b"item_id,title\nrug,Am\xe9lie\n")), [], "i.csv: column 'title' is no UTF-8 text"),
+        (["i.csv", "log.csv"], lambda f: (text("log.csv", TWO)(f), text("i.csv", "item_id\nRUG\nLAMP\n")(f)), [], "none of its items is in the catalogue, which has RUG where it has lamp"),
+        (["log.csv"], text("log.csv", "id,user_id,sku\n1,a,x\n2,a,y\n"), [], "no column like 'item_id'; the file has: id, user_id, sku; set source.item=NAME"),
+        (["log.parquet"], lambda f: pq.write_table(pa.table({"user_id": ["a"], "item_id": ["b"], "time": pa.array([2**63], pa.uint64())}), f / "log.parquet"), [], "column 'time': "),
         (["log.csv"], text("log.csv", TWO), ["source=spreadsheet"], "no kind 'spreadsheet'"),
         (["log.csv"], text("log.csv", TWO), ["k_core=-1"], "k_core: expected"),
         (["log.csv"], text("log.csv", TWO), ["source.usr=a"], "did you mean source.user"),
@@ -303,6 +337,7 @@ TWO = csv(LOG, ["user_id", "item_id", "timestamp"])
         (["x"], lambda f: ((f / "x").mkdir(), text("x/ratings.dat", "1::2::3\n")(f)), ["source=movielens"], "ratings.dat: line 1: 3 fields, expected 4"),
         (["x"], lambda f: ((f / "x").mkdir(), text("x/ratings.dat", "1::2::3::now\n")(f)), ["source=movielens"], "column 'timestamp' must hold integers"),
         (["x"], lambda f: ((f / "x").mkdir(), text("x/ratings.csv", "a\n1\n")(f), text("x/movies.csv", "a\n1\n")(f)), ["source=movielens"], "no column 'userId', which MovieLens has"),
+        (["x"], lambda f: ((f / "x").mkdir(), text("x/ratings.dat", "1::2::3::4\n")(f), text("x/movies.dat", "2::Up::Drama\n")(f)), ["source=movielens", "source.least_rating=6", "k_core=5"], "no interactions are left"),
         (["x"], lambda f: (f / "x").mkdir(), ["source=recbole"], "0 files end in .inter, expected one"),
         (["x"], lambda f: ((f / "x").mkdir(), text("x/a.inter", "user:token\titem_id:token\n1\t2\n")(f)), ["source=recbole"], "no column 'user_id'"),
         (["x"], lambda f: (f / "x").mkdir(), ["source=lc_rec"], "0 files end in .inter.json"),
@@ -317,6 +352,7 @@ TWO = csv(LOG, ["user_id", "item_id", "timestamp"])
         (["r.jsonl"], text("r.jsonl", '{"asin": "a", "user_id": "u"}\n'), ["source=amazon_reviews"], "line 1: no timestamp or unixReviewTime"),
         (["r.jsonl"], text("r.jsonl", '{"asin": "a", "user_id": "u", "timestamp": 1, "rating": "5"}\n'), ["source=amazon_reviews"], "rating is '5', expected a number"),
         (["r.json.gz"], text("r.json.gz", "{}"), ["source=amazon_reviews"], "r.json.gz: not readable"),
+        (["r.json.gz"], lambda f: (f / "r.json.gz").write_bytes(gzip.compress(b"{}\n" * 999)[:12] + b"\xff" * 40), ["source=amazon_reviews"], "r.json.gz: not readable"),
         (["r.jsonl"], text("r.jsonl", "\n"), ["source=amazon_reviews"], "r.jsonl: no reviews"),
         (["r.jsonl"] * 3, text("r.jsonl", "\n"), ["source=amazon_reviews"], "expected METADATA REVIEWS"),
     ],

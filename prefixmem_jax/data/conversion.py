@@ -75,6 +75,8 @@ def convert(config: ConversionConfig, paths: Sequence[Path], out: Path) -> Conve
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
     raw = config.source.read(paths)
+    if not len(raw.items):
+        raise UserError(f"{raw.name}: no interactions are left")
     users, user_ids = _numbers(raw.users)
     items, keys = _items(raw)
     keep = _once(users, items, raw.times)
@@ -137,7 +139,14 @@ def _items(raw: RawData) -> tuple[np.ndarray, pa.Array]:
         row = int(np.setdiff1d(np.arange(len(ids)), seen)[0])
         raise UserError(f"{raw.name}: item {shortened(ids[row].as_py())} is in the catalogue twice")
     numbers, keys = _numbers(pa.concat_arrays([ids, raw.items]))
-    return numbers[len(ids) :], keys
+    met = numbers[len(ids) :]
+    if met.min() >= len(ids):
+        one, other = (shortened(some[0].as_py()) for some in (ids, raw.items))
+        raise UserError(
+            f"{raw.name}: none of its items is in the catalogue, which has {one} where it has "
+            f"{other}; expected the same ids"
+        )
+    return met, keys
 
 
 def _aligned(raw: RawData, keys: pa.Array, what: str) -> pa.Array | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from prefixmem_jax.data.sources.source import RawData, RawItems, Source
+from prefixmem_jax.data.sources.source import RawData, RawItems, Source, valid_text
 from prefixmem_jax.errors import UserError
 
 # What the same thing is called in 2023, and before.
@@ -64,7 +65,9 @@ class AmazonReviews(Source):
             name = _field(path, line, item, ITEM)
             if name in wanted:
                 title = item.get("title")
-                titles.setdefault(name, title if isinstance(title, str) and title else None)
+                titles.setdefault(
+                    name, valid_text(title) if isinstance(title, str) and title else None
+                )
         return RawItems(pa.array(list(titles), pa.string()), pa.array(titles.values(), pa.string()))
 
 
@@ -75,7 +78,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _parse(path, number, line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not readable ({error})") from None
 
 
@@ -95,5 +98,5 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def _field(path: Path, line: int, found: dict[str, Any], names: Sequence[str]) -> str:
     for name in names:
         if isinstance(found.get(name), str) and found[name]:
-            return found[name]
+            return valid_text(found[name])
     raise UserError(f"{path}: line {line}: no {' or '.join(names)}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from prefixmem_jax.data.sources.source import RawData, RawItems, Source, one_folder
+from prefixmem_jax.data.sources.source import RawData, RawItems, Source, one_folder, valid_text
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import read_json_object
 from prefixmem_jax.text import shortened
@@ -45,8 +45,12 @@ class LCRec(Source):
         sids = _sids(index, ids) if index.exists() else None
         titles = _titles(about, ids) if about.exists() else None
         return RawData(
-            pa.array(users), pa.array(items), None, RawItems(pa.array(ids), titles, sids), str(path)
+            _texts(users), _texts(items), None, RawItems(_texts(ids), titles, sids), str(path)
         )
+
+
+def _texts(values: Sequence[str | None]) -> pa.Array:
+    return pa.array([None if x is None else valid_text(x) for x in values], pa.string())
 
 
 def _sids(path: Path, ids: Sequence[str]) -> pa.Array:
@@ -70,4 +74,4 @@ def _titles(path: Path, ids: Sequence[str]) -> pa.Array:
         said = about.get(item)
         title = said.get("title") if isinstance(said, dict) else None
         titles.append(title if isinstance(title, str) else None)
-    return pa.array(titles, pa.string())
+    return _texts(titles)

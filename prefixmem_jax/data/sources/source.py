@@ -19,6 +19,9 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.kinds import Kind
 from prefixmem_jax.text import shortened
 
+JSON = (".json", ".jsonl", ".ndjson")
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+
 
 @dataclass(frozen=True)
 class RawItems:
@@ -73,40 +76,74 @@ def one_folder(paths: Sequence[Path], expected: str) -> Path:
 
 
 def read_table(
-    path: Path, separator: str | None = None, ids: Sequence[str | None] = ()
+    path: Path,
+    separator: str | None = None,
+    ids: Sequence[str | None] = (),
+    wanted: Sequence[str | None] = (),
 ) -> pa.Table:
     """A table of a CSV or TSV file with a header, of JSON lines, or of Parquet.
 
     Args:
       path: its ending says which (.csv, .tsv, .txt, .json, .jsonl, .parquet; .gz and .bz2 too).
-      separator: of another kind of text file; it has a header too.
+      separator: of another kind of text file, which has a header too and quotes nothing.
       ids: columns, where they are there, whose text is what it is: `007` is not `7`.
+      wanted: columns, where they are there, that are read; none: all. (Of JSON lines all are.)
     """
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".bz2")]
-    kind = suffixes[-1] if suffixes else ""
+    kind = _ending(path)
+    if separator is None and kind not in (".parquet", *JSON, *SEPARATORS):
+        raise UserError(f"{path}: expected a file that ends in .csv, .tsv, .jsonl or .parquet")
     try:
-        if kind == ".parquet" and separator is None:
-            table = pq.read_table(path)
-        elif kind in (".json", ".jsonl", ".ndjson") and separator is None:
+        if separator is None and kind == ".parquet":
+            table = pq.read_table(path, columns=_chosen(pq.read_schema(path).names, wanted))
+        elif separator is None and kind in JSON:
             with pa.input_stream(path) as stream:
                 table = pa.json.read_json(stream)
         else:
-            separator = separator or {".csv": ",", ".tsv": "\t", ".txt": "\t"}.get(kind)
-            if separator is None:
-                raise UserError(
-                    f"{path}: expected a file that ends in .csv, .tsv, .jsonl or .parquet"
-                )
-            options = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-            with pa.input_stream(path) as stream:
-                texts = pa.csv.ConvertOptions(
-                    column_types={name: pa.string() for name in ids if name is not None}
-                )
-                table = pa.csv.read_csv(stream, parse_options=options, convert_options=texts)
+            table = _read_separated(path, separator, ids, wanted)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not readable ({shortened(reason, 200)})") from None
     if table.num_rows == 0:
         raise UserError(f"{path}: the file has no rows")
+    return table
+
+
+def _ending(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".bz2")]
+    return suffixes[-1] if suffixes else ""
+
+
+def _chosen(names: Sequence[str], wanted: Sequence[str | None]) -> list[str]:
+    return [name for name in names if not wanted or name in wanted]
+
+
+def _read_separated(
+    path: Path, separator: str | None, ids: Sequence[str | None], wanted: Sequence[str | None]
+) -> pa.Table:
+    quoted = separator is None
+    separator = separator or SEPARATORS[_ending(path)]
+    options = pa.csv.ParseOptions(
+        delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
+    )
+    with pa.input_stream(path) as stream, pa.csv.open_csv(stream, parse_options=options) as first:
+        names = first.schema.names
+    texts = pa.csv.ConvertOptions(
+        column_types={name: pa.string() for name in ids if name is not None},
+        include_columns=_chosen(names, wanted),
+    )
+    with pa.input_stream(path) as stream:
+        table = pa.csv.read_csv(stream, parse_options=options, convert_options=texts)
+    if quoted and separator == "\t":
+        # Many programs write tabs between texts that they never quote.
+        for name in table.column_names:
+            if pa.types.is_string(table[name].type):
+                broken = pc.fill_null(pc.match_substring(table[name], "\n"), False)
+                if pc.any(broken).as_py():
+                    row = int(np.flatnonzero(broken.to_numpy())[0])
+                    raise UserError(
+                        f"{path}: row {row}: {name} goes over several lines, since it begins with "
+                        'a quotation mark; expected "" for each mark within quotation marks'
+                    )
     return table
 
 
@@ -117,10 +154,12 @@ def column(path: Path, table: pa.Table, key: str, name: str | None, usual: Seque
       key: of the config that names it, for messages.
       name: as the config says; None: the first of the `usual` ones that is there.
     """
-    has = table.column_names
     for candidate in usual if name is None else (name,):
-        if candidate in has:
+        if candidate in table.column_names:
             return candidate
+    has = table.column_names
+    if _ending(path) == ".parquet" or _ending(path) in SEPARATORS:
+        has = read_table(path).column_names  # those that were not wanted too
     what = f"column {name!r}" if name is not None else f"column like {usual[0]!r}"
     raise UserError(f"{path}: no {what}; the file has: {', '.join(has)}; set {key}=NAME")
 
@@ -170,7 +209,7 @@ def times_of(path: Path, table: pa.Table, name: str) -> np.ndarray:
         except pa.ArrowInvalid as error:
             raise UserError(f"{path}: column {name!r}: {str(error).splitlines()[0]}") from None
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        values = values.cast(pa.timestamp("us"))
+        values = values.cast(pa.timestamp("us"), safe=False)  # not to the nanosecond
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise UserError(f"{path}: column {name!r} is {kind}, expected numbers or dates")
     if values.null_count:
@@ -184,7 +223,10 @@ def times_of(path: Path, table: pa.Table, name: str) -> np.ndarray:
         if len(bad):
             raise UserError(f"{path}: row {int(bad[0])}: {name} is {numbers[bad[0]]}")
         return kept.astype(np.int64)
-    return values.cast(pa.int64()).to_numpy()
+    try:
+        return values.cast(pa.int64()).to_numpy()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: column {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def texts_of(path: Path, table: pa.Table, name: str) -> pa.Array:
@@ -192,4 +234,12 @@ def texts_of(path: Path, table: pa.Table, name: str) -> pa.Array:
     values = _whole(table, name)
     if pa.types.is_nested(values.type):
         raise UserError(f"{path}: column {name!r} is {values.type}, expected text")
-    return values.cast(pa.string())
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        raise UserError(f"{path}: column {name!r} is no UTF-8 text") from None
+
+
+def valid_text(text: str) -> str:
+    """Without halves of characters, which JSON can have and nothing can store."""
+    return text.encode("utf-8", "replace").decode()

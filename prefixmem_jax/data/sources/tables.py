@@ -19,7 +19,9 @@ from prefixmem_jax.data.sources.source import (
 from prefixmem_jax.errors import UserError
 
 USER = ("user_id", "user", "userId", "reviewerID", "uid", "session_id", "visitorid")
-ITEM = ("item_id", "item", "itemId", "movieId", "product_id", "parent_asin", "asin", "iid", "id")
+ITEM = ("item_id", "item", "itemId", "movieId", "product_id", "parent_asin", "asin", "iid")
+# In a table of interactions that would be the number of one.
+OWN_ID = (*ITEM, "id")
 TIME = ("timestamp", "time", "ts", "datetime", "date", "unixReviewTime", "event_time")
 TITLE = ("title", "name", "item_name", "product_name", "text")
 
@@ -49,7 +51,8 @@ class Tables(Source):
             raise UserError("expected ITEMS INTERACTIONS, or INTERACTIONS alone")
         catalogue = self._items(paths[0]) if len(paths) == 2 else None
         path = paths[-1]
-        table = read_table(path, ids=(self.user, self.item, *USER, *ITEM))
+        ids = (self.user, self.item, *USER, *ITEM)
+        table = read_table(path, ids=ids, wanted=(*ids, self.time, *TIME))
         user = column(path, table, "source.user", self.user, USER)
         item = column(path, table, "source.item", self.item, ITEM)
         times = None
@@ -61,8 +64,9 @@ class Tables(Source):
         )
 
     def _items(self, path: Path) -> RawItems:
-        table = read_table(path, ids=(self.item_id, *ITEM))
-        ids = ids_of(path, table, column(path, table, "source.item_id", self.item_id, ITEM))
+        names = (self.item_id, *OWN_ID)
+        table = read_table(path, ids=names, wanted=(*names, self.title, *TITLE))
+        ids = ids_of(path, table, column(path, table, "source.item_id", self.item_id, OWN_ID))
         titles = None
         if self.title is not None or set(TITLE) & set(table.column_names):
             titles = texts_of(path, table, column(path, table, "source.title", self.title, TITLE))
