@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 
 import jax
@@ -22,13 +23,17 @@ from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.planning import topology
 from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.planning.plan import Plan, describe, plan
+from prefixmem_jax.semantic_ids.space import SidSpace
+from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
+from prefixmem_jax.training.step import check_mesh
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]"
 )
 
 
+VOCABULARY = Vocabulary(SidSpace((256,) * 5), multiple=8)
 # Where sizes say nothing, sequences that a TPU's compiler is soon done with.
 SHORT = 64
 
@@ -270,6 +275,27 @@ def test_only_the_data_axis_crosses_slices():
     assert found.devices == 16 and found.fits
     with pytest.raises(UserError, match="data=1 does not divide by the 2 slices"):
         make_mesh(MeshConfig(1, 8, 2), devices)
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(
+    "pod, sizes", [("v6e:8x8", (4, 16, 1)), ("v6e:4x4", (4, 2, 2)), ("v5p:4x4x4", (8, 8, 1))]
+)
+def test_mesh_axes_may_be_pieces_of_the_pods(pod, sizes):
+    _, devices = topology.pod_devices(pod)
+    mesh = make_mesh(MeshConfig(*sizes), devices)
+    assert mesh.devices.shape == sizes and set(mesh.devices.flat) == set(devices)
+    check_mesh(config_for(math.prod(sizes)), VOCABULARY, mesh)
+
+
+@needs_tpu_compiler
+def test_devices_that_share_rows_are_on_one_machine():
+    """A machine of a v5e pod has 2 x 2 chips."""
+    mesh = make_mesh(MeshConfig(4, 1, 4), topology.pod_devices("v5e:4x4")[1])
+    config = config_for(16)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, kv_heads=4))
+    with pytest.raises(UserError, match="devices that share a row are on several machines"):
+        check_mesh(config, VOCABULARY, mesh)
 
 
 @needs_tpu_compiler

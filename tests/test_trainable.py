@@ -6,6 +6,7 @@ import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from prefixmem_jax.config import Config
@@ -70,6 +71,13 @@ def trained(trainable: str, tied: bool = False, mesh_sizes: tuple[int, ...] = (1
         batch = take_rows(ROWS, slice(start, start + 8))
         state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
         norms.append(float(metrics["gradient_norm"]))
+        if start == 0:
+            for part, norm in metrics["update_norms"].items():
+                old, new = (
+                    at.memory if part == "memory" else at.params[part] for at in (before, state)
+                )
+                moved = jax.tree.map(lambda a, b: np.array(a) - b, new, old)
+                assert float(norm) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-3), part
     return before, jax.device_get(state), norms[0]
 
 

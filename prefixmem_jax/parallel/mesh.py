@@ -153,10 +153,17 @@ def make_mesh(
     shape = mesh_shape(config or MeshConfig(), len(devices))
     types = (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, types, devices=devices)
     if shape[0] % slices:
         raise UserError(f"mesh: data={shape[0]} does not divide by the {slices} slices")
     within = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices)
+    # A mesh axis may be a piece of one of the pod's, such as fsdp=8 of 4x4 chips.
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    try:
+        if slices == 1:
+            grid = mesh_utils.create_device_mesh(within, **options)
+        else:
+            grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **options)
+    except (NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"mesh: {shape} does not lie on these chips ({reason})") from None
     return Mesh(np.asarray(grid), AXES, axis_types=types)

@@ -146,7 +146,8 @@ def _update_dense(
         (new, optimizer),
         (old, state.optimizer),
     )
-    norms = {part: optax.tree.norm(tree) for part, tree in updates.items()}
+    made = only_trainable(updates, optax.tree.zeros_like(updates), trainable, spec.vocabulary)
+    norms = {part: optax.tree.norm(tree) for part, tree in made.items()}
     return merged_with(state.params, new), optimizer, norms
 
 
@@ -265,10 +266,16 @@ def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
             tensor,
         ),
         *of_encoder,
-        ("devices of one process", jax.local_device_count(), tensor),
     ):
         if size % shares:
             raise UserError(
                 f"mesh data={data} fsdp={fsdp} tensor={tensor}, accumulation_steps={accumulated}: "
                 f"{key}={size} does not divide by {shares}"
+            )
+    for group in mesh.devices.reshape(-1, tensor):
+        if len({device.process_index for device in group}) > 1:
+            # Every process gives rows of its own, which these would have to have together.
+            raise UserError(
+                f"mesh.tensor={tensor}: devices that share a row are on several machines; expected "
+                "fewer, whose devices are on one"
             )
