@@ -166,7 +166,7 @@ def model_card(run: Run) -> str:
         "",
     ]
     lines += [
-        *_metrics(run.path, step),
+        *_metrics(run),
         "",
         "## Config",
         "",
@@ -177,13 +177,15 @@ def model_card(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _metrics(run: Path, step: int) -> list[str]:
-    path = run / "metrics.json"
+def _metrics(run: Run) -> list[str]:
+    path = run.path / "metrics.json"
     if not path.is_file():
         return ["Not evaluated."]
     metrics = read_json_object(path)
-    if metrics.get("step") != step:
-        return [f"Not evaluated at step {step}."]
+    if metrics.get("step") != run.step:
+        return [f"Not evaluated at step {run.step}."]
+    if metrics.get("learnt_sha256") not in (None, run.learnt_sha256):
+        return ["Not evaluated since it was trained anew."]
     try:
         split = metrics["split"]
         users = (

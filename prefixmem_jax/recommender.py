@@ -18,9 +18,9 @@ from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing, sha256_of
 from prefixmem_jax.inference.engine import Engine
 from prefixmem_jax.parallel.mesh import all_agree
-from prefixmem_jax.progress import progress_bar
+from prefixmem_jax.progress import progress_bar, say
 from prefixmem_jax.semantic_ids.catalog import Catalog
-from prefixmem_jax.storage import make_folder, remove_folder
+from prefixmem_jax.storage import is_remote, make_folder, remove_folder
 from prefixmem_jax.text import shortened
 
 # Users whose recommendations are kept in memory, and lost where the call is killed.
@@ -137,6 +137,12 @@ def recommend_to_all(
       How many items of the histories the catalogue has not; they were left out.
     """
     catalog, unknown = engine.catalog, 0
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; expected a file")
+    if out.exists() and not is_remote(out) and out.samefile(histories.path):
+        raise UserError(f"--out {out}: is the file of histories; expected another one")
+    if catalog.keys is not None and catalog.keys[0].isdigit() and not histories.has_keys:
+        say(f"{histories.path}: integers are items' numbers; their keys would be text")
     top, beam = _widths(engine, top, beam)
     asked = [top, beam, exclude_seen, catalog.sha256, sha256_of(histories.path).hex(), model]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from prefixmem_jax.data.formats.parquet import read_catalog
 from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.inference.item_prior import Returning
+from prefixmem_jax.semantic_ids.trie import Trie
 
 
 def brute_force(model, rows_at, catalog, histories, candidates):
@@ -139,14 +140,38 @@ def test_excluded_sids_are_left_out_and_the_rest_keeps_its_order(searched):
         assert len(np.unique(left)) == 6 and not np.isin(left, [-1, *excluded[user]]).any()
 
 
+def test_prefixes_of_nothing_but_excluded_sids_take_no_place():
+    """A user who has had what the model likes best gets as many others."""
+    rng = np.random.default_rng(0)
+    sids = every_sid((6, 5, 4))[rng.permutation(120)[:60]]
+    trie, beams = Trie(sids, (6, 5, 4)), 12
+    model, prompt = Bag(rng, (6, 5, 4)), rng.integers(0, 30, (1, 6))
+    search = jax.jit(
+        lambda beams, gone: beam_search(model, prompt, beams, trie.levels, Returning(gone, 0)),
+        static_argnums=0,
+    )
+    everything = search(60, np.full((1, 1), -1))
+    order = trie.find(np.asarray(everything.codes[0]))
+    # The likeliest, and all that the second likeliest first code has.
+    first = trie.sids[order, 0]
+    whole = order[first == first[first != first[0]][0]]
+    gone = np.union1d(order[:20], whole)
+    left = order[~np.isin(order, gone)]
+    found = search(60, gone[None])
+    np.testing.assert_array_equal(trie.find(np.asarray(found.codes[0]))[: len(left)], left)
+    assert np.isneginf(found.scores[0, len(left) :]).all()
+    narrow = trie.find(np.asarray(search(beams, gone[None]).codes[0]))
+    assert (narrow >= 0).all() and not np.isin(narrow, gone).any()
+
+
 class Bag:
     """An encoder-decoder of another kind: a bag of the prompt's items, a step without any cache."""
 
     levels = 3
 
-    def __init__(self, rng):
+    def __init__(self, rng, sizes=(4, 3, 5)):
         self.items = jnp.asarray(rng.normal(size=(30, 8)))
-        self.codes = [jnp.asarray(rng.normal(size=(size, 8))) for size in (4, 3, 5)]
+        self.codes = [jnp.asarray(rng.normal(size=(size, 8))) for size in sizes]
 
     def start(self, prompts):
         encoded = self.items[prompts].sum(axis=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,25 @@ def test_a_killed_evaluation_goes_on_where_it_was(runs, monkeypatch):
     assert len(later) == shares - 1 > 0
     assert json.dumps(resumed, sort_keys=True) == json.dumps(whole, sort_keys=True)
     assert not list((run.path / "evaluation").glob("*/*.npz"))
+
+
+def test_an_evaluation_of_another_model_does_not_go_on_with_its_users(runs, tmp_path, monkeypatch):
+    _, run, data, engine = runs
+    copied = Run(shutil.copytree(run.path, tmp_path / "run"))
+    search, searched = evaluator._search, []
+    monkeypatch.setattr(evaluator, "_search", lambda *a: searched.append(1) or search(*a))
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    for shares in (1, 1):  # the second time what the first did is there
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(evaluator, "title_bleu", killed)
+            evaluate_run(copied, data, engine=engine)
+        assert len(searched) == shares
+    (copied.path / "transitions.npz").write_bytes(b"other counts")
+    evaluate_run(copied, data, engine=engine)
+    assert len(searched) == 2
 
 
 def test_two_processes_evaluate_a_run_as_one_does(runs, tmp_path):

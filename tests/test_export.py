@@ -263,6 +263,8 @@ def test_bleu_of_titles(export_of, monkeypatch):
 def test_recommend_from_a_saved_again_folder(family, export_of, tmp_path):
     exported = export_of(family)
     model = exported.model
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "items.jsonl").write_text("of an older model")
     model.save_pretrained(tmp_path / "again")
     again = open_in_torch(tmp_path / "again")
     expected = model.state_dict()
@@ -274,10 +276,21 @@ def test_recommend_from_a_saved_again_folder(family, export_of, tmp_path):
             (r.item, r.sid, r.title) for r in theirs
         ]
         np.testing.assert_allclose([r.score for r in ours], [r.score for r in theirs], atol=1e-4)
+    # What the model likes best is not to be had again: as many others are.
+    best = [r.item for r in recommend(exported.engine, [0], 30, beam=30)]
+    ours = recommend(exported.engine, best, 12, beam=12)
+    theirs = again.recommend(torch.tensor(best), top=12, beams=12)
+    assert [r.item for r in ours] == [r.item for r in theirs] and len(ours) == 12
+    assert not {r.item for r in ours} & set(best)
     with pytest.raises(ValueError, match="item 150 is not in the catalogue of 150"):
         again.recommend([150])
     everything = again.recommend([0], top=400, include_seen=True)  # more beams than SIDs
     assert sorted(r.item for r in everything) == list(range(150))
+    first, *others = (tmp_path / "again" / "items.jsonl").read_text().splitlines()
+    keyed = json.dumps({**json.loads(first), "key": "one"})
+    (tmp_path / "again" / "items.jsonl").write_text("\n".join([keyed, *others]))
+    with pytest.raises(ValueError, match="line 2: expected a key on every line, or on none"):
+        open_in_torch(tmp_path / "again").recommend([0])
 
 
 def test_a_cache_without_the_tokens_before_is_refused(export_of):
@@ -456,7 +469,10 @@ def test_without_sid_encoder_it_is_the_stock_architecture(tmp_path):
 
 def test_bfloat16_and_bfloat16_rows(tmp_path):
     sid_encoder = dataclasses.replace(SID_ENCODER, dtype="bfloat16")
-    run = make_run(tmp_path / "run", small_config(DecoderConfig(), 0, sid_encoder=sid_encoder))
+    config = small_config(
+        DecoderConfig(), 0, sid_encoder=sid_encoder, item_head=ItemHeadConfig("own")
+    )
+    run = make_run(tmp_path / "run", config)
     export_run(run, tmp_path / "rough", dtype="bfloat16")
     export_run(run, tmp_path / "exact")
     engine = one_device_engine(run)
@@ -465,6 +481,10 @@ def test_bfloat16_and_bfloat16_rows(tmp_path):
     rough = open_in_torch(tmp_path / "rough")
     assert rough.dtype == torch.bfloat16
     close(torch_logits(rough, tokens), expected, 0.05)
+    items = torch.from_numpy(engine.item_tokens)
+    with torch.no_grad():
+        scores = rough.item_log_probs(torch.from_numpy(tokens[:1]), items)
+    assert len(scores.unique()) == len(items)  # in steps of bfloat16 many would be level
     with safe_open(tmp_path / "exact" / "model.safetensors", framework="pt") as file:
         assert file.get_tensor("prefix_memory.tables.0.weight").dtype == torch.bfloat16
     close(torch_logits(open_in_torch(tmp_path / "exact"), tokens), expected, 1e-4)

@@ -83,7 +83,7 @@ def add_recommend(recommend: argparse.ArgumentParser, distributed_help: str) -> 
         "--histories",
         type=to_path,
         metavar="FILE",
-        help="Parquet with user_id and item_ids (lists of numbers, or of the items' keys)",
+        help="Parquet with user_id and item_ids (lists of items' keys as text, or of numbers)",
     )
     recommend.add_argument(
         "--out",

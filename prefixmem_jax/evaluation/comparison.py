@@ -12,7 +12,7 @@ import jax
 
 from prefixmem_jax.config_groups import EvaluationConfig
 from prefixmem_jax.data.prepare import PreparedData
-from prefixmem_jax.data.transitions import Transitions
+from prefixmem_jax.data.transitions import Transitions, needed
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.evaluation.evaluator import chosen_examples, evaluate_run, load_scores
 from prefixmem_jax.evaluation.heuristics import (
@@ -128,6 +128,8 @@ def evaluate_runs(
     base = next(iter(opened))
     for name, run in opened.items():
         _check_comparable(opened, prepared, options, base, name)
+        if options[name].transition_share > 0:
+            needed(run.transitions)
         _ = run.step  # a checkpoint is missing now, not when the runs before are evaluated
     folder = out or opened[base].path
     make_folder(folder)

@@ -188,6 +188,7 @@ def evaluate_run(
         "transition_share": options.transition_share,
         "dataset_sha256": data.dataset.sha256,
         "catalogue_sha256": data.catalog.sha256,
+        "learnt_sha256": run.learnt_sha256,
         "config": json.loads(to_json(dataclasses.replace(run.config, evaluation=options))),
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ NEW_TOKENS = 32
 def title_bleu(engine: Engine, text_model: str | None) -> float | None:
     """BLEU over a fixed sample of titled items, of text generated greedily after BOS and the SID.
 
-    Other tokens than text are left out of what is written. None where there is no tokenizer, or
+    Other tokens than text are left out of what is written. None where there is no text, or
     the items have no titles.
 
     Args:
@@ -26,7 +26,8 @@ def title_bleu(engine: Engine, text_model: str | None) -> float | None:
     """
     titles = engine.catalog.titles
     titled = np.array([item for item, title in enumerate(titles) if title], np.int64)
-    if text_model is None or not len(titled) or not (Path(text_model) / TOKENIZER).is_file():
+    speaks = engine.spec.vocabulary.text_tokens and text_model is not None
+    if not (speaks and len(titled) and (Path(text_model) / TOKENIZER).is_file()):
         return None
     tokenizer, end = read_tokenizer(text_model)
     items = titled[fixed_sample(len(titled), ITEMS)]

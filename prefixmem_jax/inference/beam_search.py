@@ -80,6 +80,8 @@ def beam_search(
     prior = None
     if trie is not None and group_of_item is not None:
         prior = item_prior(model.item_logits(state), group_of_item, trie, item_share, returning)
+    # Prefixes of nothing but these would take the places of others, and end in nothing.
+    had = None if returning is None else returning.nodes(trie)
     users = logits.shape[0]
     scores = jnp.zeros((users, 1))
     codes = jnp.zeros((users, 1, 0), jnp.int32)
@@ -97,9 +99,9 @@ def beam_search(
                     jnp.isfinite(candidates.scores), scores[..., None] + gained, -jnp.inf
                 )
             )
-        if returning is not None and level == model.levels:
-            had = jnp.any(candidates.nodes[..., None] == returning.leaves[:, None, None], axis=-1)
-            gone = had & (returning.rate == 0)
+        if had is not None:
+            among = candidates.nodes[..., None] == had[level - 1][:, None, None]
+            gone = jnp.any(among, axis=-1) & (returning.rate == 0)
             candidates = candidates._replace(scores=jnp.where(gone, -jnp.inf, candidates.scores))
         by = candidates.scores
         if transitions is not None:

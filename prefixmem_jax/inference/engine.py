@@ -153,7 +153,8 @@ class Engine:
         """Teacher-forced ranks int32 [users, levels] of each target item's codes.
 
         The rank of c_l given the history and the true c_1..c_{l-1}, from 1, among all tokens of the
-        vocabulary; equal logits count against it. `told`: as in `search`.
+        vocabulary, or those that `objective.softmax` compares; equal logits count against it.
+        `told`: as in `search`.
         """
         ranks = np.zeros((len(histories), self.catalog.space.levels), np.int32)
         for users, batch in self._prompts(histories, told, targets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,27 @@ class Returning(NamedTuple):
 
     leaves: jax.Array
     rate: jax.Array
+
+    def nodes(self, trie: Sequence[TrieLevel]) -> list[jax.Array]:
+        """By level, the trie's nodes below which users have had every SID: int32 [users, any],
+        filled up with a number that no node has.
+        """
+        nobody = jnp.iinfo(jnp.int32).max
+        had = jnp.where(self.leaves >= 0, self.leaves, nobody)
+        found = [had]
+        for level in reversed(trie[1:]):
+            first_child = jnp.asarray(level.first_child)
+            parent = jnp.searchsorted(first_child, had, side="right") - 1
+            parent = jnp.sort(jnp.where(had == nobody, nobody, parent), axis=1)
+            first, stop = (
+                jax.vmap(partial(jnp.searchsorted, side=side))(parent, parent)
+                for side in ("left", "right")
+            )
+            children = first_child[parent + 1] - first_child[parent]
+            whole = (stop - first == children) & (first == jnp.arange(parent.shape[1]))
+            had = jnp.where(whole & (parent != nobody), parent, nobody).astype(jnp.int32)
+            found.append(had)
+        return found[::-1]
 
     def factors(self, mass: jax.Array) -> jax.Array:
         """What probabilities of leaves [users, leaves] are multiplied by, so that what was had has

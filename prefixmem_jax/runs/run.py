@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -186,9 +187,15 @@ class Run:
 
     def identity(self) -> str:
         """What another model, or this one after other training, does not have."""
+        config = to_json(self.config)
+        return f"{absolute(self.path)} {self.step} {config} {self.learnt_sha256}"
+
+    @property
+    def learnt_sha256(self) -> str:
+        """Digest of the step's checkpoint, where it has checksums, and of the counts."""
         files = (self.path / CHECKSUMS / f"{self.step}.json", self.path / TRANSITIONS)
-        digests = [sha256_of(file).hex() for file in files if file.is_file()]
-        return f"{absolute(self.path)} {self.step} {to_json(self.config.evaluation)} {digests}"
+        digests = [sha256_of(file) for file in files if file.is_file()]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def check_generates(self) -> None:
         """Raises UserError where its model does not generate SIDs."""

@@ -17,6 +17,9 @@ from transformers.utils import cached_file
 from .configuration_prefixmem import PrefixMemConfig
 from .sid_catalog import ITEMS, TRANSITIONS, Catalog
 
+# Arguments of `from_pretrained` that say where in a repository, or where its copy is.
+PLACE = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+
 
 def earlier(x, distance):
     """What stood so many positions earlier, [B, S]; zero before the first."""
@@ -149,7 +152,16 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
             size = config.text_config.hidden_size
             self.item_head = nn.Linear(size, config.item_head["outputs"], bias=False)
         self._catalog = self._items = None
+        self._place = {}
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As ever; the catalogue will be read from the same place of a repository."""
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model._place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        return result
 
     def get_input_embeddings(self):
         return self.llm.get_input_embeddings()
@@ -212,10 +224,12 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
           item_ids: SID tokens of all items, [items, levels].
         """
         hidden = self.llm.model(inputs_embeds=self._embed(input_ids, input_ids)).last_hidden_state
+        # Products of float32: steps of bfloat16 would put many items level.
         if self.item_head is not None:
-            scores = self.item_head(hidden[0, -1])[: len(item_ids)]
+            vectors = self.item_head.weight[: len(item_ids)]
         else:
-            scores = self._item_vectors(item_ids).to(hidden.dtype) @ hidden[0, -1]
+            vectors = self._item_vectors(item_ids).to(hidden.dtype)
+        scores = vectors.float() @ hidden[0, -1].float()
         return torch.log_softmax(scores.double(), dim=-1)
 
     def _item_vectors(self, item_ids):
@@ -235,7 +249,8 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
     def recommend(self, history, top=10, beams=None, include_seen=False):
         """The best next items after a history of item ids; see `Catalog.recommend`."""
         if self._catalog is None:
-            self._catalog = Catalog.from_pretrained(self.config._name_or_path, self.config)
+            folder = self.config._name_or_path
+            self._catalog = Catalog.from_pretrained(folder, self.config, **self._place)
         return self._catalog.recommend(self, history, top, beams, include_seen)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -243,7 +258,9 @@ class PrefixMemForCausalLM(PrefixMemPreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, **kwargs)
         folder = self.config._name_or_path
         for name in (ITEMS, TRANSITIONS):
-            file = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+            file = cached_file(
+                folder, name, _raise_exceptions_for_missing_entries=False, **self._place
+            )
             target = Path(save_directory) / name
-            if file is not None and not target.exists():
+            if file is not None and not (target.exists() and target.samefile(file)):
                 shutil.copyfile(file, target)

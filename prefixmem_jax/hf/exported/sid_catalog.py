@@ -5,6 +5,7 @@ catalogue; several items may share a SID.
 """
 
 import json
+import operator
 from collections import namedtuple
 
 import numpy as np
@@ -74,8 +75,11 @@ class Catalog:
             self.keys.append(keys)
 
     @classmethod
-    def from_pretrained(cls, folder, config):
+    def from_pretrained(cls, folder, config, **place):
         """Reads the items of an exported folder (or hub repository); `config` is the model's.
+
+        Args:
+          place: of a repository, what its model was read with: `revision`, `token`, ...
 
         Raises:
           ValueError: names the line that is not the item it must be: another one, or without its
@@ -84,7 +88,7 @@ class Catalog:
         described = config.semantic_ids
         space = SidSpace(described["codebook_sizes"], described["text_tokens"])
         sids, titles, own_ids = [], [], []
-        path = cached_file(folder, ITEMS)
+        path = cached_file(folder, ITEMS, **place)
         with open(path, "rb") as file:
             for item, line in enumerate(file):
                 try:
@@ -93,12 +97,17 @@ class Catalog:
                     raise ValueError(f"{path}: line {item + 1}: {error}") from None
                 sids.append(sid)
                 titles.append(title)
+                if item and (own_id is None) != (len(own_ids) < item):
+                    raise ValueError(
+                        f"{path}: line {item + 1}: expected a key on every line, or on none"
+                    )
                 own_ids += [] if own_id is None else [own_id]
         if len(sids) != described["items"]:
             raise ValueError(f"{path}: {len(sids)} items, expected {described['items']}")
         transitions = None
         if described.get("transition_share"):
-            with np.load(cached_file(folder, TRANSITIONS), allow_pickle=False) as saved:
+            path = cached_file(folder, TRANSITIONS, **place)
+            with np.load(path, allow_pickle=False) as saved:
                 transitions = {name: saved[name] for name in saved.files}
         return cls(
             space, sids, titles, own_ids, described["max_items"], described["beam"], transitions
@@ -136,6 +145,17 @@ class Catalog:
         within = torch.arange(len(row)) - (torch.cumsum(count, 0) - count)[row]
         child = first[row] + within
         return row, keys[child] % size, child, node[row]
+
+    def whole(self, leaves):
+        """By level, the nodes below which there is nothing but these leaves, int64 [any] each."""
+        nodes = torch.tensor(sorted(leaves), dtype=torch.int64)
+        found = [nodes]
+        for keys, size in zip(self.keys[:0:-1], self.space.codebook_sizes[:0:-1], strict=True):
+            parents, among = torch.unique(keys[nodes] // size, return_counts=True)
+            first, stop = (torch.searchsorted(keys, (parents + i) * size) for i in (0, 1))
+            nodes = parents[among == stop - first]
+            found.append(nodes)
+        return found[::-1]
 
     def log_masses(self, log_probs, had, returns):
         """By level, the log-probability of all items below each node.
@@ -214,7 +234,10 @@ class Catalog:
         """
         space = self.space
         given, count = list(history), len(self.sids)
-        history = [self.item_of_own_id.get(i, -1) if isinstance(i, str) else i for i in given]
+        history = [
+            self.item_of_own_id.get(i, -1) if isinstance(i, str) else operator.index(i)
+            for i in given
+        ]
         unknown = [i for i, item in zip(given, history, strict=True) if not 0 <= item < count]
         if unknown:
             raise ValueError(f"item {unknown[0]} is not in the catalogue of {count} items")
@@ -287,6 +310,8 @@ def _parse_line(line, item, space):
             raise ValueError(f"sid level {level} is {code!r}, expected 0..{size - 1}")
     if title is not None and not isinstance(title, str):
         raise ValueError(f"title is {title!r}, expected a string or null")
+    if own_id is not None and not isinstance(own_id, str):
+        raise ValueError(f"key is {own_id!r}, expected a string")
     return sid, title, own_id
 
 
@@ -316,7 +341,8 @@ class SidLogitsProcessor(LogitsProcessor):
         self.catalog = catalog
         self.prior = prior
         self.share = share
-        self.excluded = torch.tensor(list(excluded), dtype=torch.int64)
+        # By level: prefixes of nothing else would take the places of others.
+        self.excluded = None if catalog is None else catalog.whole(excluded)
         self.counted = counted
         self.counted_share = counted_share
         self.totals = {}
@@ -362,9 +388,8 @@ class SidLogitsProcessor(LogitsProcessor):
                 gains = self._counted_gains(level, codes, gains, row, code, child, node).to(gains)
             row, code = row.to(scored.device), code.to(scored.device)
             allowed[row, code] = gains
-            if level == self.space.levels - 1:
-                out = torch.isin(child, self.excluded).to(scored.device)
-                allowed[row[out], code[out]] = -float("inf")
+            out = torch.isin(child, self.excluded[level]).to(scored.device)
+            allowed[row[out], code[out]] = -float("inf")
             scored = allowed
         result = torch.full_like(scores, -float("inf"))
         result[:, start:stop] = scored
