@@ -73,6 +73,12 @@ class Config:
             )
         if self.item_head is not None:
             self.item_head.check(self.sid_encoder is not None and self.sid_encoder.reads_items)
+            if self.item_head.negatives and getattr(self.sid_encoder, "items", 0) > 1:
+                # The target would be read with the items before it, the others without.
+                raise UserError(
+                    f"item_head.negatives={self.item_head.negatives}: expected none, or "
+                    f"sid_encoder.items of 1 at most, not {self.sid_encoder.items}"
+                )
         if self.evaluation.patience and self.evaluation.select_by is None:
             raise UserError("evaluation.patience needs a metric to wait for: evaluation.select_by")
         if self.evaluation.retrieves and not self.objective.generates:

@@ -13,6 +13,7 @@ from prefixmem_jax.data.pipeline import rows_of_batch
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.data.texts import read_tokenizer
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.progress import counted
 from prefixmem_jax.text import shortened
 from prefixmem_jax.training_rows import training_source
 
@@ -36,7 +37,8 @@ def inspect(
     source, split = training_source(config, data), data.split
     length = config.data.sequence_length
     within = real = predicted = 0
-    for row in map(source.__getitem__, range(len(source))):
+    for number in counted(range(len(source)), "reading what training sees", "row"):
+        row = source[number]
         within += int(row.segment_ids.max())
         real += int((row.segment_ids > 0).sum())
         predicted += int((row.loss_mask > 0).sum())

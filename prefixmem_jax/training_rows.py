@@ -18,9 +18,10 @@ from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing_files
 from prefixmem_jax.progress import progress_bar
+from prefixmem_jax.storage import is_remote, to_path
 
 # Of the group `data`, what rows depend on; the dataset itself is known by its digest.
-KEYS = ("sid_column", "split", "holdout", "text_tokens", "text_length")
+KEYS = ("sid_column", "shared_sids", "split", "holdout", "text_tokens", "text_length")
 KEYS += ("max_items", "sequence_length")
 
 
@@ -67,6 +68,10 @@ def pack(config: Config, out: Path, shards: int, workers: int) -> int:
     Raises:
       UserError: more files than training sequences, or what the documents refuse.
     """
+    if config.data.path is not None and is_remote(to_path(config.data.path)):
+        raise UserError(
+            f"data.path={config.data.path}: packing reads a folder of this machine; copy it first"
+        )
     data = open_data(config.data)
     users = len(data.dataset.histories)
     if shards > users:

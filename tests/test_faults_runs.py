@@ -31,6 +31,7 @@ from prefixmem_jax.data.pipeline import rows_of_batch
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import Stopped, UserError
 from prefixmem_jax.recommender import recommend
+from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import DataDescription, Run
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
@@ -78,6 +79,16 @@ def test_reading_needs_only_the_model(run, caplog):
     assert Run(run).step == 5 and "10 is damaged (llm/" in caplog.text
     with pytest.raises(UserError, match=r"no whole checkpoint \(llm/.* has changed since"):
         _ = Run(run, step=10).step
+
+
+def test_a_checkpoint_in_place_of_a_damaged_one_is_not_held_to_its_checksums(run):
+    """Where the run is killed before it has written its own."""
+    flip(largest(run / "checkpoints" / "10" / "llm"))
+    with Checkpoints(run, keep=3) as checkpoints:
+        assert checkpoints.choose() == 5
+    assert not (run / "checkpoints" / "10").exists()
+    shutil.copytree(run / "checkpoints" / "5", run / "checkpoints" / "10")
+    assert Run(run).step == 10
 
 
 def test_a_checkpoint_at_a_chosen_step(run):

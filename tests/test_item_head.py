@@ -221,10 +221,15 @@ def test_a_wide_search_ranks_by_both(vectors, share):
 
 
 def test_a_head_without_what_it_reads_is_refused():
+    two_items = dataclasses.replace(with_head("memory").sid_encoder, items=2)
     for keys, message in (
         ({"sid_encoder": None}, "no SID encoder that reads whole items"),
         ({"sid_encoder": SID_ENCODER}, "add level 1 to sid_encoder.target_levels"),
         ({"item_head": ItemHeadConfig("own", negatives=5)}, "item_head.negatives=5 is for"),
+        (
+            {"item_head": ItemHeadConfig("memory", negatives=5), "sid_encoder": two_items},
+            "item_head.negatives=5: expected none, or sid_encoder.items of 1 at most, not 2",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(with_head("memory"), **keys).check()

@@ -48,6 +48,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate, size):
     np.testing.assert_array_equal(found, dropout(x, rate, key))
     assert (found != np.asarray(dropout(x, rate, jax.random.key(1)))).any()
     np.testing.assert_array_equal(dropout(x, rate, None), x)
+    assert np.isfinite(dropout(x, 0.999, key)).all()
     # Neighbours share a word, not a fate.
     both = (found[..., 1:] == 0) & (found[..., :-1] == 0)
     assert abs(both.mean() - rate**2) < 0.03

@@ -282,6 +282,7 @@ def test_what_is_not_what_was_packed_is_refused(packed, data, tmp_path):
     refused(
         r"packed with another data.max_items \(6 there, 5 here\); pack again", other(max_items=5)
     )
+    refused("packed with another data.shared_sids", other(shared_sids="move"))
     refused("packed with another seed", dataclasses.replace(packed, seed=1))
     refused("no packed.json; expected what `prefixmem data pack` wrote", other(packed="/nowhere"))
     copied = Path(shutil.copytree(packed.data.packed, tmp_path / "rows"))

@@ -16,7 +16,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, *logical: str | No
       key: None, where nothing may be random, returns x.
       logical: axes of x; the last one is not sharded.
     """
-    dropped = round(256 * rate)
+    dropped = min(round(256 * rate), 255)
     if key is None or dropped == 0:
         return x
     # A byte decides on a number, since drawing is what it costs.

@@ -8,6 +8,7 @@ codebooks as moving averages of what is nearest to them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,14 +31,15 @@ from prefixmem_jax.semantic_ids.clustering import revive
 from prefixmem_jax.semantic_ids.quantizers.quantizer import Fitting, level_name
 from prefixmem_jax.semantic_ids.quantizers.residual_kmeans import ResidualKMeans
 from prefixmem_jax.semantic_ids.quantizers.rq_vae import Hidden, scaled
-from prefixmem_jax.semantic_ids.vectors import Vectors
+from prefixmem_jax.semantic_ids.vectors import PIECE, Vectors
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 # Steps between two looks for codes that nothing is nearest to.
 ROUND = 100
 # Passes of k-means, which training goes on from.
 START = 10
-# Vectors that the principal components are computed from.
+# The start is computed from at least so many vectors, if there are, a piece at a time: of all of
+# them only the projections are in memory.
 SAMPLE = 100_000
 # A code with fewer vectors in a batch than this, on average, is one that nothing is nearest to.
 RARE = 1e-3
@@ -74,14 +76,23 @@ class RqVae(Objective):
         vectors, codes = data.vectors, data.vocabulary.space.codebook_sizes
         rng = np.random.default_rng(config.seed)
         most = max(SAMPLE, 256 * max(codes))
-        sample = vectors.take(np.sort(rng.permutation(vectors.count)[:most]))
-        mean = sample.mean(axis=0)
-        scale = np.float32(np.sqrt(((sample - mean) ** 2).mean()) or 1.0)
-        scaling = {"mean": mean, "scale": scale}
-        sample = scaled(scaling, sample)
-        _, components = np.linalg.eigh(sample.T.astype(np.float64) @ sample)
+        picked = np.sort(rng.permutation(vectors.count)[:most])
+
+        def pieces() -> Iterator[np.ndarray]:
+            size = max(PIECE // vectors.width, 1)
+            for first in range(0, len(picked), size):
+                yield vectors.take(picked[first : first + size]).astype(np.float64)
+
+        mean = sum(piece.sum(axis=0) for piece in pieces()) / len(picked)
+        square = sum(((piece - mean) ** 2).sum() for piece in pieces()) / len(picked)
+        scale = np.sqrt(square / vectors.width) or 1.0
+        scaling = {"mean": np.float32(mean), "scale": np.float32(scale)}
+        products = sum(piece.T @ piece for piece in (scaled(scaling, x) for x in pieces()))
+        _, components = np.linalg.eigh(products)
         components_DZ = components[:, ::-1][:, : self.latent].astype(np.float32)
-        latents = sample @ components_DZ
+        latents = np.concatenate(
+            [np.float32(scaled(scaling, piece) @ components_DZ) for piece in pieces()]
+        )
         kmeans = ResidualKMeans(codes=codes, seed=config.seed, iterations=START)
         fitted = kmeans.fit(Vectors(latents, None, vectors.name), Fitting(mesh))
         share = config.data.batch_size / len(latents)

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import all_agree
-from prefixmem_jax.runs.checksums import FOLDER, find_damage, write_checksums
+from prefixmem_jax.runs.checksums import CHECKSUMS, FOLDER, find_damage, write_checksums
 from prefixmem_jax.runs.workplace import InPlace, LocalCopy, is_finished
 from prefixmem_jax.storage import is_remote, orbax_writes, tensorstore_spec
 
@@ -180,6 +180,8 @@ class Checkpoints:
             aside = self.run / "damaged" / f"{step}-{time.time_ns()}"
             aside.parent.mkdir(exist_ok=True)
             os.replace(self.run / FOLDER / str(step), aside)
+            # Or they would be taken for those of the checkpoint that comes in its place.
+            (self.run / CHECKSUMS / f"{step}.json").unlink(missing_ok=True)
             log.warning(f"{self.run / FOLDER}/{step} is damaged ({damage}): moved to {aside}")
 
     @property

@@ -100,7 +100,10 @@ def read_vectors(path: Path, items: int, keys: Sequence[str] | None, unpacked: P
         ids = np.where(ids < items, ids, -1).astype(np.int64)
     else:
         item_of_key = {key: item for item, key in enumerate(keys)}
-        ids = np.array([item_of_key.get(key, -1) for key in ids.astype(str).tolist()], np.int64)
+        names = (
+            x.decode(errors="replace") if isinstance(x, bytes) else str(x) for x in ids.tolist()
+        )
+        ids = np.array([item_of_key.get(name, -1) for name in names], np.int64)
     row_of_item = np.full(items, -1, np.int64)
     known = (ids >= 0) & (ids < items)
     row_of_item[ids[known]] = np.flatnonzero(known)

@@ -306,8 +306,9 @@ class Checkpointing(Hook):
         return validated and progress.is_best
 
     def run(self, progress: Progress) -> None:
-        if not self.is_finite(progress.state):
-            raise not_finite(progress.step, progress.rows, self.spec.config)
+        with progress.timing("saving_seconds"):
+            if not self.is_finite(progress.state):
+                raise not_finite(progress.step, progress.rows, self.spec.config)
         parts = to_parts(self.spec, progress.state)
         metadata = self.metadata() | {
             "totals": progress.totals(),

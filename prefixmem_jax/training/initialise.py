@@ -56,6 +56,7 @@ def initial_state(spec: ModelSpec, options: InitConfig, seed: int) -> TrainState
                 f"init.run={options.run}: not a run directory with a checkpoint; train that stage "
                 "first, or name another run"
             )
+        _check_tokens(spec, options, run)
         loaded |= run.load(spec, options.take)
     if options.from_huggingface is not None:
         others = [part for part in parts if part not in (*options.take, *options.fresh)]
@@ -64,6 +65,27 @@ def initial_state(spec: ModelSpec, options: InitConfig, seed: int) -> TrainState
     memory = loaded.pop("memory", {"rows": state.memory})["rows"]
     params = {part: loaded.get(part, state.params.get(part)) for part in spec.params}
     return _with_params(spec, state._replace(memory=memory), params)
+
+
+def _check_tokens(spec: ModelSpec, options: InitConfig, run: Run) -> None:
+    """Raises UserError where a run's tokens, which its dense parts know, are numbered otherwise."""
+    # A table's rows say themselves what they are of, and what projects them knows no token.
+    without = {"memory"} if spec.table is None else {"memory", "sid_encoder"}
+    if not set(options.take) - without:
+        return
+    for key, its, own in (
+        ("text_tokens", run.config.data.text_tokens, spec.vocabulary.text_tokens),
+        (
+            "codebook_sizes",
+            tuple(run.data_description.codebook_sizes),
+            spec.vocabulary.space.codebook_sizes,
+        ),
+    ):
+        if its != own:
+            raise UserError(
+                f"init.run={options.run}: was trained with data.{key}={its}, here it is {own}; "
+                f"expected the same of both (data.{key}=... sets it)"
+            )
 
 
 def first_state(spec: ModelSpec, data: TrainingData) -> TrainState:
