@@ -92,6 +92,18 @@ def test_stage_two_refuses_what_does_not_fit(stage_one, tmp_path, overrides, wor
     assert not (tmp_path / "run").exists()  # nothing is left behind
 
 
+@pytest.mark.usefixtures("first_device_alone")
+def test_tokens_that_are_numbered_otherwise_are_not_taken(tmp_path, refused):
+    """Their tables have the same shapes."""
+    arguments = ["train", QUICKSTART / "baseline.py", *SMALL, "steps=1"]
+    prefixmem(*arguments, "--out", tmp_path / "before")
+    said = refused(
+        *arguments, "--out", tmp_path / "after", f"init.run={tmp_path / 'before'}",
+        "init.take=('llm',)", "data.synthetic.codebook_sizes=(64,64,64,32)",
+    )  # fmt: skip
+    assert "was trained with data.codebook_sizes=(32, 64, 64, 64), here it is (64, 64" in said
+
+
 EVERYTHING = """
 import dataclasses
 from prefixmem_jax.config_files import inherit
