@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prefixmem_jax.config import Config
 from prefixmem_jax.data.batch import Rows
 from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.pipeline import RowsInMemory, RowSource
 from prefixmem_jax.data.prepare import PIECE, PreparedData, StoredData, TrainingData, open_data
-from prefixmem_jax.data.shards import INDEX, PackedShards, write_shards
+from prefixmem_jax.data.shards import INDEX, PackedShards, in_processes, write_shards
 from prefixmem_jax.data.texts import tokenizer_sha256
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.files import replacing_files
@@ -80,15 +83,30 @@ def pack(config: Config, out: Path, shards: int, workers: int) -> int:
     bounds = [data.bounds(*place, PIECE).tolist() for place in itertools.pairwise(ends)]
     numbers = list(itertools.accumulate((len(some) - 1 for some in bounds), initial=0))
     source = _made_from(config, data)
+
+    def corpora(shard: int) -> Iterator[Corpus]:
+        for part, place in enumerate(itertools.pairwise(bounds[shard]), numbers[shard]):
+            yield Corpus(data.piece(*place), config.data, part, numbers[-1])
+
+    def count(shard: int) -> list[tuple[int, ...]]:
+        return [config.objective.count_documents(corpus) for corpus in corpora(shard)]
+
+    counts = None
+    if config.objective.mixes_documents and numbers[-1] > 1:
+        by_part = []
+        with progress_bar(shards, "counting documents", "file") as bar:
+            for some in in_processes(count, shards, workers):
+                by_part += some
+                bar.update()
+        counts = tuple(np.sum(by_part, axis=0).tolist())
     with (
         replacing_files(out, "packed", last=INDEX) as staged,
         progress_bar(shards, "packing", "file") as bar,
     ):
 
         def rows_of(shard: int) -> Iterator[Rows]:
-            for part, place in enumerate(itertools.pairwise(bounds[shard]), numbers[shard]):
-                corpus = Corpus(data.piece(*place), config.data, part, numbers[-1])
-                yield config.objective.training_rows(corpus, config.seed)
+            for corpus in corpora(shard):
+                yield config.objective.training_rows(replace(corpus, counts=counts), config.seed)
 
         return write_shards(staged, rows_of, shards, workers, source, bar.update)
 

@@ -26,7 +26,9 @@ from prefixmem_jax.config_groups import (
     SyntheticConfig,
 )
 from prefixmem_jax.data.batch import Batch
+from prefixmem_jax.data.documents.catalogue import Catalogue
 from prefixmem_jax.data.documents.document import Corpus
+from prefixmem_jax.data.documents.items import Items
 from prefixmem_jax.data.formats.parquet import write_dataset
 from prefixmem_jax.data.pipeline import training_batches
 from prefixmem_jax.data.prepare import fixed_sample, open_data, prepare_data
@@ -34,6 +36,7 @@ from prefixmem_jax.data.shards import PackedShards
 from prefixmem_jax.data.splits import Split
 from prefixmem_jax.data.synthetic import make_synthetic
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.objectives.next_token import NextToken
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.training.loop import train
 from prefixmem_jax.training_rows import training_source
@@ -94,6 +97,34 @@ def test_files_have_every_document_once(packed, data):
     whole = CONFIG.objective.training_rows(Corpus(data, CONFIG.data), CONFIG.seed)
     assert documents_in(rows) == documents_in(whole)
     assert len(source) <= len(whole.tokens) + 5
+
+
+def test_kinds_of_documents_have_the_same_shares_in_files(data):
+    """In files of many histories, of few and of none alike; an item is in one of them."""
+    objective = NextToken(documents=(Items(weight=3.0), Catalogue(weight=1.0)))
+    train = data.split.train
+    ends = [0, 300, 310, 310, 400, *[400] * 200]
+    parts = []
+    for part, (first, stop) in enumerate(itertools.pairwise(ends)):
+        split = dataclasses.replace(data.split, train=train.take(np.arange(first, stop)))
+        corpus = Corpus(dataclasses.replace(data, split=split), CONFIG.data, part, len(ends) - 1)
+        parts.append(corpus)
+    counts = tuple(np.sum([objective.count_documents(part) for part in parts], axis=0).tolist())
+    whole = Corpus(data, CONFIG.data)
+    assert counts == objective.count_documents(whole)
+    found = collections.Counter()
+    for part in parts:
+        found += documents_in(
+            objective.training_rows(dataclasses.replace(part, counts=counts), CONFIG.seed)
+        )
+    expected = documents_in(objective.training_rows(whole, CONFIG.seed))
+    assert set(found) == set(expected)
+
+    def items_alone(documents: collections.Counter) -> int:
+        return sum(times for one, times in documents.items() if np.float32(0.1) in one)
+
+    assert items_alone(found) == pytest.approx(items_alone(expected), rel=0.1)
+    assert found.total() == pytest.approx(expected.total(), rel=0.05)
 
 
 def stacked(source: PackedShards) -> Batch:

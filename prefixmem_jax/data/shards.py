@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -60,12 +60,9 @@ def write_shards(
       How many rows there are.
     """
     done = []
-    _JOBS[:] = [(folder, make, number) for number in range(shards)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        for file in pool.map(_write_job, range(shards)):
-            done.append(file)
-            wrote()
-    _JOBS.clear()
+    for file in in_processes(lambda number: _write(folder, make, number), shards, workers):
+        done.append(file)
+        wrote()
     index = {
         "made_from": made_from,
         "fields": [{"shape": shape, "dtype": dtype} for shape, dtype in done[0].fields],
@@ -75,12 +72,20 @@ def write_shards(
     return sum(file.rows for file in done)
 
 
-# What forked processes do: functions cannot be sent to them.
-_JOBS: list[tuple[Path, Callable[[int], Iterable[Rows]], int]] = []
+def in_processes(function: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
+    """What a function gives of 0, 1, ..., count - 1, by forked processes: see `write_shards`."""
+    _FUNCTION[:] = [function]
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        yield from pool.map(_call, range(count))
+    _FUNCTION.clear()
 
 
-def _write_job(number: int) -> _Written:
-    return _write(*_JOBS[number])
+# What forked processes do: it cannot be sent to them.
+_FUNCTION: list[Callable[[int], Any]] = []
+
+
+def _call(number: int) -> Any:
+    return _FUNCTION[0](number)
 
 
 def _write(folder: Path, make: Callable[[int], Iterable[Rows]], number: int) -> _Written:

@@ -92,6 +92,14 @@ class NextToken(Objective):
         return pack(documents, corpus.config.sequence_length, drawn, self.documents_per_row)
 
     @property
+    def mixes_documents(self) -> bool:
+        return len(self.documents) > 1
+
+    def count_documents(self, corpus: Corpus) -> tuple[int, ...]:
+        rng = np.random.default_rng(0)  # what is drawn changes no number
+        return tuple(len(kind.documents(corpus, rng)) for kind in self.documents)
+
+    @property
     def rows_depend_on(self) -> Any:
         return [{"kind": kind_name(type(one)), **asdict(one)} for one in self.documents]
 

@@ -74,6 +74,16 @@ class Objective(Kind, ABC):
         """Everything there is to learn from, on the host; batches are drawn from its rows."""
 
     @property
+    def mixes_documents(self) -> bool:
+        """Whether there are several kinds of documents, whose shares depend on all there is."""
+        return False
+
+    def count_documents(self, corpus: Corpus) -> tuple[int, ...]:
+        """How many documents of each kind a part of a corpus has, for `Corpus.counts`."""
+        del corpus
+        return ()
+
+    @property
     def rows_depend_on(self) -> Any:
         """What of its keys `training_rows` depends on, in plain data: all, where nobody says."""
         return asdict(self)

@@ -67,12 +67,15 @@ class Corpus:
     Attributes:
       data: its histories are all that there are, or those of this part alone.
       part: of how many `parts`, which have all documents between them, this one is.
+      counts: documents of each kind that all parts have, `NextToken.count_documents`; None where
+        this is all.
     """
 
     data: PreparedData
     config: DataConfig
     part: int = 0
     parts: int = 1
+    counts: tuple[int, ...] | None = None
 
     @property
     def texts(self) -> ItemTexts:
@@ -126,20 +129,24 @@ def mixture(
     """Documents of several kinds, as many of each as its weight says.
 
     Those of one kind are all there at least once. Kinds that would be too few for their weight are
-    there several times, every document as often as every other but for one time.
+    there several times, every document as often as every other but for one time. Of a part of a
+    corpus each document is there as often as if it were whole.
     """
     rng = np.random.default_rng(seed)
     pools = [kind.documents(corpus, rng) for kind in kinds]
     if len(pools) == 1:
         return pools[0]
-    for kind, pool in zip(kinds, pools, strict=True):
-        if not len(pool):
+    counts = corpus.counts or [len(pool) for pool in pools]
+    for kind, count in zip(kinds, counts, strict=True):
+        if not count:
             raise UserError(f"objective.documents: {kind_name(type(kind))} finds nothing to say")
-    times = max(len(pool) / kind.weight for kind, pool in zip(kinds, pools, strict=True))
-    taken = [
-        pool.take(_spread(len(pool), round(times * kind.weight), rng))
-        for kind, pool in zip(kinds, pools, strict=True)
-    ]
+    times = max(count / kind.weight for kind, count in zip(kinds, counts, strict=True))
+    taken = []
+    for kind, pool, count in zip(kinds, pools, counts, strict=True):
+        exact = len(pool) * times * kind.weight / count
+        # Of many small parts all would be rounded the same way.
+        more = 0.5 if corpus.counts is None else rng.random()
+        taken.append(pool.take(_spread(len(pool), int(exact + more), rng)))
     return Documents(
         np.concatenate([pool.tokens for pool in taken]),
         np.concatenate([pool.loss_mask for pool in taken]),
@@ -150,7 +157,7 @@ def mixture(
 
 def _spread(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` indices below `size`, each as often as any other but for one time."""
-    whole, rest = divmod(count, size)
+    whole, rest = divmod(count, max(size, 1))
     return np.concatenate([np.tile(np.arange(size), whole), rng.permutation(size)[:rest]])
 
 
