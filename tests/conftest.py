@@ -102,6 +102,12 @@ def first_device_alone(monkeypatch):
 
 
 @pytest.fixture
+def one_device_elsewhere(monkeypatch):
+    """Processes that this one starts have one device, as those of commands."""
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
+
+
+@pytest.fixture
 def refused(capsys):
     """Calls a command line that has to end with one line of a mistake, and returns that line.
 

@@ -247,7 +247,8 @@ def test_every_parameter_of_every_config_says_where_it_lies(path):
     for where, variable in parameters:
         axes = variable.get_metadata()["logical_axes"]
         assert set(axes) <= {None, *RULES}, where
-        assert variable.get_value().ndim - len(axes) == ("layers" in where), where
+        stacked = bool({"layers", "encoder_layers"} & set(where))
+        assert variable.get_value().ndim - len(axes) == stacked, where
 
 
 def test_a_parameter_that_does_not_say_where_it_lies_is_refused():

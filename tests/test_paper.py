@@ -3,24 +3,32 @@
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, prefixmem
 
 from prefixmem_jax.cli.parser import parse
-from prefixmem_jax.config_files import load_config, to_json
+from prefixmem_jax.config_files import load_config, override, to_json
 from prefixmem_jax.data.generation import ABOUT
+from prefixmem_jax.data.generator import GeneratorConfig
+from prefixmem_jax.data.prepare import data_vocabulary
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.paper.experiment import Experiment, _is_evaluated
 from prefixmem_jax.paper.plots import plot
 from prefixmem_jax.paper.regime import describe_regime, judge
 from prefixmem_jax.paper.report import describe, markdown, read_result
-from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of, count_runs
+from prefixmem_jax.paper.scales import SCALES
+from prefixmem_jax.paper.tables import ROWS, TABLES, config_of, count_runs
 from prefixmem_jax.paper.workers import Workers
+from prefixmem_jax.paper.written import write_configs
+from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.training_rows import training_source
@@ -42,7 +50,7 @@ def test_every_row_is_a_config_that_goes_with_its_data(scale):
     folders = {row: Path("/somewhere") / row for row in ROWS}
     made = {}
     for row in ROWS:
-        config = config_of(row, base, SCALES[scale].memory, 1e-3, 1, folders)
+        config = config_of(row, SCALES[scale], base, SCALES[scale].memory, 1e-3, 1, folders)
         if config.sid_encoder is not None:
             config.sid_encoder.check(space)
         assert (config.name, config.seed, config.optimizer.learning_rate) == (row, 1, 1e-3)
@@ -68,7 +76,7 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture
-def workers():
+def workers(one_device_elsewhere):
     with Workers(2) as workers:
         yield workers
 
@@ -243,7 +251,9 @@ def test_rows_of_the_sweep_differ_from_prefixmem_in_one_key_and_take_its_rate(
     base, memory = load_config(SCALES["tiny"].config), SCALES["tiny"].memory
 
     def keys(row):
-        made = dataclasses.replace(config_of(row, base, memory, 1e-3, 1, {}), name="")
+        made = dataclasses.replace(
+            config_of(row, SCALES["tiny"], base, memory, 1e-3, 1, {}), name=""
+        )
         return dict(leaves(json.loads(to_json(made)), ""))
 
     def leaves(value, name):
@@ -275,6 +285,44 @@ def test_rows_of_the_sweep_differ_from_prefixmem_in_one_key_and_take_its_rate(
     for row in TABLES["sweep"][2:]:
         rate, tried = experiment._choose(row)
         assert rate == 3e-3 and list(tried) == ["0.003"]
+
+
+def test_rows_are_configs_that_any_machine_trains(tmp_path):
+    out, overrides = tmp_path / "my out", ["steps=7"]
+    generate, *commands = map(
+        shlex.split, write_configs("tiny", ["initialisation"], out, overrides)
+    )
+    made = GeneratorConfig()
+    for text in generate[5:]:
+        made = override(made, text)
+    assert made == SCALES["tiny"].data and generate[:5] == [
+        "prefixmem", "data", "generate", "--out", str(out / "tiny" / "data"),
+    ]  # fmt: skip
+    *trained, (_, verb, *evaluated) = commands
+    assert verb == "evaluate" and len(evaluated) == len(TABLES["initialisation"])
+    runs = [Path(command[-1]) for command in trained]
+    assert set(map(Path, evaluated)) < set(runs) and len(set(runs)) == len(runs) == 12
+    for number, (_, verb, file, _, run) in enumerate(trained):
+        config = load_config(Path(file))
+        assert verb == "train" and config.name == Path(run).name and config.steps == 7
+        assert config.data.path == generate[4]
+        assert config.init.run is None or Path(config.init.run) in runs[:number]
+
+
+def test_the_papers_scale_has_the_models_that_its_rows_name(tmp_path):
+    write_configs("paper", ["decoders", "tiger"], tmp_path)
+    millions = {}
+    for row in (*TABLES["decoders"], *TABLES["tiger"]):
+        config = load_config(tmp_path / "paper" / "configs" / f"{row}.json", ["mesh.fsdp=1"])
+        spec = ModelSpec.create(config, data_vocabulary(config.data), make_mesh(config.mesh))
+        found = sum(x.size for x in jax.tree.leaves(spec.params["llm"]))
+        millions[row] = round(found / 1e6)
+        if spec.table is not None:
+            assert (config.sid_encoder.rows, spec.table.tables) == (2_000_000, 16)
+    qwen = {"small": 607, "baseline": 1742, "large": 4049}  # with 10,368 tokens more
+    assert {row: millions[row] for row in qwen} == qwen
+    assert millions["prefixmem"] == millions["baseline"]
+    assert 34 <= millions["tiger"] == millions["tiger_prefixmem"] <= 36
 
 
 def test_runs_that_several_rows_need_are_counted_once():

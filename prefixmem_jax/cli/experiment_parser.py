@@ -43,7 +43,16 @@ def add_paper(paper: argparse.ArgumentParser, overrides_help: str) -> None:
         "nothing: whether the data have something for a memory to know",
     )
     paper.add_argument(
-        "--scale", choices=("tiny", "gpu"), default="tiny", help="tiny (default) or gpu"
+        "--scale",
+        choices=("tiny", "gpu", "paper"),
+        default="tiny",
+        help="tiny (default), gpu, or paper, for pods: see --configs",
+    )
+    paper.add_argument(
+        "--configs",
+        action="store_true",
+        help="train nothing: write a config for each row, and print the commands that train them, "
+        "one at a time, wherever you like",
     )
     paper.add_argument(
         "--out",

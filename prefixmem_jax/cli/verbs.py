@@ -209,7 +209,16 @@ def paper(options: argparse.Namespace) -> None:
     from prefixmem_jax.paper.report import describe
     from prefixmem_jax.paper.tables import OF_THE_PAPER
     from prefixmem_jax.paper.workers import Workers, usual_count
+    from prefixmem_jax.paper.written import write_configs
 
+    tables = OF_THE_PAPER if options.table == "all" else (options.table,)
+    if options.configs:
+        if options.table == "regime":
+            raise UserError("paper: --configs is for a table; regime trains nothing")
+        print("\n".join(write_configs(options.scale, tables, options.out, options.overrides)))
+        return
+    if options.scale == "paper" and options.table != "regime":
+        raise UserError("paper: --scale paper is for pods; --configs writes what they train")
     # The processes that train have the devices; this one has none.
     jobs = usual_count() if options.jobs is None else options.jobs
     with Workers(jobs, terminal.prepare) as workers:
@@ -219,7 +228,6 @@ def paper(options: argparse.Namespace) -> None:
         if options.table == "regime":
             print("\n".join(describe_regime(experiment.regime())))
             return
-        tables = OF_THE_PAPER if options.table == "all" else (options.table,)
         for table, result in experiment.results(tables):
             path = experiment.folder / f"{table}.png"
             plot(path, result)

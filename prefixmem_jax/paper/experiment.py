@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from prefixmem_jax.config import Config
-from prefixmem_jax.config_files import from_keys, load_config
+from prefixmem_jax.config_files import from_keys
 from prefixmem_jax.data.generation import ABOUT, generate
 from prefixmem_jax.data.prepare import PreparedData, prepare_data
 from prefixmem_jax.errors import Stopped, UserError
@@ -26,7 +26,8 @@ from prefixmem_jax.evaluation.statistics import compare, intervals, means
 from prefixmem_jax.files import read_json_object, write_json
 from prefixmem_jax.paper.regime import by_times_met, judge, measure_regime
 from prefixmem_jax.paper.remaining import Remaining
-from prefixmem_jax.paper.tables import ROWS, SCALES, TABLES, config_of, count_runs
+from prefixmem_jax.paper.scales import SCALES
+from prefixmem_jax.paper.tables import ROWS, TABLES, config_of, count_runs
 from prefixmem_jax.paper.workers import Workers
 from prefixmem_jax.runs.metrics import read_metrics
 from prefixmem_jax.runs.run import Run, differences
@@ -64,7 +65,7 @@ class Experiment:
         self.workers = workers
         # Rows share runs: by folder, the one who is at it.
         self.locks: dict[str, threading.Lock] = {}
-        base = load_config(self.scale.config, overrides)
+        base = self.scale.baseline(overrides)
         data = self.folder / "data"
         if base.data.path is None:
             if not (data / ABOUT).exists():
@@ -84,9 +85,7 @@ class Experiment:
         levels = self.data.catalog.space.levels
         if levels < 3:
             raise UserError(f"the data's SIDs have {levels} levels; a memory wants 3 or more")
-        self.memory = replace(
-            self.scale.memory, target_levels=(levels - 1, levels), orders=levels - 1
-        )
+        self.memory = self.scale.memory_of(levels)
 
     def results(self, tables: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Trains and evaluates the tables' rows; each is compared with its table's first.
@@ -189,7 +188,7 @@ class Experiment:
         before = {}
         for other in ROWS[row].after:
             before[other] = self._train(other, self._choose(other)[0], seed)
-        config = config_of(row, self.base, self.memory, rate, seed, before)
+        config = config_of(row, self.scale, self.base, self.memory, rate, seed, before)
         with self.locks.setdefault(str(folder), threading.Lock()):
             if self._is_done(folder, config):
                 self._remaining.found(folder)

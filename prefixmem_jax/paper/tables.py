@@ -18,9 +18,9 @@ from prefixmem_jax.config_groups import InitConfig, OptimizerConfig
 from prefixmem_jax.data.documents.catalogue import Catalogue
 from prefixmem_jax.data.documents.items import Items
 from prefixmem_jax.data.documents.next_item import NextItem
-from prefixmem_jax.data.generator import GeneratorConfig
 from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.objectives.tiger import Tiger
+from prefixmem_jax.paper.scales import Decoder, Scale
 from prefixmem_jax.sid_encoders.gated_prefix_memory import GatedPrefixMemoryConfig
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 from prefixmem_jax.sid_encoders.sid_transformer import SidTransformerConfig
@@ -36,39 +36,6 @@ Folders = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A size at which the tables can be run.
-
-    Attributes:
-      config: of the baseline, in `configs/`.
-      data: what is generated for it.
-      memory: of the row PrefixMem; its levels are the last two of the data.
-      rates: learning rates that every system is tried at, chosen between on validation.
-    """
-
-    config: str
-    data: GeneratorConfig
-    memory: PrefixMemoryConfig
-    rates: tuple[float, ...]
-
-
-SCALES = {
-    "tiny": Scale(
-        "paper/tiny",
-        GeneratorConfig(codebook_sizes=(256,) * 5, children=(64, 8, 8, 8, 16), personal=0.0),
-        PrefixMemoryConfig(rows=2**16, d_mem=64),
-        (3e-3, 1e-2, 3e-2),
-    ),
-    "gpu": Scale(
-        "paper/gpu",
-        GeneratorConfig(users=4_000_000, children=(256, 16, 16, 16, 16), personal=0.0),
-        PrefixMemoryConfig(rows=2_000_000, d_mem=256),
-        (3e-4, 1e-3, 3e-3),
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Row:
     """One system.
 
@@ -80,6 +47,7 @@ class Row:
       equal_cost: a row of about its costs that it is compared with too, where a table has both.
       rate_of: the row whose learning rate it takes, in place of a choice of its own: it differs
         from that one in its memory, or where that comes from.
+      decoder: whose shape it has, in place of the baseline's.
     """
 
     title: str
@@ -88,6 +56,7 @@ class Row:
     paper: Mapping[str, float] = field(default_factory=dict)
     equal_cost: str | None = None
     rate_of: str | None = None
+    decoder: Decoder | None = None
 
 
 def _metrics(**numbers: float) -> dict[str, float]:
@@ -97,6 +66,11 @@ def _metrics(**numbers: float) -> dict[str, float]:
     names |= {f"r{cutoff}": f"sid_recall@{cutoff}/unconstrained" for cutoff in CUTOFFS}
     names |= {"hits": "sid_hit_rate", "first_codes": "unique_level_1"}
     return {names[name]: number for name, number in numbers.items()}
+
+
+def _flat(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
+    del memory, folders
+    return base
 
 
 def _with(change: Callable[[PrefixMemoryConfig], PrefixMemoryConfig] = lambda memory: memory):
@@ -148,24 +122,6 @@ def _tiger(with_memory: bool):
     return make
 
 
-def _decoder(factor: float, with_memory: bool):
-    """Another width of the decoder."""
-
-    def make(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
-        del folders
-        shape = base.model
-        wider = replace(
-            shape,
-            d_model=int(shape.d_model * factor),
-            d_ff=int(shape.d_ff * factor),
-            query_heads=max(1, int(shape.query_heads * factor)),
-            kv_heads=max(1, int(shape.kv_heads * factor)),
-        )
-        return replace(base, model=wider, sid_encoder=memory if with_memory else None)
-
-    return make
-
-
 def _more_steps(base: Config, memory: PrefixMemoryConfig, folders: Folders) -> Config:
     del memory, folders
     return replace(base, steps=base.steps * 3 // 2)
@@ -198,7 +154,7 @@ def _swept(
 ROWS = {
     "baseline": Row(
         "flat tokens",
-        lambda base, memory, folders: base,
+        _flat,
         paper=_metrics(
             l1=42, l2=29, l3=29.2, l4=33.3, l5=37.6,
             r20=6.0, r30=6.9, r50=8.0, r100=9.5, hits=50.7, first_codes=5.5,
@@ -259,9 +215,14 @@ ROWS = {
         equal_cost="prefixmem_classification",
         rate_of="prefixmem_classification",
     ),
-    "tiger": Row("TIGER", _tiger(False), paper=_metrics(l4=27.6, l5=27.4, r10=1.01)),
+    "tiger": Row(
+        "TIGER", _tiger(False), paper=_metrics(l4=27.6, l5=27.4, r10=1.01), decoder="tiger"
+    ),
     "tiger_prefixmem": Row(
-        "TIGER with PrefixMem", _tiger(True), paper=_metrics(l4=46.3, l5=60.6, r10=1.35)
+        "TIGER with PrefixMem",
+        _tiger(True),
+        paper=_metrics(l4=46.3, l5=60.6, r10=1.35),
+        decoder="tiger",
     ),
     "prefixmem_tiger": Row(
         "PrefixMem from TIGER",
@@ -271,10 +232,10 @@ ROWS = {
         equal_cost="prefixmem_classification",
         rate_of="prefixmem_classification",
     ),
-    "small": Row("half as wide, flat tokens (Qwen3-0.6B)", _decoder(0.5, False),
-                 paper=_metrics(l5=32.1, r100=8.4)),
-    "prefixmem_small": Row("half as wide, PrefixMem (Qwen3-0.6B)", _decoder(0.5, True),
-                           paper=_metrics(l5=54.1, r100=10.5)),
+    "small": Row("half as wide, flat tokens (Qwen3-0.6B)", _flat,
+                 paper=_metrics(l5=32.1, r100=8.4), decoder="small"),
+    "prefixmem_small": Row("half as wide, PrefixMem (Qwen3-0.6B)", _with(),
+                           paper=_metrics(l5=54.1, r100=10.5), decoder="small"),
     "prefixmem_small_llm": Row(
         "PrefixMem from a decoder half as wide",
         _pretrained("prefixmem_small"),
@@ -283,10 +244,10 @@ ROWS = {
         equal_cost="prefixmem_classification",
         rate_of="prefixmem_classification",
     ),
-    "large": Row("twice as wide, flat tokens (Qwen3-4B)", _decoder(2, False),
-                 paper=_metrics(l5=45.0, r100=10.9)),
-    "prefixmem_on_large": Row("twice as wide, PrefixMem (Qwen3-4B)", _decoder(2, True),
-                              paper=_metrics(l5=55.8, r100=12.0)),
+    "large": Row("twice as wide, flat tokens (Qwen3-4B)", _flat,
+                 paper=_metrics(l5=45.0, r100=10.9), decoder="large"),
+    "prefixmem_on_large": Row("twice as wide, PrefixMem (Qwen3-4B)", _with(),
+                              paper=_metrics(l5=55.8, r100=12.0), decoder="large"),
     "sid_transformer": Row("SID-Transformer", _sid_transformer, paper=_metrics(l5=39.6)),
     "prefixmem_gated": Row(
         "PrefixMem, gated by the token",
@@ -349,10 +310,16 @@ OF_THE_PAPER = tuple(name for name in TABLES if name != "sweep")
 
 
 def config_of(
-    row: str, base: Config, memory: PrefixMemoryConfig, rate: float, seed: int, folders: Folders
+    row: str,
+    scale: Scale,
+    base: Config,
+    memory: PrefixMemoryConfig,
+    rate: float,
+    seed: int,
+    folders: Folders,
 ) -> Config:
     """A row's config at a learning rate and a seed."""
-    made = ROWS[row].make(base, memory, folders)
+    made = ROWS[row].make(scale.with_decoder(base, ROWS[row].decoder), memory, folders)
     optimizer: OptimizerConfig = replace(made.optimizer, learning_rate=rate)
     return replace(made, name=row, seed=seed, optimizer=optimizer)
 
