@@ -203,7 +203,7 @@ def test_any_model_of_sids_can_be_searched():
         np.testing.assert_allclose(found.scores[user], expected[order], rtol=1e-4, atol=1e-4)
 
 
-def test_a_million_beams_over_a_real_catalogue_are_valid_and_distinct():
+def test_beams_over_a_real_catalogue_are_valid_and_distinct():
     """amazon180k, 4 x 256: scrambled logits, which know nothing of the catalogue."""
     catalog = read_catalog(real_data("amazon180k"))
     space, users, beams = catalog.space, 250, 500
@@ -229,12 +229,9 @@ def test_a_million_beams_over_a_real_catalogue_are_valid_and_distinct():
             return (mixed >> 8).astype(jnp.float32).reshape(shape) * (8 / 2**24)
 
     search = jax.jit(lambda seed, trie: beam_search(Scrambled(seed), None, beams, trie))
-    generated = 0
-    for batch in range(8):
+    for batch in range(2):
         found = search(jnp.uint32(batch), catalog.trie.levels)
         groups = catalog.groups(np.asarray(found.codes).reshape(-1, space.levels))
         assert (groups >= 0).all()
         ordered = np.sort(groups.reshape(users, beams), axis=1)
         assert (np.diff(ordered, axis=1) > 0).all()
-        generated += users * beams
-    assert generated == 1_000_000

@@ -89,10 +89,13 @@ def read(corpus, documents) -> list[tuple[str, str, tuple[int, ...]]]:
     vocabulary = corpus.data.vocabulary
     tokenizer, end = read_tokenizer(corpus.config.tokenizer)
 
-    def spelt(tokens) -> str:
-        levels, codes = (np.asarray(x) for x in vocabulary.level_and_code(np.asarray(tokens)))
+    levels, codes = (np.asarray(x) for x in vocabulary.level_and_code(documents.tokens))
+
+    def spelt(at: np.ndarray) -> str:
         said, text = "", []
-        for token, level, code in zip([*tokens, -1], [*levels, 0], [*codes, 0], strict=True):
+        for token, level, code in zip(
+            [*documents.tokens[at], -1], [*levels[at], 0], [*codes[at], 0], strict=True
+        ):
             if 0 <= token < vocabulary.text_tokens and token != end:
                 text.append(token)
                 continue
@@ -107,14 +110,12 @@ def read(corpus, documents) -> list[tuple[str, str, tuple[int, ...]]]:
 
     found = []
     for start, stop in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
-        tokens, mask = documents.tokens[start:stop], documents.loss_mask[start:stop]
+        at, mask = np.arange(start, stop), documents.loss_mask[start:stop]
         guessed = documents.next_item[start:stop]
-        starts_item = np.append(np.asarray(vocabulary.level_and_code(tokens)[0])[1:] == 1, False)
+        starts_item = np.append(levels[start + 1 : stop] == 1, False)
         assert not guessed[~starts_item].any()
         assert mask[-1] == 0
-        found.append(
-            (spelt(tokens), spelt(tokens[1:][mask[:-1] > 0]), tuple(guessed[guessed > 0] - 1))
-        )
+        found.append((spelt(at), spelt(at[1:][mask[:-1] > 0]), tuple(guessed[guessed > 0] - 1)))
     return found
 
 

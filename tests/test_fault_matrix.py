@@ -7,6 +7,7 @@ mended; or, where it ended after steps, every checkpoint as it was.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -30,7 +31,9 @@ from conftest import QUICK, ROOT, command_environment, mounted, prefixmem
 from damage import flip, largest, truncate
 from ended_runs import records_of, state_of
 
+from prefixmem_jax.cli import main
 from prefixmem_jax.data.pipeline import rows_of_batch
+from prefixmem_jax.runs.checkpoint import Checkpoints
 from prefixmem_jax.runs.metrics import read_metrics
 
 STEPS, NEWEST, BAD_STEP = 120, "80", 82
@@ -105,8 +108,11 @@ def killed(ended: Case, case: Case) -> Case:
     return case
 
 
+end_of = functools.cache(state_of)
+
+
 def assert_ended_the_same(case: Case, ended: Case) -> None:
-    (step, state, data), (_, wanted, wanted_data) = state_of(case.run), state_of(ended.run)
+    (step, state, data), (_, wanted, wanted_data) = state_of(case.run), end_of(ended.run)
     assert step == STEPS and data == wanted_data
     chex.assert_trees_all_equal(state, wanted)
     assert records_of(case.run) == records_of(ended.run)
@@ -231,13 +237,6 @@ FAULTS = {
     # A damaged checkpoint is said and put aside; the one before it stands for it.
     "a bit of the memory's rows": Fault(lambda case: flip(largest(case.newest / "memory")), 0, DAMAGED),
     "a bit of Adam's moments": Fault(lambda case: flip(largest(case.newest / "optimizer")), 0, DAMAGED),
-    "a file cut short": Fault(lambda case: truncate(largest(case.newest / "llm")), 0, DAMAGED),
-    "a file missing": Fault(lambda case: largest(case.newest / "llm").unlink(), 0, DAMAGED),
-    "a part missing": Fault(lambda case: shutil.rmtree(case.newest / "memory_optimizer"), 0, DAMAGED),
-    "Orbax's metadata gone": Fault(
-        lambda case: (case.newest / "_CHECKPOINT_METADATA").unlink(), 0, DAMAGED
-    ),
-    "an empty step": Fault(lambda case: empty(case.newest), 0, DAMAGED),
     "a save that was cut off": Fault(half_written, 0, ""),
     "a record that was cut off": Fault(
         lambda case: cut_end(case.run / "metrics.jsonl"), 0, ""
@@ -309,19 +308,48 @@ FAULTS = {
 }  # fmt: skip
 
 
+DAMAGES = {
+    "a file cut short": lambda newest: truncate(largest(newest / "llm")),
+    "a file missing": lambda newest: largest(newest / "llm").unlink(),
+    "a part missing": lambda newest: shutil.rmtree(newest / "memory_optimizer"),
+    "Orbax's metadata gone": lambda newest: (newest / "_CHECKPOINT_METADATA").unlink(),
+    "an empty step": empty,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_checkpoint_that_is_not_whole_is_put_aside(name, case, caplog):
+    """As those above, which a training goes on without."""
+    DAMAGES[name](case.newest)
+    with Checkpoints(case.run, keep=20) as checkpoints:
+        assert checkpoints.choose() == 60
+    assert DAMAGED in caplog.text
+    assert not case.newest.exists() and list((case.run / "damaged").glob(f"{NEWEST}-*"))
+
+
+def outcome(fault: Fault, command: list[str], capsys) -> str:
+    """How a command ends: in this process, where it starts nothing before it ends."""
+    if fault.status != 2 or not fault.untouched:
+        return prefixmem(*command, expect=fault.status).stderr
+    capsys.readouterr()
+    assert main(command) == fault.status
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault(name, case, ended):
+@pytest.mark.usefixtures("first_device_alone")
+def test_a_fault(name, case, ended, capsys):
     fault = FAULTS[name]
     with fault.inject(case) or contextlib.nullcontext():
         before, command = case.files(), fault.command(case)
-        done = prefixmem(*command, expect=fault.status)
+        said = outcome(fault, command, capsys)
         after = case.files()
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
     if fault.status:
-        line = done.stderr.splitlines()[-1]
+        line = said.splitlines()[-1]
         assert line.startswith("prefixmem: ") and fault.words in line
     else:
-        assert fault.words in done.stderr
+        assert fault.words in said
     if fault.untouched:
         assert after == before
     else:
@@ -340,7 +368,6 @@ def checkpoints_of(files: dict[str, bytes]) -> dict[str, bytes]:
     [
         (signal.SIGKILL, True),
         (signal.SIGTERM, True),
-        (signal.SIGTERM, False),
         (signal.SIGINT, False),
     ],
 )
@@ -351,6 +378,7 @@ def test_a_signal(number, saving, case, ended):
     until = time.monotonic() + SECONDS
     while not is_at(case.run, saving) and time.monotonic() < until:
         assert process.is_alive(), err.read_text()
+        time.sleep(0.002)
     os.kill(process.pid, number)
     process.join(SECONDS)
     told = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -387,7 +415,7 @@ def test_a_killed_peer(case, ended):
     assert process.returncode == 128 + signal.SIGKILL
     assert " failed with status 137; stopping the others" in errors
     prefixmem(*case.train)
-    (step, state, data), (_, wanted, wanted_data) = state_of(case.run), state_of(ended.run)
+    (step, state, data), (_, wanted, wanted_data) = state_of(case.run), end_of(ended.run)
     assert step == STEPS and data == wanted_data
     chex.assert_trees_all_close(state.memory, wanted.memory, rtol=1e-3, atol=1e-4)
 

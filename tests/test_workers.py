@@ -77,6 +77,7 @@ def processes_of(session):
     return found
 
 
+@pytest.mark.usefixtures("one_device_elsewhere")
 def test_what_a_run_fails_with_is_raised_where_it_was_asked_for(tmp_path):
     (tmp_path / "file").write_text("here")
     with Workers(1) as workers:
@@ -99,5 +100,5 @@ def test_the_command_itself_has_no_device(tmp_path, monkeypatch):
     data = [f"data.path={tmp_path}", "data.codebook_sizes=none"]
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")  # which is not there
     assert "prefixes" in prefixmem("paper", "regime", *data).stdout
-    done = prefixmem("paper", "main", "--out", tmp_path / "out", *data, expect=2)
+    done = prefixmem("paper", "main", "--jobs", 1, "--out", tmp_path / "out", *data, expect=2)
     assert "cuda" in done.stderr.splitlines()[-1]
