@@ -163,6 +163,7 @@ def padded_prompts(exported: Exported) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
+@pytest.mark.parametrize("exported", ["gemma3", "quickstart"], indirect=True)
 def test_beam_search_is_ours_with_and_without_cache(exported):
     for constrained in (True, False):
         codes, scores = exported.engine.search(exported.histories, 6, constrained)
@@ -208,6 +209,7 @@ def sids_of(exported: Exported, found) -> np.ndarray:
     return exported.vocabulary.decode(found.sequences[:, -levels:].numpy().reshape(4, -1, levels))
 
 
+@pytest.mark.parametrize("exported", ["gemma3", "quickstart"], indirect=True)
 def test_free_generation_from_text_and_sids_is_ours_token_by_token(exported):
     """Greedy, without constraint; each token checked against our logits of the whole sequence."""
     rng = np.random.default_rng(1)

@@ -196,7 +196,7 @@ def test_real_batches_need_one_exchange_even_on_256_devices(name):
     assert 0.5 * room < max(largest) <= 0.8 * room
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     address=st.sampled_from(hashing.SCHEMES),
     targets=st.sets(st.integers(1, 4), min_size=1),

@@ -363,8 +363,13 @@ def test_bfloat16_rows_learn_as_float32_rows_do():
     np.testing.assert_allclose(losses(other), losses(rounded), rtol=1e-3)
 
 
-@pytest.mark.parametrize("sizes, pieces", [((1, 1, 1), 1), ((2, 2, 2), 1), ((2, 1, 2), 4)], ids=str)
-@pytest.mark.parametrize("what", ["batch", "parameter", "gradient"])
+@pytest.mark.parametrize(
+    "what, sizes, pieces",
+    [
+        ("batch", (1, 1, 1), 1), ("batch", (2, 2, 2), 1), ("batch", (2, 1, 2), 4),
+        ("parameter", (2, 1, 2), 4), ("gradient", (2, 1, 2), 4),
+    ],
+)  # fmt: skip
 def test_a_step_that_is_not_finite_changes_no_bit(what, sizes, pieces):
     config = with_optimizer(on_mesh(CONFIG, *sizes), accumulation_steps=pieces)
     _, state = run(config, 6)
