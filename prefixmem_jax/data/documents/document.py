@@ -130,7 +130,7 @@ def mixture(
 
     Those of one kind are all there at least once. Kinds that would be too few for their weight are
     there several times, every document as often as every other but for one time. Of a part of a
-    corpus each document is there as often as if it were whole.
+    corpus each document is there as often, on average, as of the whole.
     """
     rng = np.random.default_rng(seed)
     pools = [kind.documents(corpus, rng) for kind in kinds]
