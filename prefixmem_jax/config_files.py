@@ -133,8 +133,8 @@ def override(config: Root, text: str) -> Root:
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"] == (*groups, name):
-            if first["type"] == "string_type":
-                node[name] = written  # a path may look like a number
+            if first["type"] in ("string_type", "literal_error"):
+                node[name] = written  # a path may look like a number, and `none` be a choice
             elif first["type"] == "tuple_type":
                 node[name] = [value]
             elif first["type"] == "int_type" and isinstance(value, float) and value.is_integer():

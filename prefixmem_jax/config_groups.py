@@ -156,8 +156,11 @@ class DecoderConfig:
       dropout: share of numbers zeroed in training: of the embeddings, and of every attention's and
         feed-forward's output.
       remat: what the backward pass computes again: `none` of a layer, which keeps all activations;
-        `full`, all of it; `dots`, all but weights' matrix products and TPUs' attention; `offload`,
-        as `dots`, with what is kept in the host's memory.
+        `full`, all of it; `mlp`, all but feed-forward's first products; `dots`, all but weights'
+        matrix products, what attention is given and what TPUs' attention gives; `offload`, as
+        `dots`, with what is kept in the host's memory.
+      scan_layers: run more than four layers in a loop. False compiles each by itself: that takes
+        longer, and what `mlp` and `dots` keep need not be copied (docs/pods.md).
     """
 
     layers: Annotated[PositiveInt, Field(le=1000)] = 2
@@ -183,7 +186,8 @@ class DecoderConfig:
     init_std: PositiveFloat = 0.02
     compute_dtype: DType = "float32"
     dropout: Rate = 0.0
-    remat: Literal["none", "dots", "offload", "full"] = "none"
+    remat: Literal["none", "mlp", "dots", "offload", "full"] = "none"
+    scan_layers: bool = True
 
     def check(self) -> None:
         """Raises UserError where keys contradict each other."""

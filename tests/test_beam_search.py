@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from models import DECODER, FAMILIES, make_encoder_decoder, make_model, prompts, whole_logits
 
 from prefixmem_jax.data.formats.parquet import read_catalog
+from prefixmem_jax.inference import cached_sid_lm
 from prefixmem_jax.inference.beam_search import beam_search
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
 from prefixmem_jax.inference.item_prior import Returning
@@ -112,6 +113,20 @@ def test_narrow_beams_are_valid_distinct_and_keep_the_best_prefixes(searched):
         assert (np.diff(scores) <= 0).all()
     expected = brute_force(model, rows_at, catalog, histories, found.codes)
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_prompts_are_filled_up_for_tpus_and_decoded_the_same(searched, monkeypatch):
+    model, rows_at, catalog, histories, search = searched
+    given = prompts(model, catalog, histories, 4)
+    assert given.tokens.shape[1] % cached_sid_lm.TPU_ROWS
+    monkeypatch.setattr(cached_sid_lm, "on_tpus", lambda: True)
+    cached, levels = CachedSidLM(model, rows_at), catalog.trie.levels
+    _, state = jax.eval_shape(cached.start, given)
+    assert state.place.segments.shape[1] % cached_sid_lm.TPU_ROWS == 0
+    filled_up = jax.jit(lambda p: beam_search(cached, p, 6, levels))(given)
+    usual = search(histories)
+    np.testing.assert_array_equal(filled_up.codes, usual.codes)
+    np.testing.assert_allclose(filled_up.scores, usual.scores, rtol=1e-5, atol=2e-5)
 
 
 def test_a_user_is_decoded_the_same_in_any_batch(searched):

@@ -57,6 +57,7 @@ def test_overrides_set_typed_values():
         ("data.path=none", lambda c: c.data.path, None),
         ("data.split=time", lambda c: c.data.split, "time"),
         ("model.remat=full", lambda c: c.model.remat, "full"),
+        ("model.remat=none", lambda c: c.model.remat, "none"),
         ("sid_encoder.target_levels=(3,4)", lambda c: c.sid_encoder.target_levels, (3, 4)),
         ("sid_encoder.target_levels=3", lambda c: c.sid_encoder.target_levels, (3,)),
         ("sid_encoder.rows=5000000", lambda c: c.sid_encoder.rows, 5_000_000),

@@ -202,7 +202,7 @@ def assert_same_trees(found, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, expected)
 
 
-@pytest.mark.parametrize("remat", ["dots", "offload", "full"])
+@pytest.mark.parametrize("remat", ["mlp", "dots", "offload", "full"])
 def test_remat_changes_memory_and_not_gradients(remat, whole):
     decoder, tokens, positions, _ = whole
     params = nnx.state(decoder, nnx.Param)
@@ -222,10 +222,29 @@ def test_kept_products_of_weights_are_not_computed_again(whole):
         remat: str(jax.make_jaxpr(gradients_of(tokens, positions, remat=remat))(params)).count(
             "dot_general["
         )
-        for remat in ("none", "dots", "offload", "full")
+        for remat in ("none", "mlp", "dots", "offload", "full")
     }
+    assert products["mlp"] == products["none"] + 2 + 4
     assert products["dots"] == products["offload"] == products["none"] + 2
     assert products["full"] == products["none"] + 2 + 6
+
+
+@pytest.mark.parametrize("remat", ["none", "mlp"])
+def test_layers_compute_the_same_in_a_loop_and_without_one(remat):
+    """All five layers, forward and backward; each by itself is in the program five times."""
+    tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, VOCABULARY)
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    deep = {"layers": 5, "sliding_layers": (1, 3), "remat": remat}
+    config = dataclasses.replace(SMALL, **deep)
+    params = nnx.state(Decoder(config, VOCABULARY, rngs=nnx.Rngs(0)), nnx.Param)
+    programs = [
+        gradients_of(tokens, positions, scan_layers=loop, **deep).lower(params).compile()
+        for loop in (True, False)
+    ]
+    loops, whole = (program.as_text().count("while(") for program in programs)
+    assert loops > whole
+    looped, unrolled = (program(params) for program in programs)
+    assert_same_trees(looped, unrolled, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("rows", "pieces"), [(6, 3), (7, 7), (2, 1)])
@@ -259,10 +278,18 @@ def test_attention_of_a_few_rows_at_a_time_is_attention(rows, pieces, monkeypatc
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "length", "windows"),
-    [(6, 3, 300, (2, 130, NO_WINDOW)), (4, 1, 300, (2, 130)), (6, 3, 9, (2, 130)), (4, 1, 9, (2,))],
+    [
+        (6, 3, 300, (2, 130, NO_WINDOW)),
+        (4, 1, 300, (2, 130)),
+        (4, 2, 192, (2, 130, NO_WINDOW)),
+        (6, 3, 9, (2, 130)),
+        (4, 1, 9, (2,)),
+    ],
 )
 def test_the_tpus_kernel_is_attention(heads, kv_heads, length, windows):
-    """Forward and backward; lengths that no block divides; three documents and padding."""
+    """Forward and backward; lengths that no block divides, of which two rows of 192 are laid end to
+    end; three documents and padding.
+    """
     query, key, value, weight = random_numbers(
         (2, length, heads, 64), *[(2, length, kv_heads, 64)] * 2, (2, length, heads, 64)
     )

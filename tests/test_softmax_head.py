@@ -54,18 +54,26 @@ def value_and_gradients(softcap, outputs, smoothing, best=1):
     return jax.device_get(both(jnp.asarray(hidden), jnp.asarray(weight)))
 
 
-def in_pieces_of(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
-    monkeypatch.setattr(softmax_head, "CACHED_LOGITS", logits)
+def in_pieces_of(monkeypatch: pytest.MonkeyPatch, logits: int, by_output: bool = False) -> None:
+    """So many logits at a time; each output's together, as on TPUs, if it says so."""
     monkeypatch.setattr(softmax_head, "FEWEST_PREDICTIONS", 1)
+    monkeypatch.setattr(
+        softmax_head,
+        "_by_platform",
+        lambda function, here, *operands: function(here, logits, by_output, *operands),
+    )
 
 
 CASES = [(None, None, 0.0), (None, 30, 0.1), (2.0, None, 0.0), (2.0, 33, 0.3)]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("at_once", "best"), [(1, 1), (7 * OUTPUTS, 1), (2**20, 4)])
-def test_it_is_the_reference_however_it_is_cut(case, at_once, best, monkeypatch):
-    in_pieces_of(monkeypatch, at_once)
+@pytest.mark.parametrize(
+    ("at_once", "best", "by_output"),
+    [(1, 1, False), (7 * OUTPUTS, 1, True), (2**20, 4, False), (2**20, 4, True)],
+)
+def test_it_is_the_reference_however_it_is_cut(case, at_once, best, by_output, monkeypatch):
+    in_pieces_of(monkeypatch, at_once, by_output)
     (loss, hit), gradients = value_and_gradients(*case, best)
     *arrays, target, of_prediction = inputs()
     expected, expected_rank = reference(*arrays, target, of_prediction, *case)
@@ -93,6 +101,7 @@ def test_it_is_the_reference_however_it_is_cut(case, at_once, best, monkeypatch)
 def test_any_mesh_gives_the_same(case, shapes, monkeypatch):
     in_pieces_of(monkeypatch, 3 * OUTPUTS)
     alone = value_and_gradients(*case)
+    in_pieces_of(monkeypatch, 3 * OUTPUTS, by_output=True)
     for shape in shapes:
         with jax.set_mesh(make_mesh(MeshConfig(*shape))):
             divided = value_and_gradients(*case)

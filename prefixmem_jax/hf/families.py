@@ -248,6 +248,7 @@ def _in_one_form(decoder: DecoderConfig) -> DecoderConfig:
         "query_scale": decoder.head_dim**-0.5 if scale is None else scale,
         "compute_dtype": plain.compute_dtype,
         "remat": plain.remat,
+        "scan_layers": plain.scan_layers,
         "dropout": plain.dropout,
         "init_std": plain.init_std,
     }

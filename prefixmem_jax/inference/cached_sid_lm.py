@@ -14,7 +14,10 @@ from prefixmem_jax.layers.softmax_head import SoftmaxHead
 from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.models.item_head import item_addresses, item_vectors
 from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.parallel.sharding import on_tpus
 
+# A TPU's tiles are so many rows high: sequences that fill them are laid end to end without a copy.
+TPU_ROWS = 8
 # Memory rows float32 [..., width] at addresses [...]: `Table.gather` with the table where it lies.
 RowsAt = Callable[[jax.Array], jax.Array]
 
@@ -44,6 +47,11 @@ def last_tokens(
     """The last tokens of sequences, the newest at the end, and 1 where there is one: [B, count]."""
     at = length_B[:, None] + jnp.arange(-count, 0)
     return jnp.take_along_axis(tokens_BS, jnp.maximum(at, 0), axis=1), (at >= 0).astype(jnp.int32)
+
+
+def _filled_up(x_BS: jax.Array) -> jax.Array:
+    """With zeros to a multiple of TPU_ROWS."""
+    return jnp.pad(x_BS, ((0, 0), (0, -x_BS.shape[1] % TPU_ROWS)))
 
 
 class SearchState(NamedTuple):
@@ -82,6 +90,8 @@ class CachedSidLM:
 
     def start(self, prompts: Batch) -> tuple[jax.Array, SearchState]:
         """Runs prompts, one document a row, padded on the right."""
+        if on_tpus():
+            prompts = jax.tree.map(_filled_up, prompts)
         rows = rows_for(self.model, self.rows_at, prompts.tokens, prompts.segment_ids)
         hidden, cache = self.model(prompts, rows)
         length = jnp.sum(prompts.segment_ids > 0, axis=1)

@@ -47,12 +47,12 @@ class SoftmaxHead(NamedTuple):
 
 
 def finish(
-    products: jax.Array, number_V: jax.Array, softcap: float | None, outputs: int | None
+    products: jax.Array, number: jax.Array, softcap: float | None, outputs: int | None
 ) -> jax.Array:
-    """Logits of dot products [..., V] with the outputs of these numbers; see `SoftmaxHead`."""
+    """Logits of dot products with the outputs of these numbers; see `SoftmaxHead`."""
     if softcap is not None:
         products = softcap * jnp.tanh(products / softcap)
-    return products if outputs is None else jnp.where(number_V < outputs, products, -jnp.inf)
+    return products if outputs is None else jnp.where(number < outputs, products, -jnp.inf)
 
 
 class Losses(NamedTuple):
@@ -95,7 +95,7 @@ def cross_entropy(
         loss, hit = _summed(here, *flat, weight.reshape(-1))
         return loss, hit.reshape(target.shape)
 
-    return Losses(*by_vocabulary(local, hidden_BSD, head.weight, (target_BS, weight_BS)))
+    return Losses(*by_vocabulary(local, hidden_BSD, head.weight.T, (target_BS, weight_BS)))
 
 
 def sampled_cross_entropy(
@@ -144,35 +144,47 @@ class _Loss(NamedTuple):
 def _whole(
     here: _Loss,
     hidden_ND: jax.Array,
-    weight_DV: jax.Array,
+    weight: jax.Array,
     target_N: jax.Array,
     weight_N: jax.Array,
+    by_output: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of losses, and hits bool [N]. Vectors here are this device's own."""
+    """The weighted sum of losses, and hits bool [N]. Vectors here are this device's own.
+
+    Args:
+      weight: [D, V].
+      by_output: whether it is [V, D], and logits are [V, N], each output's together, not [N, V].
+    """
 
     def total(x: jax.Array) -> jax.Array:
         return x if here.axis is None else jax.lax.psum(x, here.axis)
 
-    size = weight_DV.shape[1]
+    over = 0 if by_output else 1  # the outputs' axis
+    size = weight.shape[over]
     first = here.first + (0 if here.axis is None else jax.lax.axis_index(here.axis) * size)
-    number_V = first + jnp.arange(size)
-    products_NV = jnp.matmul(hidden_ND, weight_DV, preferred_element_type=jnp.float32)
-    logits_NV = finish(products_NV, number_V, here.softcap, here.outputs)
-    highest_N = jnp.max(jax.lax.stop_gradient(logits_NV), axis=1)
+    number_V = jnp.expand_dims(first + jnp.arange(size), 1 - over)
+    operands = (weight, hidden_ND.T) if by_output else (hidden_ND, weight)
+    products = jnp.matmul(*operands, preferred_element_type=jnp.float32)
+    logits = finish(products, number_V, here.softcap, here.outputs)
+
+    def across(x_N: jax.Array) -> jax.Array:
+        return jnp.expand_dims(x_N, over)
+
+    highest_N = jnp.max(jax.lax.stop_gradient(logits), axis=over)
     if here.axis is not None:
         highest_N = jax.lax.pmax(highest_N, here.axis)
-    sum_N = total(jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=1))
+    sum_N = total(jnp.sum(jnp.exp(logits - across(highest_N)), axis=over))
     # Reductions over the outputs only, which may be divided: no gather of the target's logit.
-    target_NV = number_V == target_N[:, None]
-    own_N = total(jnp.sum(jnp.where(target_NV, logits_NV, 0.0), axis=1))
+    is_target = number_V == across(target_N)
+    own_N = total(jnp.sum(jnp.where(is_target, logits, 0.0), axis=over))
     # For the best one alone, what is as high as the highest is counted along with the sum.
     above_N = highest_N if here.best == 1 else own_N
-    rank_N = total(jnp.sum((logits_NV >= above_N[:, None]).astype(jnp.float32), axis=1))
+    rank_N = total(jnp.sum((logits >= across(above_N)).astype(jnp.float32), axis=over))
     hit_N = (own_N >= above_N) & (rank_N <= here.best)
     wanted_N = own_N
     if here.smoothing:
         exists_V = True if here.outputs is None else number_V < here.outputs
-        all_N = total(jnp.sum(jnp.where(exists_V, logits_NV, 0.0), axis=1))
+        all_N = total(jnp.sum(jnp.where(exists_V, logits, 0.0), axis=over))
         mean_N = all_N / (here.outputs or total(jnp.float32(size)))
         wanted_N = (1 - here.smoothing) * own_N + here.smoothing * mean_N
     return jnp.sum(weight_N * (highest_N + jnp.log(sum_N) - wanted_N)), hit_N
@@ -198,38 +210,49 @@ _summed.defvjp(_forward, _backward)
 
 
 def _by_platform(function: Callable, here: _Loss, *operands: jax.Array) -> Any:
-    """Function with as many logits at once as the platform likes."""
+    """Function with as many logits at once as the platform likes, in the order that it likes.
+
+    TPUs sum faster along the first axis, and an embedding's gradient then has the embedding's
+    layout (docs/pods.md); CPUs are 5% slower.
+    """
     return jax.lax.platform_dependent(
         *operands,
-        cpu=partial(function, here, CACHED_LOGITS),
-        default=partial(function, here, MOST_LOGITS),
+        cpu=partial(function, here, CACHED_LOGITS, False),
+        tpu=partial(function, here, MOST_LOGITS, True),
+        default=partial(function, here, MOST_LOGITS, False),
     )
 
 
-def _in_pieces(here: _Loss, logits: int, *operands: jax.Array) -> tuple:
-    hidden_ND, weight_DV, target_N, weight_N = operands
+def _in_pieces(here: _Loss, logits: int, by_output: bool, *operands: jax.Array) -> tuple:
+    hidden_ND, weight_VD, target_N, weight_N = operands
+    weight = weight_VD if by_output else weight_VD.T
     losses, hit = jax.lax.map(
-        lambda piece: _whole(here, piece[0], weight_DV, *piece[1:]),
-        _pieces(logits, weight_DV.shape[1], hidden_ND, target_N, weight_N),
+        lambda piece: _whole(here, piece[0], weight, *piece[1:], by_output),
+        _pieces(logits, len(weight_VD), hidden_ND, target_N, weight_N),
     )
     return jnp.sum(losses), hit.reshape(-1)[: len(hidden_ND)]
 
 
-def _in_pieces_with_gradients(here: _Loss, logits: int, *operands: jax.Array) -> tuple:
+def _in_pieces_with_gradients(
+    here: _Loss, logits: int, by_output: bool, *operands: jax.Array
+) -> tuple:
     """Each piece's gradients are computed while its logits are at hand."""
-    hidden_ND, weight_DV, target_N, weight_N = operands
-    whole = jax.value_and_grad(partial(_whole, here), (0, 1), has_aux=True)
+    hidden_ND, weight_VD, target_N, weight_N = operands
+    weight = weight_VD if by_output else weight_VD.T
+    in_order = partial(_whole, here, by_output=by_output)
+    whole = jax.value_and_grad(in_order, (0, 1), has_aux=True)
 
     def one(before: jax.Array, piece: tuple) -> tuple:
-        (loss, hit), (by_hidden, by_weight) = whole(piece[0], weight_DV, *piece[1:])
+        (loss, hit), (by_hidden, by_weight) = whole(piece[0], weight, *piece[1:])
         return before + by_weight, (loss, hit, by_hidden)
 
-    nothing = jax.lax.full_like(weight_DV, 0, dtype=jnp.float32)
-    pieces = _pieces(logits, weight_DV.shape[1], hidden_ND, target_N, weight_N)
+    nothing = jax.lax.full_like(weight, 0, dtype=jnp.float32)
+    pieces = _pieces(logits, len(weight_VD), hidden_ND, target_N, weight_N)
     by_weight, (losses, hit, by_hidden) = jax.lax.scan(one, nothing, pieces)
     by_hidden = by_hidden.reshape(-1, hidden_ND.shape[1])[: len(hidden_ND)]
+    by_weight = by_weight.astype(weight_VD.dtype)
     results = jnp.sum(losses), hit.reshape(-1)[: len(hidden_ND)]
-    return results, (by_hidden, by_weight.astype(weight_DV.dtype))
+    return results, (by_hidden, by_weight if by_output else by_weight.T)
 
 
 def _pieces(logits: int, outputs: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

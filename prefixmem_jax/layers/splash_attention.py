@@ -5,6 +5,7 @@ It computes the scores block by block on the chip, and leaves out blocks that no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -32,17 +33,28 @@ def splash_attention(
     Args:
       interpret: run it without a TPU.
     """
-    length, heads, size = query_BSNH.shape[1:]
-    missing = -length % BLOCKS[-1]
+    rows, length = segments_BS.shape
+    together = BLOCKS[-1] // math.gcd(BLOCKS[-1], length)
+    if rows % together == 0:  # end to end they fill whole blocks; they are other segments
+        window = min(window, length)
+        segments_BS = segments_BS * together + jnp.arange(rows)[:, None] % together
+    else:
+        together = 1
+
+    def laid(x: jax.Array) -> jax.Array:
+        return x.reshape(rows // together, together * length, *x.shape[2:])
+
+    missing = -(together * length) % BLOCKS[-1]
     # What fills up is of a segment that no token has.
-    segments_BS = jnp.pad(segments_BS, ((0, 0), (0, missing)), constant_values=-1)
-    scaled = query_BSNH * (size**-0.5 if scale is None else scale)
+    segments_BS = jnp.pad(laid(segments_BS), ((0, 0), (0, missing)), constant_values=-1)
+    scaled = query_BSNH * (query_BSNH.shape[-1] ** -0.5 if scale is None else scale)
     by_head = [
-        jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
+        jnp.pad(jnp.swapaxes(laid(x), 1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
         for x in (scaled, key_BSKH, value_BSKH)
     ]
-    attended = jax.vmap(_kernel(length + missing, heads, window, interpret))(*by_head, segments_BS)
-    return jnp.swapaxes(attended[:, :, :length], 1, 2)
+    kernel = _kernel(segments_BS.shape[1], query_BSNH.shape[2], window, interpret)
+    attended = jax.vmap(kernel)(*by_head, segments_BS)
+    return jnp.swapaxes(attended[:, :, : together * length], 1, 2).reshape(query_BSNH.shape)
 
 
 def _kernel(length: int, heads: int, window: int, interpret: bool) -> Callable[..., jax.Array]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from prefixmem_jax.config_groups import DecoderConfig, RopeScalingConfig
 from prefixmem_jax.layers.attention import KeyValues
@@ -20,6 +21,8 @@ from prefixmem_jax.parallel.sharding import einsum, gather_over_fsdp, on_tpus
 
 # Of axes that are no longer a TPU takes the mean as a product: heads, not models.
 LONGEST_PRODUCT = 256
+# What remat policies call feed-forward's first products, and what attention is given.
+WIDENED, ROTATED = "widened", "rotated"
 WHOLE = ("batch", None, None)  # activations [B, S, D]: on every tensor-parallel device alike
 
 # Attends with a layer's queries, keys and values of the same tokens; returns [B, S, N, H] and what
@@ -86,7 +89,7 @@ def rotate(x_BSNH: jax.Array, by_BSH: Rotation) -> jax.Array:
     else:
         first, second = jnp.split(x32_BSNH, 2, axis=-1)
         turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BSNH.dtype)
+    return checkpoint_name(turned.astype(x_BSNH.dtype), ROTATED)
 
 
 def to_heads(x_BSD: jax.Array, weight: nnx.Param) -> jax.Array:
@@ -187,6 +190,7 @@ class Layer(nnx.Module):
                 x_BSD,
                 gather_over_fsdp(w[...], dtype, None, "feed_forward"),
                 out=("batch", None, "feed_forward"),
+                name=WIDENED,
             )
             for w in (self.gate, self.up)
         )

@@ -2,7 +2,7 @@
 
 Pre-norm RMSNorm, rotary embeddings (rotate-half), grouped-query attention with optional q/k
 norm and sliding windows, gated feed-forward, optional tying of the output head. Layers are stacked
-along a leading axis and run by `lax.scan`. Dimension letters: B batch, S query positions, T key
+along a leading axis and run by `run_layers`. Dimension letters: B batch, S query positions, T key
 positions, D model, N query heads, K key/value heads, G query heads per key/value head, H head size,
 F feed-forward, L layers, V vocabulary, A a beam's own tokens.
 """
@@ -29,12 +29,9 @@ from prefixmem_jax.layers.attention import (
     self_attention,
 )
 from prefixmem_jax.layers.dropout import dropout
-from prefixmem_jax.layers.remat import recomputed
+from prefixmem_jax.layers.stack import run_layers
 from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm, rope_frequencies, rotation
 from prefixmem_jax.models.token_tables import TokenTables
-
-# So few layers compile fast without a loop, and their gradients run faster.
-UNROLLED_LAYERS = 4
 
 
 class Decoder(TokenTables):
@@ -174,10 +171,9 @@ class Decoder(TokenTables):
             rotation_BSH = jax.tree.map(lambda of_kinds: of_kinds[kind], rotation_KBSH)
             return layer(x, rotation_BSH, partial(attend, past, window), key)
 
-        body = recomputed(body, self.config.remat)
         layers = (self.layers, past, jnp.asarray(window_L), jnp.asarray(kind_L), keys)
-        few = self.config.layers <= UNROLLED_LAYERS
-        x_BSD, kept = jax.lax.scan(body, x_BSD, layers, unroll=self.config.layers if few else 1)
+        how = self.config if past is None else None
+        x_BSD, kept = run_layers(body, x_BSD, layers, how)
         return self.final_norm(x_BSD), kept
 
     def _by_layer(self) -> tuple[np.ndarray, np.ndarray]:

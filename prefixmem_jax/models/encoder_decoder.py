@@ -26,7 +26,7 @@ from prefixmem_jax.layers.relative_attention import (
     own_attention,
     relative_attention,
 )
-from prefixmem_jax.layers.remat import recomputed
+from prefixmem_jax.layers.stack import run_layers
 from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm
 from prefixmem_jax.models.token_tables import TokenTables
 from prefixmem_jax.parallel.parameters import normal
@@ -162,7 +162,7 @@ class EncoderDecoder(TokenTables):
             layer, encoded, before = one
             return layer(x, queries, partial(attend, before), encoded, prompt_keys)
 
-        x_BSD, after = jax.lax.scan(body, x_BSD, (self.layers, prompt, own))
+        x_BSD, after = run_layers(body, x_BSD, (self.layers, prompt, own))
         return self.final_norm(x_BSD), after
 
     def _encode(self, x_BSD: jax.Array, place: Place, key: jax.Array | None) -> KeyValues:
@@ -179,8 +179,7 @@ class EncoderDecoder(TokenTables):
             return layer(x, None, attend, key)
 
         keys = None if key is None else jax.random.split(key, self.depth)
-        body = recomputed(body, self.config.remat)
-        x_BSD, _ = jax.lax.scan(body, x_BSD, (self.encoder_layers, keys))
+        x_BSD, _ = run_layers(body, x_BSD, (self.encoder_layers, keys), self.config)
         encoded_BSD = constrain(self.encoder_norm(x_BSD), *WHOLE)
 
         def for_layer(_: None, layer: CrossLayer) -> tuple:
@@ -214,8 +213,7 @@ class EncoderDecoder(TokenTables):
             return layer(x, across, attend, encoded, keys, key)
 
         dropping = None if key is None else jax.random.split(key, self.config.layers)
-        body = recomputed(body, self.config.remat)
-        x_BTD, own = jax.lax.scan(body, x_BTD, (self.layers, encoder, dropping))
+        x_BTD, own = run_layers(body, x_BTD, (self.layers, encoder, dropping), self.config)
         return self.final_norm(x_BTD), own
 
     def _bias(self, bias: nnx.Param) -> jax.Array:

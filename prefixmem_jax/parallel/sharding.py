@@ -80,22 +80,27 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def einsum(
-    equation: str, x: jax.Array, weight: jax.Array, out: tuple[str | None, ...], **options: Any
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array,
+    out: tuple[str | None, ...],
+    name: str = PRODUCT,
+    **options: Any,
 ) -> jax.Array:
     """`jnp.einsum` of tokens BS... with a weight; the result, BS... too, has the partition `out`.
 
-    Remat policies know it as `PRODUCT`. Where they are not divided, tokens are one axis:
+    Remat policies know it by its name. Where they are not divided, tokens are one axis:
     contracting two for the weight's gradient, XLA copies both operands on CPUs, which takes as long
     as the products.
     """
     if device_count() > 1:
         y = jnp.einsum(equation, x, weight, out_sharding=spec(*out), **options)
-        return checkpoint_name(y, PRODUCT)
+        return checkpoint_name(y, name)
     sharding = spec(out[0], *out[2:]) if _explicit_mesh() else None
     flat = x.reshape(-1, *x.shape[2:])
     y = jnp.einsum(equation.replace("BS", "T"), flat, weight, out_sharding=sharding, **options)
     y = y.reshape(*x.shape[:2], *y.shape[1:], out_sharding=spec(*out) if _explicit_mesh() else None)
-    return checkpoint_name(y, PRODUCT)
+    return checkpoint_name(y, name)
 
 
 def gather_over_fsdp(weight: jax.Array, dtype: str, *logical: str | None) -> jax.Array:
@@ -247,7 +252,7 @@ def by_rows(
 
 
 def by_vocabulary(
-    function: Callable, hidden_BSD: jax.Array, weight_DV: jax.Array, of_batch: tuple
+    function: Callable, hidden_BSD: jax.Array, weight_VD: jax.Array, of_batch: tuple
 ) -> tuple[jax.Array, jax.Array]:
     """Sums a loss over the batch, on each device its own part of the batch and the vocabulary.
 
@@ -257,7 +262,7 @@ def by_vocabulary(
       of_batch: arrays [B, S].
     """
     if not _explicit_mesh():
-        return function(None, hidden_BSD, weight_DV, of_batch)
+        return function(None, hidden_BSD, weight_VD, of_batch)
     axis = RULES["vocabulary"]
 
     def local(hidden: jax.Array, weight: jax.Array, of_batch: tuple) -> tuple:
@@ -270,8 +275,8 @@ def by_vocabulary(
         local,
         in_specs=(
             spec("batch", None, None),
-            jax.typeof(weight_DV).sharding.spec,
+            jax.typeof(weight_VD).sharding.spec,
             spec("batch", None),
         ),
         out_specs=(P(), spec("batch", None)),
-    )(hidden_BSD, weight_DV, of_batch)
+    )(hidden_BSD, weight_VD, of_batch)
