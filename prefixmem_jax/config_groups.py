@@ -159,8 +159,8 @@ class DecoderConfig:
         `full`, all of it; `mlp`, all but feed-forward's first products; `dots`, all but weights'
         matrix products, what attention is given and what TPUs' attention gives; `offload`, as
         `dots`, with what is kept in the host's memory.
-      scan_layers: run more than four layers in a loop. False compiles each by itself: that takes
-        longer, and what `mlp` and `dots` keep need not be copied (docs/pods.md).
+      scan_layers: run more than four layers in a loop. False, in training, compiles each by itself:
+        that takes longer, and what `mlp` and `dots` keep need not be copied (docs/pods.md).
     """
 
     layers: Annotated[PositiveInt, Field(le=1000)] = 2

@@ -84,6 +84,16 @@ class ModelSpec:
         kind = "pinned_host" if on_host else None
         return NamedSharding(self.mesh, self.table.partition(leaf), memory_kind=kind)
 
+    def in_loops(self) -> ModelSpec:
+        """The same model with its layers in a loop: without gradients that is as fast, and compiles
+        in half the time.
+        """
+        model = dataclasses.replace(self.config.model, scan_layers=True)
+        if model == self.config.model:
+            return self
+        config = dataclasses.replace(self.config, model=model)
+        return ModelSpec.create(config, self.vocabulary, self.mesh)
+
     def replicated(self) -> dict[str, Any]:
         """`params` as inference wants them: whole on every device, and weights that the decoder
         casts to its compute dtype wherever it uses them cast once and for all.

@@ -18,13 +18,15 @@ from prefixmem_jax.config_files import to_json
 from prefixmem_jax.config_groups import DecoderConfig, EvaluationConfig, ItemHeadConfig
 from prefixmem_jax.convert import export_run
 from prefixmem_jax.data.formats.parquet import write_dataset
-from prefixmem_jax.data.prepare import prepare_data
+from prefixmem_jax.data.prepare import data_vocabulary, prepare_data
 from prefixmem_jax.data.transitions import Transitions
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference import engine as engine_module
 from prefixmem_jax.inference.engine import seen_groups
 from prefixmem_jax.inference.programs import run_on_all_devices, trace_search
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.objectives.next_token import NextToken
+from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.recommender import recommend
 from prefixmem_jax.runs.run import TRANSITIONS, Run
 from prefixmem_jax.semantic_ids.catalog import Catalog
@@ -51,6 +53,18 @@ def histories(run) -> list[np.ndarray]:
     found.insert(3, np.array([], np.int64))
     assert max(map(len, found)) > CONFIG.data.max_items  # one is cut
     return found
+
+
+def test_a_search_is_the_same_program_however_its_layers_were_trained():
+    """In a loop, which compiles sooner."""
+    programs = []
+    for scan_layers in (True, False):
+        config = small_config(DecoderConfig(layers=5, scan_layers=scan_layers), 0)
+        spec = ModelSpec.create(config, data_vocabulary(config.data), make_mesh())
+        programs.append(trace_search(spec)[0].jaxpr)
+    looped, also_looped = map(str, programs)
+    assert "length=5" in looped
+    assert also_looped == looped
 
 
 def same(ours, theirs):

@@ -73,7 +73,7 @@ class Engine:
           batch_size: users searched at a time, rounded up to a multiple of the devices.
           transitions: of the training, for searches with a `transition_share`.
         """
-        self.spec = spec
+        self.spec = spec = spec.in_loops()
         self.use(params, memory)
         self.catalog = catalog
         self.max_items = spec.config.data.max_items

@@ -135,6 +135,7 @@ def trace_search(spec: ModelSpec) -> tuple[jax.stages.Traced, int]:
     Over the catalogue where the number of its items is known; its trie then has as many nodes as
     there can be.
     """
+    spec = spec.in_loops()
     options, vocabulary = spec.config.evaluation, spec.vocabulary
     room, items = spec.config.data.max_items, vocabulary.items
     users = options.batch_size + -options.batch_size % spec.mesh.size

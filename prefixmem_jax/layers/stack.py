@@ -33,7 +33,7 @@ def run_layers(
     layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     x: jax.Array,
     by_layer: Any,
-    config: DecoderConfig | None = None,
+    config: DecoderConfig,
 ) -> tuple[jax.Array, Any]:
     """Runs layers one after the other.
 
@@ -43,13 +43,12 @@ def run_layers(
     Args:
       layer: of x and what is one layer's own; gives the next x, and what to hand out of the layer.
       by_layer: what is the layers' own, arrays [L, ...].
-      config: of how; None where nothing is differentiated, for a loop, which compiles sooner.
 
     Returns:
       The last layer's x, and what each handed out, [L, ...].
     """
-    if config is not None and config.remat != "none":
+    if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_KEPT[config.remat])
     count = len(jax.tree.leaves(by_layer)[0])
-    in_loop = count > UNROLLED_LAYERS and (config is None or config.scan_layers)
+    in_loop = config.scan_layers and count > UNROLLED_LAYERS
     return jax.lax.scan(layer, x, by_layer, unroll=1 if in_loop else count)

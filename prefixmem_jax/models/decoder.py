@@ -172,8 +172,7 @@ class Decoder(TokenTables):
             return layer(x, rotation_BSH, partial(attend, past, window), key)
 
         layers = (self.layers, past, jnp.asarray(window_L), jnp.asarray(kind_L), keys)
-        how = self.config if past is None else None
-        x_BSD, kept = run_layers(body, x_BSD, layers, how)
+        x_BSD, kept = run_layers(body, x_BSD, layers, self.config)
         return self.final_norm(x_BSD), kept
 
     def _by_layer(self) -> tuple[np.ndarray, np.ndarray]:

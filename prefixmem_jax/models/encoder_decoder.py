@@ -162,7 +162,7 @@ class EncoderDecoder(TokenTables):
             layer, encoded, before = one
             return layer(x, queries, partial(attend, before), encoded, prompt_keys)
 
-        x_BSD, after = run_layers(body, x_BSD, (self.layers, prompt, own))
+        x_BSD, after = run_layers(body, x_BSD, (self.layers, prompt, own), self.config)
         return self.final_norm(x_BSD), after
 
     def _encode(self, x_BSD: jax.Array, place: Place, key: jax.Array | None) -> KeyValues:
