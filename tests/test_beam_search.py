@@ -49,7 +49,7 @@ def every_sid(sizes):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "encoder_decoder"])
-@example((4, 3, 5), 25, True, True, [4, 1, 0], 5)  # whatever else is drawn
+@example((4, 3, 5), 25, True, True, [4, 1, 0], 5, True)  # whatever else is drawn
 @settings(max_examples=1, deadline=None)
 @given(
     sizes=st.sampled_from([(3, 4), (4, 3, 5), (2, 3, 2, 3)]),
@@ -58,10 +58,12 @@ def every_sid(sizes):
     constrained=st.booleans(),
     lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
+    filled_up=st.booleans(),
 )
 def test_wide_beams_equal_scoring_everything(
-    family, sizes, items, with_sid_encoder, constrained, lengths, seed
+    family, sizes, items, with_sid_encoder, constrained, lengths, seed, filled_up
 ):
+    """With prompts filled up too, as they are on TPUs."""
     llm = {"make_llm": make_encoder_decoder} if family == "encoder_decoder" else {}
     model, rows_at, catalog, rng = make_model(
         sizes, items, with_sid_encoder, seed, FAMILIES.get(family, DECODER), **llm
@@ -71,7 +73,9 @@ def test_wide_beams_equal_scoring_everything(
     beams = math.prod(sizes)  # wide enough that nothing is ever cut off
     trie = catalog.trie.levels if constrained else None
     search = jax.jit(lambda p: beam_search(CachedSidLM(model, rows_at), p, beams, trie))
-    found = jax.device_get(search(prompts(model, catalog, histories, 4)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cached_sid_lm, "on_tpus", lambda: filled_up)
+        found = jax.device_get(search(prompts(model, catalog, histories, 4)))
     scores = brute_force(model, rows_at, catalog, histories, candidates)
     for user, expected in enumerate(scores):
         order = np.argsort(-expected, kind="stable")
