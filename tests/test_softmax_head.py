@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prefixmem_jax.config_groups import MeshConfig
-from prefixmem_jax.layers import softmax_head
+from prefixmem_jax.layers import loss_in_pieces
 from prefixmem_jax.layers.softmax_head import SoftmaxHead, cross_entropy
 from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import constrain, gather_over_fsdp, spec
@@ -56,15 +56,15 @@ def value_and_gradients(softcap, outputs, smoothing, best=1):
 
 def in_pieces_of(monkeypatch: pytest.MonkeyPatch, logits: int, by_output: bool = False) -> None:
     """So many logits at a time; each output's together, as on TPUs, if it says so."""
-    monkeypatch.setattr(softmax_head, "FEWEST_PREDICTIONS", 1)
+    monkeypatch.setattr(loss_in_pieces, "FEWEST_PREDICTIONS", 1)
     monkeypatch.setattr(
-        softmax_head,
+        loss_in_pieces,
         "_by_platform",
         lambda function, here, *operands: function(here, logits, by_output, *operands),
     )
 
 
-CASES = [(None, None, 0.0), (None, 30, 0.1), (2.0, None, 0.0), (2.0, 33, 0.3)]
+CASES = [(None, None, 0.0), (None, 33, 0.0), (None, 30, 0.1), (2.0, None, 0.0), (2.0, 33, 0.3)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,7 +84,7 @@ def test_it_is_the_reference_however_it_is_cut(case, at_once, best, by_output, m
 
     def plain(hidden, weight):
         flat = (hidden.reshape(-1, MODEL), weight, target.reshape(-1), of_prediction.reshape(-1))
-        return 3 * softmax_head._whole(softmax_head._Loss(*case, 1, None), *flat)[0]
+        return 3 * loss_in_pieces.whole(loss_in_pieces.Loss(*case, 1, None), *flat)[0]
 
     wanted = jax.grad(plain, (0, 1))(*arrays)
     chex.assert_trees_all_close(gradients, wanted, rtol=1e-4, atol=1e-5)
@@ -93,9 +93,10 @@ def test_it_is_the_reference_however_it_is_cut(case, at_once, best, by_output, m
 @pytest.mark.parametrize(
     ("case", "shapes"),
     [
-        (CASES[1], [(2, 2, 2), (8, 1, 1)]),
-        (CASES[2], [(2, 2, 2), (1, 4, 2)]),
-        (CASES[3], [(2, 2, 2), (1, 1, 8)]),
+        (CASES[1], [(2, 2, 2), (1, 1, 8)]),
+        (CASES[2], [(2, 2, 2), (8, 1, 1)]),
+        (CASES[3], [(2, 2, 2), (1, 4, 2)]),
+        (CASES[4], [(2, 2, 2), (1, 1, 8)]),
     ],
 )
 def test_any_mesh_gives_the_same(case, shapes, monkeypatch):
@@ -127,3 +128,33 @@ def test_a_weight_that_lies_divided_gets_its_gradient_where_it_lies():
         divided = jax.jit(jax.grad(loss))(jax.device_put(weight, stored))
     assert divided.sharding.is_equivalent_to(stored, 2)
     np.testing.assert_allclose(divided, alone, rtol=1e-4, atol=1e-5)
+
+
+def one_piece(hidden, weight, target, by_output):
+    """Losses' sum, hits and gradients of predictions [N] that weigh 1, in one piece."""
+    here = loss_in_pieces.Loss(None, None, 0.0, 1, None)
+    return loss_in_pieces._in_pieces_with_gradients(
+        here, 2**20, by_output, *map(jnp.asarray, (hidden, weight, target)), jnp.ones(len(target))
+    )
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_outputs_that_are_alike_are_no_hits(by_output):
+    """As of a model whose new tokens all begin with one vector."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(64, 512)).astype(np.float32)
+    weight = np.repeat(rng.normal(size=(1, 512)).astype(np.float32), 8, axis=0)
+    (loss, hit), _ = one_piece(hidden, weight, np.arange(64) % 8, by_output)
+    np.testing.assert_allclose(loss, 64 * np.log(8), rtol=1e-5)
+    assert not hit.any()
+
+
+def test_a_hopeless_prediction_costs_no_more_than_its_bound_and_nothing_overflows():
+    hidden, target = np.float32([[100.0], [1.0]]), np.int32([1, 1])
+    weight = np.float32([[1.0], [-1.0], [0.0]])
+    (loss, hit), gradients = one_piece(hidden, weight, target, by_output=True)
+    usual = np.log(np.exp(2.0) + 1 + np.exp(1.0))
+    np.testing.assert_allclose(loss - usual, loss_in_pieces.FURTHEST + np.log(2), rtol=1e-5)
+    assert not hit.any()
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert gradients[0][0, 0] > 0 and gradients[1][1, 0] < 0

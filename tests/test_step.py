@@ -566,6 +566,8 @@ def test_flops_count_loops_and_match_the_formula():
 
     kernel = jax.make_jaxpr(by_kernel)(jnp.zeros((24, 7)), jnp.zeros((7, 7)))
     assert 2 * kernel_flops(kernel) == matmul_flops(kernel) == 2 * 2 * 24 * 7 * 7
+    unused = jax.make_jaxpr(jax.jit(lambda x, w: jax.jit(lambda y: (y, y @ w))(x @ w)[0]))
+    assert matmul_flops(unused(jnp.zeros((5, 7)), jnp.zeros((7, 7)))) == 2 * 5 * 7 * 7
     for fixed in (mean_by_product, halves_swapped):  # nor their gradients
 
         def with_one(x, w, fixed=fixed):

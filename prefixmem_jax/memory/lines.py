@@ -68,31 +68,37 @@ def write_by_row(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array
 
 def read_by_line(lines: jax.Array, ids: jax.Array, *, width: int) -> jax.Array:
     pack = lines.shape[1] // width
-    whole = _taken(lines, ids // pack).reshape(-1, pack, width)
-    mine = (ids % pack)[:, None] == jnp.arange(pack)
-    return jnp.sum(jnp.where(mine[..., None], whole, 0), axis=1)
+    part = _taken(lines, ids // pack)
+    while pack > 1:  # the half that the row is in
+        pack //= 2
+        first, second = jnp.split(part, 2, axis=1)
+        part = jnp.where((ids // pack % 2 == 0)[:, None], first, second)
+    return part
 
 
 def write_by_line(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
     """Reads the lines that the rows lie in, replaces these rows, writes the lines back."""
-    count, width = rows.shape
+    width = rows.shape[1]
     pack = lines.shape[1] // width
     line = ids // pack
-    # The ids ascend, so rows of one line are neighbours: number the distinct lines.
-    slot = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), line[1:] != line[:-1]]))
-    target = jnp.full(count, lines.shape[0], ids.dtype).at[slot].set(line)
-    mine = ((ids % pack)[:, None] == jnp.arange(pack))[..., None]
-    # Rows of one line lie in different places of it: these sums have one term.
-    new, replaced = (
-        jax.ops.segment_sum(x, slot, count, indices_are_sorted=True).reshape(count, -1)
-        for x in (
-            jnp.where(mine, rows[:, None].astype(jnp.float32), 0),
-            jnp.broadcast_to(mine, (count, pack, width)).astype(jnp.float32),
-        )
-    )
-    old = _taken(lines, target)
-    merged = jnp.where(replaced > 0, new.astype(lines.dtype), old)
-    return _with(lines, target, merged)
+    replaced = (ids % pack)[:, None] == jnp.arange(pack * width) // width
+    new = jnp.tile(rows, (1, pack))
+    # The ids ascend, so rows of one line are neighbours: the first takes those of the others.
+    ahead = 1
+    while ahead < min(pack, len(ids)):
+        theirs, brought = _ahead(new, ahead), _ahead(replaced, ahead)
+        same = jnp.concatenate([line[ahead:] == line[:-ahead], jnp.zeros(ahead, bool)])
+        new = jnp.where(replaced, new, theirs)
+        replaced |= brought & same[:, None]
+        ahead *= 2
+    first = jnp.concatenate([jnp.ones(1, bool), line[1:] != line[:-1]])
+    whole = jnp.where(replaced, new, _taken(lines, line))
+    return _with(lines, jnp.where(first, line, lines.shape[0]), whole)
+
+
+def _ahead(x: jax.Array, places: int) -> jax.Array:
+    """What stands so many places after, zero beyond the end."""
+    return jnp.pad(x, ((0, places), (0, 0)))[places:]
 
 
 def _taken(lines: jax.Array, index: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from prefixmem_jax.layers import fixed_products
 
@@ -33,14 +34,19 @@ def matmul_flops(traced: core.ClosedJaxpr) -> int:
     """FLOPs of all `dot_general`s in a call, on all devices, loops included (2 per multiply-add).
 
     But of products with constants, which only TPUs have in place of sums (`layers.fixed_products`).
-    Of a `cond` the branch with the most counts; of a kernel all blocks of its grid.
+    Of a `cond` the branch with the most counts; of a kernel all blocks of its grid. What no result
+    needs does not count, as the compiler leaves it out: kernels whose results were kept.
     """
-    return _count(traced.jaxpr, counts=True)
+    return _count(_needed(traced), counts=True)
 
 
 def kernel_flops(traced: core.ClosedJaxpr) -> int:
     """As `matmul_flops`, of what kernels compute alone."""
-    return _count(traced.jaxpr, counts=False)
+    return _count(_needed(traced), counts=False)
+
+
+def _needed(traced: core.ClosedJaxpr) -> Any:
+    return dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[0]
 
 
 def _count(jaxpr: Any, counts: bool) -> int:
