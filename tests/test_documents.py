@@ -181,6 +181,21 @@ def test_drawn_subsequences_end_at_any_item_and_hold_what_fits_before_it(corpus)
         assert predicted == said[1:]
 
 
+def test_rows_too_short_for_what_evaluation_shows_are_told_once(corpus, caplog):
+    levels = corpus.data.vocabulary.levels
+
+    def of_length(length):
+        return dataclasses.replace(corpus.config, sequence_length=length)
+
+    NextToken().training_rows(dataclasses.replace(corpus, config=of_length(1 + 5 * levels)), 0)
+    assert not caplog.messages
+    short = dataclasses.replace(corpus, config=of_length(5 * levels))
+    for part in (0, 1):
+        NextToken().training_rows(dataclasses.replace(short, part=part, parts=2), 0)
+    (said,) = caplog.messages
+    assert said.startswith("data.max_items=5: a row") and "holds 4 items" in said
+
+
 def test_next_items_are_drawn_behind_as_much_history_as_validation_has(corpus):
     split = corpus.data.split
     longer = dataclasses.replace(corpus, config=dataclasses.replace(corpus.config, max_items=3))
