@@ -1,5 +1,7 @@
 """Cross-entropy piece by piece, over any mesh, against NumPy and against plain autodiff."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -54,9 +56,14 @@ def value_and_gradients(softcap, outputs, smoothing, best=1):
     return jax.device_get(both(jnp.asarray(hidden), jnp.asarray(weight)))
 
 
-def in_pieces_of(monkeypatch: pytest.MonkeyPatch, logits: int, by_output: bool = False) -> None:
-    """So many logits at a time; each output's together, as on TPUs, if it says so."""
+def in_pieces_of(
+    monkeypatch: pytest.MonkeyPatch, logits: int, by_output: bool = False, one_pass: bool = False
+) -> None:
+    """So many logits at a time; each output's together, as on TPUs, if it says so; and as on TPUs
+    in bfloat16, but in float32.
+    """
     monkeypatch.setattr(loss_in_pieces, "FEWEST_PREDICTIONS", 1)
+    monkeypatch.setattr(loss_in_pieces, "ONE_PASS", ("float32",) if one_pass else ())
     monkeypatch.setattr(
         loss_in_pieces,
         "_by_platform",
@@ -69,11 +76,18 @@ CASES = [(None, None, 0.0), (None, 33, 0.0), (None, 30, 0.1), (2.0, None, 0.0), 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("at_once", "best", "by_output"),
-    [(1, 1, False), (7 * OUTPUTS, 1, True), (2**20, 4, False), (2**20, 4, True)],
+    ("at_once", "best", "order"),
+    [
+        (1, 1, (False, False)),
+        (7 * OUTPUTS, 1, (True, False)),
+        (7 * OUTPUTS, 1, (True, True)),
+        (2**20, 4, (False, False)),
+        (2**20, 4, (True, False)),
+        (2**20, 4, (True, True)),
+    ],
 )
-def test_it_is_the_reference_however_it_is_cut(case, at_once, best, by_output, monkeypatch):
-    in_pieces_of(monkeypatch, at_once, by_output)
+def test_it_is_the_reference_however_it_is_cut(case, at_once, best, order, monkeypatch):
+    in_pieces_of(monkeypatch, at_once, *order)
     (loss, hit), gradients = value_and_gradients(*case, best)
     *arrays, target, of_prediction = inputs()
     expected, expected_rank = reference(*arrays, target, of_prediction, *case)
@@ -102,8 +116,8 @@ def test_it_is_the_reference_however_it_is_cut(case, at_once, best, by_output, m
 def test_any_mesh_gives_the_same(case, shapes, monkeypatch):
     in_pieces_of(monkeypatch, 3 * OUTPUTS)
     alone = value_and_gradients(*case)
-    in_pieces_of(monkeypatch, 3 * OUTPUTS, by_output=True)
-    for shape in shapes:
+    for one_pass, shape in itertools.product((False, True), shapes):
+        in_pieces_of(monkeypatch, 3 * OUTPUTS, True, one_pass)
         with jax.set_mesh(make_mesh(MeshConfig(*shape))):
             divided = value_and_gradients(*case)
         chex.assert_trees_all_close(divided, alone, rtol=1e-4, atol=1e-5)
@@ -133,26 +147,41 @@ def test_a_weight_that_lies_divided_gets_its_gradient_where_it_lies():
 def one_piece(hidden, weight, target, by_output):
     """Losses' sum, hits and gradients of predictions [N] that weigh 1, in one piece."""
     here = loss_in_pieces.Loss(None, None, 0.0, 1, None)
-    return loss_in_pieces._in_pieces_with_gradients(
-        here, 2**20, by_output, *map(jnp.asarray, (hidden, weight, target)), jnp.ones(len(target))
-    )
+    operands = (*map(jnp.asarray, (hidden, weight, target)), jnp.ones(len(target)))
+    return loss_in_pieces._in_pieces_with_gradients(here, 2**20, by_output, *operands)
 
 
 @pytest.mark.parametrize("by_output", [False, True])
 def test_outputs_that_are_alike_are_no_hits(by_output):
     """As of a model whose new tokens all begin with one vector."""
     rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(64, 512)).astype(np.float32)
-    weight = np.repeat(rng.normal(size=(1, 512)).astype(np.float32), 8, axis=0)
+    hidden = jnp.asarray(rng.normal(size=(64, 512)), jnp.bfloat16)
+    weight = jnp.asarray(np.repeat(rng.normal(size=(1, 512)), 8, axis=0), jnp.bfloat16)
     (loss, hit), _ = one_piece(hidden, weight, np.arange(64) % 8, by_output)
     np.testing.assert_allclose(loss, 64 * np.log(8), rtol=1e-5)
     assert not hit.any()
 
 
-def test_a_hopeless_prediction_costs_no_more_than_its_bound_and_nothing_overflows():
-    hidden, target = np.float32([[100.0], [1.0]]), np.int32([1, 1])
-    weight = np.float32([[1.0], [-1.0], [0.0]])
+def test_one_pass_in_bfloat16_is_as_near_as_its_numbers():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(64, 256)), jnp.bfloat16)
+    weight = jnp.asarray(0.2 * rng.normal(size=(100, 256)), jnp.bfloat16)
+    target = rng.integers(0, 100, 64)
     (loss, hit), gradients = one_piece(hidden, weight, target, by_output=True)
+    exact = (np.asarray(x, np.float32) for x in (hidden, weight))
+    (wanted, wanted_hit), wanted_gradients = one_piece(*exact, target, by_output=False)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(hit, wanted_hit)
+    for found, wanted in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(
+            found.astype(np.float32), wanted, rtol=2**-6, atol=2**-8 * np.abs(wanted).max()
+        )
+
+
+def test_a_hopeless_prediction_costs_no_more_than_its_bound_and_nothing_overflows():
+    hidden = jnp.asarray([[100.0], [1.0]], jnp.bfloat16)
+    weight = jnp.asarray([[1.0], [-1.0], [0.0]], jnp.bfloat16)
+    (loss, hit), gradients = one_piece(hidden, weight, np.int32([1, 1]), by_output=True)
     usual = np.log(np.exp(2.0) + 1 + np.exp(1.0))
     np.testing.assert_allclose(loss - usual, loss_in_pieces.FURTHEST + np.log(2), rtol=1e-5)
     assert not hit.any()

@@ -17,6 +17,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         config,
         name="qwen3_1p7b_prefixmem",
-        model=dataclasses.replace(config.model, remat="mlp", scan_layers=False),
+        model=dataclasses.replace(config.model, remat="dots", scan_layers=False),
         sid_encoder=PrefixMemoryConfig(target_levels=(4, 5), orders=4, heads=4, rows=5_000_000),
     )

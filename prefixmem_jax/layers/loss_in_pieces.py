@@ -20,6 +20,8 @@ CACHED_LOGITS, MOST_LOGITS = 2**20, 3 * 2**28
 FEWEST_PREDICTIONS = 128
 # Of logits: exp(60) times any number of outputs is still a float32; and what rounding may be.
 FURTHEST, EQUAL = 60.0, 1e-4
+# Dtypes that TPUs multiply as they are; of float32 they round, so that a sum is not a product's.
+ONE_PASS = ("bfloat16",)
 
 
 def finish(
@@ -157,8 +159,8 @@ summed.defvjp(_forward, _backward)
 def _by_platform(function: Callable, here: Loss, *operands: jax.Array) -> Any:
     """Function with as many logits at once as the platform likes, in the order that it likes.
 
-    TPUs sum faster along the first axis, and an embedding's gradient then has the embedding's
-    layout (docs/pods.md); CPUs are 5% slower.
+    TPUs sum faster along the first axis, where one pass is enough of most losses, and an
+    embedding's gradient then has the embedding's layout (docs/pods.md); CPUs are 5% slower.
     """
     return jax.lax.platform_dependent(
         *operands,
@@ -184,7 +186,8 @@ def _in_pieces_with_gradients(
     """Each piece's gradients are computed while its logits are at hand."""
     hidden_ND, weight_VD, target_N, weight_N = operands
     weight = weight_VD if by_output else weight_VD.T
-    if by_output and here.softcap is None and not here.smoothing:
+    plain = here.softcap is None and not here.smoothing
+    if by_output and plain and hidden_ND.dtype.name in ONE_PASS:
         with_gradients = partial(in_one_pass, here)
     else:
         loss_and_hits = partial(whole, here, by_output=by_output)
