@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.config import Config
 from prefixmem_jax.config_groups import DataConfig, DecoderConfig, MeshConfig
 from prefixmem_jax.errors import UserError
+from prefixmem_jax.layers.softmax_head import SoftmaxHead, cross_entropy
 from prefixmem_jax.objectives.classification import Classification
 from prefixmem_jax.parallel import tpu_flags
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import gather_over_fsdp, spec
 from prefixmem_jax.planning import topology
 from prefixmem_jax.planning.hlo import Program
 from prefixmem_jax.planning.plan import Plan, describe, plan
@@ -148,6 +150,40 @@ def test_table_traffic_does_not_grow_with_the_pod_and_nothing_copies_the_table()
         if one["part"] in overlapped and "all-reduce" not in one["kind"]:
             overlapped[one["part"]].append(one["overlapped"])
     assert not any(overlapped["table"]) and any(overlapped["mlp"])
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_tpus_keep_no_logits_in_float32(chip):
+    """Where hidden states come of the same embedding, too, as a v6e turned them for."""
+    _, devices = topology.pod_devices(f"{chip}:2x2")
+    mesh = make_mesh(MeshConfig(1, 4, 1), devices)
+    rows, length, model, outputs = 16, 1024, 2048, 162_304  # the flagship's
+
+    def placed(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(*axes)))
+
+    def loss(stored, tokens, of_prediction):
+        weight = gather_over_fsdp(stored, "bfloat16", "vocabulary", None)
+        embedded = weight.at[tokens].get(out_sharding=P(("data", "fsdp"), None, None))
+        head = SoftmaxHead(weight.T, outputs=outputs - 126)
+        return cross_entropy(jnp.tanh(embedded), head, tokens, of_prediction)
+
+    operands = (
+        placed((outputs, model), jnp.float32, "vocabulary", "stored_model"),
+        placed((rows, length), jnp.int32, "batch", None),
+        placed((rows, length), jnp.float32, "batch", None),
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*operands).compile()
+    program = Program.parse(compiled.as_text())
+    kept = [
+        one.type for name, _ in program.executed() for one in program.computations[name].values()
+    ]
+    predictions = rows * length // 4
+    assert any(f"bf16[{outputs},{predictions}]" in one for one in kept)
+    for size in (f"{outputs},{predictions}", f"{predictions},{outputs}"):
+        assert not any(f"f32[{size}]" in one for one in kept)
 
 
 FLAGS = "LIBTPU_INIT_ARGS"
