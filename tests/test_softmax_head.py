@@ -187,3 +187,31 @@ def test_a_hopeless_prediction_costs_no_more_than_its_bound_and_nothing_overflow
     assert not hit.any()
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert gradients[0][0, 0] > 0 and gradients[1][1, 0] < 0
+
+
+def test_what_weighs_nothing_may_have_any_target():
+    """All logits so low that nothing is left of their exponentials, and no output is the target."""
+    hidden = jnp.asarray([[200.0], [1.0]], jnp.bfloat16)
+    weight = jnp.asarray([[-1.0], [-1.5], [-2.0]], jnp.bfloat16)
+    here = loss_in_pieces.Loss(None, None, 0.0, 1, None, first=100)
+    for target in (-1, 0, 99, 103, 2**31 - 1):
+        operands = hidden, weight, jnp.asarray([target, 101]), jnp.asarray([0.0, 1.0])
+        found = loss_in_pieces._in_pieces_with_gradients(here, 2**20, True, *operands)
+        (wanted, _), gradients = loss_in_pieces._in_pieces_with_gradients(
+            here, 2**20, False, *operands
+        )
+        np.testing.assert_allclose(found[0][0], wanted, rtol=1e-6)
+        for ours, theirs in zip(found[1], gradients, strict=True):
+            np.testing.assert_allclose(
+                ours.astype(np.float32), theirs.astype(np.float32), rtol=2**-6, atol=2**-8
+            )
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_not_a_number_is_no_loss_and_no_hit(by_output, wrong):
+    hidden = jnp.asarray([[wrong, 1.0], [1.0, 1.0]], jnp.bfloat16)
+    weight = jnp.asarray([[1.0, 0.0], [-1.0, 0.0], [0.5, 2.0]], jnp.bfloat16)
+    (loss, hit), _ = one_piece(hidden, weight, np.int32([1, 2]), by_output)
+    assert not np.isfinite(loss)
+    assert hit.tolist() == [False, True]

@@ -362,21 +362,28 @@ def test_row_wise_moments_by_hand():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    width=st.sampled_from([1, 16, 64, 96, 128, 192]),
+    width=st.sampled_from([1, 2, 8, 16, 64, 96, 128, 192]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
+    count=st.sampled_from([1, 8, 200]),
+    asked=st.sampled_from(["any", "one line", "none"]),
     seed=st.integers(0, 10**6),
 )
-def test_reading_and_writing_whole_lines_is_reading_and_writing_rows(width, dtype, seed):
+def test_reading_and_writing_whole_lines_is_reading_and_writing_rows(
+    width, dtype, count, asked, seed
+):
     """What TPUs do, against what the others do (which the tests above compare with NumPy)."""
     rng = np.random.default_rng(seed)
     pack = lines.rows_per_line(width)
     rows = 5 * pack
     memory = jnp.asarray(rng.normal(size=(5, pack * width)), dtype)
-    ids = np.unique(np.minimum(rng.integers(0, 2 * rows, 8), rows))
-    ids = jnp.asarray(np.pad(ids, (0, 8 - len(ids)), constant_values=rows), jnp.int32)
-    values = jnp.asarray(rng.normal(size=(8, width)), dtype)
+    first, end = {"any": (0, 2 * rows), "one line": (pack, 2 * pack), "none": (rows, 2 * rows)}[
+        asked
+    ]
+    ids = np.unique(np.minimum(rng.integers(first, end, count), rows))
+    ids = jnp.asarray(np.pad(ids, (0, count - len(ids)), constant_values=rows), jnp.int32)
+    values = jnp.asarray(rng.normal(size=(count, width)), dtype)
     by_line, by_row = (
         jax.jit(functools.partial(read, width=width))
         for read in (lines.read_by_line, lines.read_by_row)

@@ -107,8 +107,8 @@ def in_one_pass(
     Exponentials are of logits' distances from the target's own, which a gather and a sum give
     before any product; so the product that makes the logits also makes these and their sum, and
     nothing of the logits' size is kept but them, in the compute dtype. The gradients are products
-    with them. Other outputs count as at most `FURTHEST` above the target's, as if the loss were no
-    more; and those within `EQUAL` as equal to it.
+    with them. Other outputs count as at most `FURTHEST` above the target's, so that a prediction
+    costs no more than that and the log of how many; and those within `EQUAL` as equal to it.
     """
     number_V1 = here.numbers(len(weight_VD))[:, None]
     is_target = number_V1 == target_N
@@ -123,8 +123,10 @@ def in_one_pass(
     products = with_layout_constraint(products, Layout((0, 1)))
     above = finish(products, number_V1, None, here.outputs) - own_N
     share = jnp.exp(jnp.minimum(above, FURTHEST))
-    sum_N = here.total(jnp.sum(share, axis=0))
-    others_N = here.total(jnp.sum(((above > -EQUAL) & ~is_target).astype(jnp.float32), axis=0))
+    # The target's own is 1; without it, where the weight is 0, all may be nothing.
+    sum_N = jnp.maximum(here.total(jnp.sum(share, axis=0)), 1.0)
+    others = ~(above <= -EQUAL) & ~is_target  # what is not a number is no hit
+    others_N = here.total(jnp.sum(others.astype(jnp.float32), axis=0))
     # Without the barrier the products below would make them again, from logits in float32.
     kept = jax.lax.optimization_barrier(share.astype(hidden_ND.dtype))
     slope = jnp.where(is_target, kept.astype(jnp.float32) - sum_N, kept).astype(kept.dtype)
@@ -187,7 +189,8 @@ def _in_pieces_with_gradients(
     hidden_ND, weight_VD, target_N, weight_N = operands
     weight = weight_VD if by_output else weight_VD.T
     plain = here.softcap is None and not here.smoothing
-    if by_output and plain and hidden_ND.dtype.name in ONE_PASS:
+    exact = all(x.dtype.name in ONE_PASS for x in (hidden_ND, weight_VD))
+    if by_output and plain and exact:
         with_gradients = partial(in_one_pass, here)
     else:
         loss_and_hits = partial(whole, here, by_output=by_output)

@@ -45,7 +45,8 @@ class Losses(NamedTuple):
     Attributes:
       loss: float32 [], the weighted sum of their cross-entropies.
       hit: bool [B, S], whether the target is among the best outputs. Equal logits count against
-        it, or a model that says nothing would score full marks.
+        it, or a model that says nothing would score full marks; in training on TPUs those within
+        `loss_in_pieces.EQUAL` are equal.
     """
 
     loss: jax.Array
@@ -64,7 +65,7 @@ def cross_entropy(
     """Cross-entropy of targets after hidden states.
 
     Args:
-      target_BS: int32; any number where the weight is 0.
+      target_BS: int32; where the weight is 0 any number but of an output that fills V up.
       weight_BS: float32, of each prediction in the sum.
       smoothing: share of a target's probability that is spread evenly over the outputs.
       best: how many outputs are the best; more than one cost another pass over the logits.

@@ -80,10 +80,13 @@ def write_by_line(lines: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Arra
     """Reads the lines that the rows lie in, replaces these rows, writes the lines back."""
     width = rows.shape[1]
     pack = lines.shape[1] // width
+    if pack == 1:
+        return _with(lines, ids, rows)
     line = ids // pack
     replaced = (ids % pack)[:, None] == jnp.arange(pack * width) // width
     new = jnp.tile(rows, (1, pack))
-    # The ids ascend, so rows of one line are neighbours: the first takes those of the others.
+    # The ids ascend, so rows of one line are neighbours: the first takes those of the others. What
+    # is not replaced means nothing.
     ahead = 1
     while ahead < min(pack, len(ids)):
         theirs, brought = _ahead(new, ahead), _ahead(replaced, ahead)

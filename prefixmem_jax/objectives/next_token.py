@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -97,8 +97,9 @@ class NextToken(Objective):
         return pack(documents, corpus.config.sequence_length, drawn, self.documents_per_row)
 
     def _warn_of_shorter_histories(self, data: DataConfig, levels: int) -> None:
-        histories = [one.longest(data, levels) for one in self.documents if one.sids_alone]
-        if histories and max(histories) < document_length(levels, data.max_items):
+        roomy = replace(data, sequence_length=document_length(levels, data.max_items + 1))
+        sids = [one for one in self.documents if one.sids_alone]
+        if any(one.longest(data, levels) < one.longest(roomy, levels) for one in sids):
             log.warning(
                 f"data.max_items={data.max_items}: a row of data.sequence_length="
                 f"{data.sequence_length} holds {(data.sequence_length - 1) // levels} items; "
