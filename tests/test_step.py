@@ -40,6 +40,7 @@ from prefixmem_jax.parallel.mesh import make_mesh
 from prefixmem_jax.parallel.sharding import batch_sharding, constrain
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
+from prefixmem_jax.sid_encoders.sid_transformer import SidTransformerConfig
 from prefixmem_jax.training.flops import kernel_flops, matmul_flops
 from prefixmem_jax.training.optimizers import (
     dense_optimizer,
@@ -300,6 +301,21 @@ def test_any_mesh_of_1_2_4_and_8_devices_gives_the_same_losses_and_tables(object
         np.testing.assert_allclose(*moved, rtol=1e-3)
         np.testing.assert_allclose(other.memory, state.memory, rtol=1e-4, atol=2e-6)
         assert np.linalg.norm(other.memory - state.memory) < 1e-5 * np.linalg.norm(state.memory)
+
+
+def test_a_transformer_in_the_slot_is_the_same_on_any_mesh():
+    """Its embedding lies divided, as the decoder's does."""
+    encoder = SidTransformerConfig(target_levels=(2, 3), layers=1, width=16, d_ff=24, heads=2)
+    config = dataclasses.replace(CONFIG, sid_encoder=encoder)
+    history, state = run(config, 5)
+    divided = on_mesh(config, 2, 2, 2)
+    embedding = spec_of(divided).params["sid_encoder"]["embedding"]
+    assert embedding.sharding.shard_shape(embedding.shape)[1] == 16 // 4
+    other_history, other = run(divided, 5)
+    np.testing.assert_allclose(losses(other_history), losses(history), rtol=1e-5)
+    chex.assert_trees_all_close(
+        other.params["sid_encoder"], state.params["sid_encoder"], rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])

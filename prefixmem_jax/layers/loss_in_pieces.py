@@ -206,6 +206,8 @@ def _in_pieces_with_gradients(
     by_hidden = by_hidden.reshape(-1, hidden_ND.shape[1])[: len(hidden_ND)]
     by_weight = by_weight.astype(weight_VD.dtype)
     results = jnp.sum(losses), hit.reshape(-1)[: len(hidden_ND)]
+    # Both before anything goes on, or what both are made of is held until the second is needed.
+    by_hidden, by_weight = jax.lax.optimization_barrier((by_hidden, by_weight))
     return results, (by_hidden, by_weight if by_output else by_weight.T)
 
 

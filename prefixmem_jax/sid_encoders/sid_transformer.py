@@ -12,9 +12,15 @@ from pydantic import PositiveInt
 from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.layers.attention import KeyValues
-from prefixmem_jax.layers.transformer import Layer, RMSNorm, rope_frequencies, rotation
+from prefixmem_jax.layers.transformer import (
+    WHOLE,
+    Layer,
+    RMSNorm,
+    rope_frequencies,
+    rotation,
+)
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import take
+from prefixmem_jax.parallel.sharding import constrain, gather_over_fsdp, take
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary, earlier
 from prefixmem_jax.sid_encoders.sid_encoder import SidEncoder, SidEncoderConfig
@@ -96,7 +102,8 @@ class SidTransformer(SidEncoder):
             head_dim=config.width // config.heads,
         )
         std = config.width**-0.5
-        self.embedding = normal(rngs, std, (vocabulary.size, None), (config.width, None))
+        width = (config.width, "stored_embedded")
+        self.embedding = normal(rngs, std, (vocabulary.size, None), width)
         self.layers = nnx.List([Layer(self.shape, rngs=rngs) for _ in range(config.layers)])
         self.norm = RMSNorm(config.width, self.shape)
         scale = std if output_std is None else output_std
@@ -122,7 +129,9 @@ class SidTransformer(SidEncoder):
         def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues]:
             return _attention_to_prefix(query, new, level_BS, self.vocabulary.levels), new
 
-        x_BSD = take(self.embedding[...], tokens_BS, "batch", None, None)
+        dtype = self.shape.compute_dtype
+        table = gather_over_fsdp(self.embedding[...], dtype, None, "embedded")
+        x_BSD = constrain(take(table, tokens_BS, "batch", None, "embedded"), *WHOLE)
         for layer in self.layers:
             x_BSD, _ = layer(x_BSD, rotation_BSH, attend)
         vectors_BSD = jnp.einsum("BSW,WD->BSD", self.norm(x_BSD), self.projection[...])
