@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from prefixmem_jax.config import Config
 from prefixmem_jax.memory.table import Table
 from prefixmem_jax.parallel.parameters import abstract_parameters
+from prefixmem_jax.parallel.tpu_flags import options_beside_a_host
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 
@@ -77,6 +78,12 @@ class ModelSpec:
     @property
     def memory_on_host(self) -> bool:
         return self.table is not None and self.config.mesh.memory_kind == "pinned_host"
+
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        """Of a train step's compilation."""
+        on_tpus = self.mesh.devices.flat[0].platform == "tpu"
+        return options_beside_a_host() if on_tpus and self.memory_on_host else None
 
     def row_sharding(self, leaf: Any) -> NamedSharding:
         """Of the memory's rows, or of a leaf of their optimizer's state."""

@@ -120,13 +120,21 @@ def test_no_collective_or_temporary_has_the_tables_size(simulated):
 
 @needs_tpu_compiler
 def test_a_memory_on_the_host_is_never_on_the_device():
-    mesh = MeshConfig(-1, 4, 2, "pinned_host")
-    planned = plan(config_for(16, 800_000, mesh, length=128), "v5e:4x4")
+    def planned(rows: int) -> Plan:
+        config = config_for(16, rows, MeshConfig(-1, 4, 2, "pinned_host"))
+        model = dataclasses.replace(config.model, layers=3)
+        return plan(dataclasses.replace(config, model=model), "v5e:4x4")
+
+    small, large = planned(800_000), planned(30_000_000)
     # Rows, and Adam's two moments.
-    assert planned.host_bytes > 0.99 * 3 * 16 * 800_000 * 64 * 4 / 16
-    assert planned.hbm_bytes["table"] == 0
-    assert planned.hbm_bytes["total"] < planned.host_bytes / 10
-    assert "in the host's" in describe(planned)
+    assert small.host_bytes > 0.99 * 3 * 16 * 800_000 * 64 * 4 / 16
+    assert small.hbm_bytes["table"] == 0
+    assert small.hbm_bytes["total"] < small.host_bytes
+    assert "in the host's" in describe(small)
+    # More than the chip could hold, for which it does nothing twice.
+    assert large.host_bytes > large.hbm_capacity and large.fits
+    for part in ("mlp", "attention", "loss"):
+        assert large.step_seconds[part] == pytest.approx(small.step_seconds[part], rel=0.01)
 
 
 @needs_tpu_compiler

@@ -41,6 +41,15 @@ def set_tpu_flags(chip: str | None = None) -> None:
         os.environ[_VARIABLE] = _ON_SPARSE_CORES if is_v6e else _ON_CORES
 
 
+def options_beside_a_host() -> dict[str, str]:
+    """For the compilation of a program, on TPUs, that has arrays in the host's memory.
+
+    The compiler counts them as its own: where all would not fit it computes again what it had room
+    to keep, or does not compile at all. So it is told of room that it has not.
+    """
+    return {"xla_jf_rematerialization_percent_shared_memory_limit": "1000"}
+
+
 def _has_v6e() -> bool:
     vendors = _PCI.glob("*/vendor")
     google = [path for path in vendors if path.read_text().strip() == _GOOGLE]

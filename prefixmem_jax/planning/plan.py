@@ -104,7 +104,8 @@ def plan(
     flops, mesh = matmul_flops(traced.jaxpr) / len(pod), spec.mesh
     shape = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     try:
-        compiled = traced.lower().compile()
+        options = spec.compiler_options if verb == "train" else None
+        compiled = traced.lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

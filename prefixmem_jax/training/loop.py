@@ -187,7 +187,7 @@ def run_steps(
     flops = matmul_flops(traced.jaxpr)
     if (peak := peak_flops(jax.devices()[0])) is not None:
         progress.seconds_at_peak = flops_once(spec, traced) / (peak * spec.mesh.size)
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(spec.compiler_options)
     progress.skip_time()
     with (
         stops_between_steps() as asked_to_stop,

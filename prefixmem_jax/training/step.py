@@ -237,7 +237,7 @@ def flops_once(spec: ModelSpec, traced: jax.stages.Traced) -> int:
 def compile_train_step(spec: ModelSpec) -> jax.stages.Compiled:
     """The step of (state, batch), compiled."""
     with jax.set_mesh(spec.mesh):
-        return trace_train_step(spec).lower().compile()
+        return trace_train_step(spec).lower().compile(spec.compiler_options)
 
 
 def check_mesh(config: Config, vocabulary: Vocabulary, mesh: Mesh) -> None:
