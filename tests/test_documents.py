@@ -181,26 +181,6 @@ def test_drawn_subsequences_end_at_any_item_and_hold_what_fits_before_it(corpus)
         assert predicted == said[1:]
 
 
-def test_rows_too_short_for_what_evaluation_shows_are_told_once(corpus, caplog):
-    levels = corpus.data.vocabulary.levels
-
-    def told(objective, items, more=0, **of_corpus):
-        caplog.clear()
-        length = 1 + items * levels + more
-        config = dataclasses.replace(corpus.config, sequence_length=length)
-        objective.training_rows(dataclasses.replace(corpus, config=config, **of_corpus), 0)
-        return caplog.messages
-
-    assert not told(NextToken(), 5)
-    (said,) = told(NextToken(), 4, more=levels - 1)
-    assert said.startswith("data.max_items=5: a row") and "holds 4 items" in said
-    assert told(NextToken(), 4, part=0, parts=2) and not told(NextToken(), 4, part=1, parts=2)
-    # The next item stands behind the history.
-    drawn = NextToken(documents=(NextItem(),))
-    assert told(drawn, 5) and not told(drawn, 6)
-    assert not told(NextToken(documents=(Catalogue(), Interleaved())), 12)
-
-
 def test_next_items_are_drawn_behind_as_much_history_as_validation_has(corpus):
     split = corpus.data.split
     longer = dataclasses.replace(corpus, config=dataclasses.replace(corpus.config, max_items=3))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -33,8 +32,6 @@ from prefixmem_jax.models.sid_lm import SidLM
 from prefixmem_jax.objectives.objective import Objective
 from prefixmem_jax.parallel.sharding import constrain, take_positions
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,21 +87,9 @@ class NextToken(Objective):
         return Batch.abstract(data.batch_size, data.sequence_length, sharding)
 
     def training_rows(self, corpus: Corpus, seed: int) -> Batch:
-        if self.generates and corpus.part == 0:
-            self._warn_of_shorter_histories(corpus.config, corpus.data.vocabulary.levels)
         drawn = seed if corpus.parts == 1 else [seed, corpus.part]
         documents = mixture(self.documents, corpus, drawn)
         return pack(documents, corpus.config.sequence_length, drawn, self.documents_per_row)
-
-    def _warn_of_shorter_histories(self, data: DataConfig, levels: int) -> None:
-        roomy = replace(data, sequence_length=document_length(levels, data.max_items + 1))
-        sids = [one for one in self.documents if one.sids_alone]
-        if any(one.longest(data, levels) < one.longest(roomy, levels) for one in sids):
-            log.warning(
-                f"data.max_items={data.max_items}: a row of data.sequence_length="
-                f"{data.sequence_length} holds {(data.sequence_length - 1) // levels} items; "
-                "training cuts histories there, validation and recommending do not"
-            )
 
     @property
     def mixes_documents(self) -> bool:
