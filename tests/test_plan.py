@@ -129,7 +129,7 @@ def test_a_memory_on_the_host_is_never_on_the_device():
     # Rows, and Adam's two moments.
     assert small.host_bytes > 0.99 * 3 * 16 * 800_000 * 64 * 4 / 16
     assert small.hbm_bytes["table"] == 0
-    assert small.hbm_bytes["total"] < small.host_bytes
+    assert large.hbm_bytes["total"] < large.host_bytes / 10
     assert "in the host's" in describe(small)
     # More than the chip could hold, for which it does nothing twice.
     assert large.host_bytes > large.hbm_capacity and large.fits
