@@ -122,7 +122,7 @@ def test_no_collective_or_temporary_has_the_tables_size(simulated):
 def test_a_memory_on_the_host_is_never_on_the_device():
     def planned(rows: int) -> Plan:
         config = config_for(16, rows, MeshConfig(-1, 4, 2, "pinned_host"))
-        model = dataclasses.replace(config.model, layers=3)
+        model = dataclasses.replace(config.model, layers=1)
         return plan(dataclasses.replace(config, model=model), "v5e:4x4")
 
     small, large = planned(800_000), planned(30_000_000)
