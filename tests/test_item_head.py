@@ -89,8 +89,8 @@ def vectors_of(model, rows_at, data):
         return np.asarray(model.item_head.vectors[...]).T[: len(data.catalog)]
     tokens = jnp.asarray(data.item_tokens)
     ones = jnp.ones_like(tokens)
-    rows = rows_at(model.sid_encoder.addresses(tokens, ones))
-    return np.asarray(model.sid_encoder(tokens, ones, rows))[:, -1]
+    rows = rows_at(model.sid_encoder.addresses(tokens, ones, last=1))
+    return np.asarray(model.sid_encoder(tokens, ones, rows, last=1))[:, -1]
 
 
 def places_of_targets(data, batch, count):

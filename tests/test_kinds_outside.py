@@ -139,10 +139,11 @@ class Buckets(SidEncoder):
     def active(self, tokens_BS, segment_ids_BS):
         return self.vocabulary.prefixes(tokens_BS, segment_ids_BS)[0] > 0
 
-    def addresses(self, tokens_BS, segment_ids_BS):
+    def addresses(self, tokens_BS, segment_ids_BS, last=None):
         level_BS, codes_BSL = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
         sums_BS = jnp.sum(codes_BSL * (7 ** jnp.arange(codes_BSL.shape[-1])), axis=-1) + level_BS
-        return jnp.where(level_BS > 0, sums_BS % self.rows, -1)[..., None]
+        rows_BS = jnp.where(level_BS > 0, sums_BS % self.rows, -1)
+        return rows_BS[:, -(last or rows_BS.shape[1]) :, None]
 
     def __call__(self, tokens_BS, segment_ids_BS, rows_BPAW, last=None):
         return jnp.einsum("BPW,WD->BPD", rows_BPAW[:, :, 0], self.projection[...])

@@ -97,15 +97,16 @@ def test_collectives_say_what_they_serve(simulated):
     assert min(by_part[n] for n in ("table", "attention", "mlp", "embedding", "head")) > 0
     assert by_part["other"] < 0.01 * sum(by_part.values())
     # Rows out, their gradients back, ids once or both times, as XLA sees that they are the same;
-    # sized for 4 of 5 * 4 n-grams and a quarter, of 8 stretches of 256 positions that can name 4
-    # of 4 * 4 n-grams, and one item more where they begin within one.
-    named = 8 * (256 * 16 // 4 + 16)
+    # sized for 4 of 5 * 4 n-grams and a quarter, of 8 stretches of 256 positions. Half of these,
+    # and 2 more, are looked up (of 4 codes 2), and can name half of 4 * 4 n-grams each, and one
+    # item more where a stretch begins within one.
+    named = 8 * ((128 + 2) * 16 // 2 + 16)
     capacity = int(np.ceil(1.25 * 0.8 * named / 8)) + 8
     exchanged = [8 * capacity * (2 * 64 + ids) * 4 * 7 / 8 for ids in (1, 2)]
     exchange = [c for c in simulated.collectives if c["part"] == "table" and "all-to" in c["kind"]]
     assert sum(c["bytes"] for c in exchange) in exchanged
     # The plan counts by addresses, without the items that stretches begin within.
-    by_addresses = int(np.ceil(1.25 * 0.2 * 4 * 512 * 16 / 8)) + 8
+    by_addresses = int(np.ceil(1.25 * 0.4 * (128 + 2) * 16)) + 8
     assert simulated.table_bytes_gathered == 8 * by_addresses * 64 * 4
     assert "table" in describe(simulated)
 

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hashing import reference_addresses, row_numbers
 
-from prefixmem_jax.config_groups import DataConfig
+from prefixmem_jax.config_groups import DataConfig, MeshConfig
 from prefixmem_jax.data.documents.document import Corpus
 from prefixmem_jax.data.prepare import prepare_data
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.memory import hashing
 from prefixmem_jax.memory.exchange import capacity
 from prefixmem_jax.objectives.next_token import NextToken
+from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
@@ -42,10 +44,7 @@ class Memory:
         return np.asarray(self._vectors(jnp.asarray(tokens), jnp.asarray(segments), last))
 
     def _trace_vectors(self, tokens, segments, last):
-        addresses = self.sid_encoder.addresses(tokens, segments)
-        if last is not None:
-            addresses = addresses[:, -last:]
-        rows = self.table.gather(self.rows, addresses)
+        rows = self.table.gather(self.rows, self.sid_encoder.addresses(tokens, segments, last))
         return self.sid_encoder(tokens, segments, rows, last)
 
     def formula(self, prefix, items=None):
@@ -202,10 +201,12 @@ def test_real_batches_need_one_exchange_even_on_256_devices(name):
     targets=st.sets(st.integers(1, 4), min_size=1),
     items=st.integers(0, 2),
     seed=st.integers(0, 2**20),
-    cut=st.booleans(),
+    shares=st.sampled_from([1, 2, 4]),
 )
-def test_no_tokens_name_more_rows_than_the_table_has_room_for(address, targets, items, seed, cut):
-    """Whole items, items that end early, and stretches that begin within one."""
+def test_there_is_room_for_what_any_tokens_look_up(address, targets, items, seed, shares):
+    """Whole items, items that end early, and stretches of several devices that begin within one:
+    every active position is looked up, and no device names more rows than a step computes with.
+    """
     longest = max(level - 1 or 4 for level in targets)
     config = PrefixMemoryConfig(
         target_levels=tuple(sorted(targets)), orders=longest, items=items, heads=2, rows=10_007,
@@ -216,13 +217,18 @@ def test_no_tokens_name_more_rows_than_the_table_has_room_for(address, targets, 
     while len(tokens) < length:  # runs of the first codes of items
         tokens += list(VOCABULARY.encode(random_sids(1, rng.integers(2**30)))[0])[: rng.integers(5)]
     tokens = np.array(tokens)[None, :length]
+    ones = np.ones_like(tokens)
     encoder, table = config.build(VOCABULARY, 6, 1.0, nnx.Rngs(0)), config.table(SPACE)
-    addresses = row_numbers(encoder.addresses(tokens, np.ones_like(tokens)), table.tables)
-    start, stop = (rng.integers(0, 30), rng.integers(31, 61)) if cut else (0, length)
-    part = addresses[:, start:stop]
-    named = len(np.unique(part[part >= 0]))
-    room = table.most_distinct * part.size + (table.most_cut if cut else 0)
-    assert named <= room
+    wanted = np.asarray(encoder.addresses(tokens, ones, last=length))
+    mesh = make_mesh(MeshConfig(tensor=shares), jax.devices()[:shares])
+    with jax.set_mesh(mesh):
+        batch = jax.device_put((tokens, ones), batch_sharding(mesh))
+        found = np.asarray(encoder.addresses(*batch))
+    active = (wanted >= 0).any(-1)
+    assert sorted(map(tuple, wanted[active])) == sorted(map(tuple, found[(found >= 0).any(-1)]))
+    for part in np.split(row_numbers(found, table.tables), shares, axis=1):
+        named = len(np.unique(part[part >= 0]))
+        assert named <= table.most_distinct * part.size + (table.most_cut if shares > 1 else 0)
 
 
 def test_the_room_is_what_the_hungriest_tokens_need():
@@ -235,6 +241,7 @@ def test_the_room_is_what_the_hungriest_tokens_need():
     tokens = vocabulary.encode(sids)[:, :3].reshape(1, -1)
     encoder, table = config.build(vocabulary, 6, 1.0, nnx.Rngs(0)), config.table(space)
     addresses = row_numbers(encoder.addresses(tokens, np.ones_like(tokens)), table.tables)
+    assert addresses.shape[1] == 2 / 3 * tokens.size  # those of two codes and of three
     named = len(np.unique(addresses[addresses >= 0]))
     assert 0.95 < named / (table.most_distinct * addresses.size) <= 1
-    assert table.density == pytest.approx(6 / (4 * 6))
+    assert table.density * addresses[..., 0].size == pytest.approx(6 / (4 * 6) * tokens.size)

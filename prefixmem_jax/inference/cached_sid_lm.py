@@ -30,10 +30,8 @@ def rows_for(
     last: int | None = None,
 ) -> jax.Array | None:
     """The rows that the SID encoder wants at the last positions (None: all), if it owns a table."""
-    addresses = model.addresses(tokens_BS, segment_ids_BS)
-    if addresses is None:
-        return None
-    return rows_at(addresses if last is None else addresses[:, -last:])
+    addresses = model.addresses(tokens_BS, segment_ids_BS, last)
+    return None if addresses is None else rows_at(addresses)
 
 
 def read_items(model: SidLM, rows_at: RowsAt, tokens_IL: jax.Array) -> jax.Array:

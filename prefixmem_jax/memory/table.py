@@ -50,8 +50,8 @@ class Lookup(NamedTuple):
     """What a batch looks up in the table: addresses, and later, in their places, rows.
 
     Attributes:
-      by_position: int32 [batch, length, A], row in a table, negative for none, with the tables by
-        turns along the last axis; rows float32 [..., width].
+      by_position: int32 [batch, positions, A], row in a table, negative for none, with the tables
+        by turns along the last axis; rows float32 [..., width].
       shared: what all positions share, int32 [any, A]: each device fetches its share of the first
         axis, which must divide by the devices.
       names: handed on with the rows; whatever tells what `shared` is.

@@ -30,7 +30,12 @@ from prefixmem_jax.layers.stack import run_layers
 from prefixmem_jax.layers.transformer import WHOLE, Layer, RMSNorm
 from prefixmem_jax.models.token_tables import TokenTables
 from prefixmem_jax.parallel.parameters import normal
-from prefixmem_jax.parallel.sharding import constrain, put_positions, take_positions
+from prefixmem_jax.parallel.sharding import (
+    constrain,
+    first_positions,
+    put_positions,
+    take_positions,
+)
 
 
 class Encoded(NamedTuple):
@@ -108,7 +113,7 @@ class EncoderDecoder(TokenTables):
         is_answer = jnp.pad(asked[:, :-1], ((0, 0), (1, 0)))
         rows, length = x_BSD.shape[:2]
         answers = min(self.answers, length)
-        from_BP, found_BP = _places(asked & ~is_answer, answers)
+        from_BP, found_BP = first_positions(asked & ~is_answer, answers)
         known = place._replace(segments=jnp.where(is_answer, 0, place.segments))
         encoder = self._encode(x_BSD, known, keys[1])
 
@@ -122,7 +127,7 @@ class EncoderDecoder(TokenTables):
             return jnp.repeat(values_BP, self.codes, axis=1)
 
         # Of its encoder's tokens an answer sees those up to where it starts from.
-        start_place = jax.tree.map(lambda x: take_positions(x[..., None], from_BP)[..., 0], place)
+        start_place = jax.tree.map(lambda x: take_positions(x, from_BP), place)
         across = Place(
             each_code(start_place.positions),
             each_code(jnp.where(found_BP, start_place.segments, -1)),
@@ -218,9 +223,3 @@ class EncoderDecoder(TokenTables):
 
     def _bias(self, bias: nnx.Param) -> jax.Array:
         return bias[...].astype(self.config.compute_dtype)
-
-
-def _places(starts_BS: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Where the first starts of each row stand, and whether there are so many: [B, most]."""
-    value_BP, index_BP = jax.lax.top_k(starts_BS.astype(jnp.int32), most)  # the earlier ones first
-    return index_BP, value_BP > 0

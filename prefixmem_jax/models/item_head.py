@@ -18,6 +18,7 @@ from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import (
     constrain,
     device_count,
+    first_positions,
     gather_over_fsdp,
     over_all_devices,
     take_positions,
@@ -74,7 +75,7 @@ class MemoryVectors(nnx.Module):
 
 def item_addresses(encoder: SidEncoder, tokens_IL: jax.Array) -> jax.Array:
     """Memory rows of whole items: int32 [items, 1, any]; of tokens that are no SID, negative."""
-    return encoder.addresses(tokens_IL, jnp.ones_like(tokens_IL))[:, -1:]
+    return encoder.addresses(tokens_IL, jnp.ones_like(tokens_IL), last=1)
 
 
 def item_vectors(encoder: SidEncoder, rows_I1AW: jax.Array) -> jax.Array:
@@ -105,7 +106,5 @@ def item_places(next_item_BS: jax.Array, levels: int) -> tuple[jax.Array, jax.Ar
       P is the most items that a row has room for; places that are left over have item -1.
     """
     most = max((next_item_BS.shape[1] - 1) // levels, 1)
-    starts_BS = (next_item_BS > 0).astype(jnp.int32)
-    _, index_BP = jax.lax.top_k(starts_BS, most)  # of equals, the earlier ones
-    items_BP = take_positions(next_item_BS[..., None], index_BP)[..., 0] - 1
-    return index_BP, items_BP
+    index_BP, _ = first_positions(next_item_BS > 0, most)
+    return index_BP, take_positions(next_item_BS, index_BP) - 1

@@ -11,7 +11,7 @@ from prefixmem_jax.memory.table import Lookup
 from prefixmem_jax.parallel.parameters import normal
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig, drop_rows
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 
 class PrefixClassifier(nnx.Module):
@@ -56,7 +56,9 @@ class PrefixClassifier(nnx.Module):
         Args:
           key: for dropout; None for none.
         """
-        rows = drop_rows(rows, self.row_dropout, key)
+        rows = self.sid_encoder.drop_rows(
+            batch.tokens, batch.segment_ids, rows, self.row_dropout, key
+        )
         with jax.named_scope("sid_encoder"):
             memory_BSD = self.sid_encoder(batch.tokens, batch.segment_ids, rows)
             return constrain(memory_BSD, "batch", None, None), None

@@ -15,7 +15,7 @@ from prefixmem_jax.models.encoder_decoder import Encoded, EncoderDecoder
 from prefixmem_jax.models.item_head import build_item_head
 from prefixmem_jax.parallel.sharding import constrain
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
-from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig, drop_rows
+from prefixmem_jax.sid_encoders.sid_encoder import SidEncoderConfig
 
 # W_out of a fresh encoder near zero: attaching it hardly changes the model it is added to.
 OUTPUT_STD = 0.01
@@ -61,11 +61,13 @@ class SidLM(nnx.Module):
         """How many tokens before a position its input embedding depends on."""
         return 0 if self.sid_encoder is None else self.sid_encoder.reach
 
-    def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array | None:
-        """Memory rows to fetch, int32 [B, S, any]; None without a table."""
+    def addresses(
+        self, tokens_BS: jax.Array, segment_ids_BS: jax.Array, last: int | None = None
+    ) -> jax.Array | None:
+        """Memory rows to fetch, as `SidEncoder.addresses`; None without a table."""
         if self.sid_encoder is None:
             return None
-        return self.sid_encoder.addresses(tokens_BS, segment_ids_BS)
+        return self.sid_encoder.addresses(tokens_BS, segment_ids_BS, last)
 
     def memory_addresses(self, batch: Batch, key: jax.Array | None = None) -> Lookup:
         """What a batch looks up: `addresses`, and what the item head wants.
@@ -89,7 +91,7 @@ class SidLM(nnx.Module):
         """The decoder's input [B, P, D]: token embeddings plus the SID encoder's vectors.
 
         Args:
-          rows: memory rows at the `addresses` of the last P positions, None without a table.
+          rows: memory rows at the `addresses`, None without a table.
           last: P, None for all positions.
           token_table: `Decoder.token_table`, where it is at hand.
         """
@@ -118,7 +120,10 @@ class SidLM(nnx.Module):
         """
         if key is not None:
             key, row_key = jax.random.split(key)
-            rows = drop_rows(rows, self.row_dropout, row_key)
+            if self.sid_encoder is not None:
+                rows = self.sid_encoder.drop_rows(
+                    batch.tokens, batch.segment_ids, rows, self.row_dropout, row_key
+                )
         x_BSD = self.embed(batch.tokens, batch.segment_ids, rows, token_table=token_table)
         place = Place(batch.positions, batch.segment_ids)
         return self.llm(x_BSD, place, key, asked_BS=batch.loss_mask)

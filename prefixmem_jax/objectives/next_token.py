@@ -172,7 +172,7 @@ def _item_sums(
 ) -> dict[str, jax.Array]:
     next_item_BS = jnp.where(mask_BS > 0, batch.next_item, 0)
     index_BP, items_BP = item_places(next_item_BS, model.vocabulary.levels)
-    weight_BP = take_positions(mask_BS[..., None], index_BP)[..., 0]
+    weight_BP = take_positions(mask_BS, index_BP)
     there_BP = jnp.where(items_BP >= 0, weight_BP, 0.0)
     sums = {"item_count": jnp.sum(there_BP)}
     hidden_BPD = take_positions(hidden_BSD, index_BP)

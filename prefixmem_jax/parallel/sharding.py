@@ -168,15 +168,40 @@ def over_all_devices(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, row_spec()) if _explicit_mesh() else x
 
 
-def take_positions(x_BSD: jax.Array, index_BP: jax.Array) -> jax.Array:
-    """x[b, index[b, p]] for every row b: [B, P, D]."""
+def length_shares() -> int:
+    """Devices that divide positions among them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[RULES["shared_length"]] if _explicit_mesh() else 1
+
+
+def first_positions(where_BS: jax.Array, most: int, shares: int = 1) -> tuple[jax.Array, jax.Array]:
+    """Where in a row a condition holds first: index int32 [B, P]; and whether there, bool [B, P].
+
+    Args:
+      most: how many are taken of each of so many equal `shares` of a row; P is that of all. Where
+        fewer are found, other positions fill up, so that all of a row differ.
+    """
+    rows, length = where_BS.shape
+    parts = where_BS.reshape(rows, shares, length // shares).astype(jnp.int32)
+    found, index = jax.lax.top_k(parts, most)  # of equals, the earlier ones
+    index += length // shares * jnp.arange(shares, dtype=index.dtype)[:, None]
+    index, found = (constrain(x.reshape(rows, -1), "batch", None) for x in (index, found))
+    return index, found > 0
+
+
+def take_positions(x_BS: jax.Array, index_BP: jax.Array) -> jax.Array:
+    """x[b, index[b, p]] for every row b: [B, P, ...]."""
+
+    def taken(x: jax.Array, index: jax.Array) -> jax.Array:
+        along = index.reshape(*index.shape, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, along, axis=1)
+
     if not _explicit_mesh():
-        return jnp.take_along_axis(x_BSD, index_BP[..., None], axis=1)
-    return jax.shard_map(
-        lambda x, index: jnp.take_along_axis(x, index[..., None], axis=1),
-        in_specs=(spec("batch", None, None), spec("batch", None)),
-        out_specs=spec("batch", None, None),
-    )(x_BSD, index_BP)
+        return taken(x_BS, index_BP)
+    whole = spec("batch", *(None,) * (x_BS.ndim - 1))
+    return jax.shard_map(taken, in_specs=(whole, spec("batch", None)), out_specs=whole)(
+        x_BS, index_BP
+    )
 
 
 def put_positions(x_BPD: jax.Array, index_BP: jax.Array, length: int) -> jax.Array:
@@ -187,7 +212,8 @@ def put_positions(x_BPD: jax.Array, index_BP: jax.Array, length: int) -> jax.Arr
 
     def put(x: jax.Array, index: jax.Array) -> jax.Array:
         row = jnp.arange(len(x))[:, None]
-        return jnp.zeros((len(x), length, x.shape[-1]), x.dtype).at[row, index].set(x, mode="drop")
+        nothing = jnp.zeros((len(x), length, x.shape[-1]), x.dtype)
+        return nothing.at[row, index].add(x, mode="drop", unique_indices=True)
 
     if not _explicit_mesh():
         return put(x_BPD, index_BP)

@@ -45,9 +45,9 @@ class GatedPrefixMemory(PrefixMemory):
         self.embedding_norm = RMSNorm(d_model, shape)
         self.epsilon = shape.norm_epsilon
 
-    def gate(self, vectors_BPD: jax.Array, embeddings_BPD: jax.Array) -> jax.Array:
-        x_BPD, m_BPD = (x.astype(jnp.float32) for x in (embeddings_BPD, vectors_BPD))
-        square_BP1 = jnp.mean(m_BPD**2, axis=-1, keepdims=True)
-        product_BPD = self.embedding_norm(x_BPD) * m_BPD * jax.lax.rsqrt(square_BP1 + self.epsilon)
-        gate_BP = jax.nn.sigmoid(product_BPD.sum(axis=-1) * product_BPD.shape[-1] ** -0.5)
-        return vectors_BPD * gate_BP[..., None]
+    def gate(self, vectors_BSD: jax.Array, embeddings_BSD: jax.Array) -> jax.Array:
+        x_BSD, m_BSD = (x.astype(jnp.float32) for x in (embeddings_BSD, vectors_BSD))
+        square_BS1 = jnp.mean(m_BSD**2, axis=-1, keepdims=True)
+        product_BSD = self.embedding_norm(x_BSD) * m_BSD * jax.lax.rsqrt(square_BS1 + self.epsilon)
+        gate_BS = jax.nn.sigmoid(product_BSD.sum(axis=-1) * product_BSD.shape[-1] ** -0.5)
+        return vectors_BSD * gate_BS[..., None]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,13 @@ from prefixmem_jax.memory import hashing
 from prefixmem_jax.memory.hashing import AddressScheme
 from prefixmem_jax.memory.table import Table
 from prefixmem_jax.parallel.parameters import normal
+from prefixmem_jax.parallel.sharding import (
+    constrain,
+    first_positions,
+    length_shares,
+    put_positions,
+    take_positions,
+)
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.sid_encoder import SidEncoder, SidEncoderConfig
@@ -105,8 +114,9 @@ class PrefixMemoryConfig(SidEncoderConfig):
     def table(self, space: SidSpace) -> Table:
         """The array that holds every table E[n, h], and the share of addresses that batches use."""
         used = [self._distinct_addresses(space, codes) for codes in range(1, space.levels + 1)]
+        looked_up = float(self.active_share(space)) * self.tables  # addresses, for a position
         # Of a whole item, and of the first codes of one that ends early.
-        shares = [of / (codes * self.tables) for codes, of in enumerate(used, start=1)]
+        shares = [of / (codes * looked_up) for codes, of in enumerate(used, start=1)]
         return Table(
             self.rows,
             self.row_width,
@@ -115,6 +125,16 @@ class PrefixMemoryConfig(SidEncoderConfig):
             density=shares[-1],
             most_distinct=max(shares),
             most_cut=used[-1],
+        )
+
+    def active_share(self, space: SidSpace) -> Fraction:
+        """Positions that are active, as a share of those of items, which may end early: the most
+        that it can be.
+        """
+        lengths = set(self._prefix_lengths(space))
+        return max(
+            Fraction(sum(length <= codes for length in lengths), codes)
+            for codes in range(1, space.levels + 1)
         )
 
     def _distinct_addresses(self, space: SidSpace, codes: int) -> int:
@@ -195,19 +215,40 @@ class PrefixMemory(SidEncoder):
     def active(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         return self._levels(tokens_BS, segment_ids_BS)[0] > 0
 
-    def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
-        """Rows to fetch: int32 [B, S, tables], negative where it is not active."""
+    def looked_up(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        """All active positions, filled up with others: each of the devices that divide a row takes
+        those of its own stretch, which may begin within an item.
+        """
+        level_BS, _ = self._levels(tokens_BS, segment_ids_BS)
+        shares = length_shares()
+        stretch = level_BS.shape[1] // shares
+        most = math.ceil(self.config.active_share(self.vocabulary.space) * stretch)
+        if shares > 1:
+            most += len(self.config.target_levels)
+        return first_positions(level_BS > 0, min(most, stretch), shares)[0]
+
+    def addresses(
+        self, tokens_BS: jax.Array, segment_ids_BS: jax.Array, last: int | None = None
+    ) -> jax.Array:
+        """Rows to fetch: int32 [B, P, tables], negative where it is not active."""
         level_BS, codes_BSL = self._levels(tokens_BS, segment_ids_BS)
-        items = None
+        prefixes = level_BS, codes_BSL, None
         if self.config.items:
             whole_BS, _ = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
             exists_BSK, codes_BSKL = self.vocabulary.last_items(
                 whole_BS, codes_BSL, segment_ids_BS, self.config.items
             )
             items = exists_BSK & (level_BS > 0)[..., None], codes_BSKL
+            prefixes = level_BS, codes_BSL, items
+        if last is None:
+            index_BP = self.looked_up(tokens_BS, segment_ids_BS)
+            prefixes = jax.tree.map(lambda x: take_positions(x, index_BP), prefixes)
+        else:
+            prefixes = jax.tree.map(lambda x: x[:, -last:], prefixes)
+        level_BP, codes_BPL, items = prefixes
         return hashing.addresses(
-            codes_BSL,
-            level_BS,
+            codes_BPL,
+            level_BP,
             self.config.multipliers(self.vocabulary.space),
             scheme=self.config.address,
             orders=self.config.orders,
@@ -222,8 +263,12 @@ class PrefixMemory(SidEncoder):
         rows_BPAW: jax.Array,
         last: int | None = None,
     ) -> jax.Array:
-        del tokens_BS, segment_ids_BS, last  # the rows say it all
-        batch, length, tables, width = rows_BPAW.shape
+        batch, positions, tables, width = rows_BPAW.shape
         heads = self.config.heads
-        rows_BPNHW = rows_BPAW.reshape(batch, length, tables // heads, heads, width)
-        return jnp.einsum("BSHW,HWD->BSD", rows_BPNHW.sum(axis=2), self.projection[...])
+        rows_BPNHW = rows_BPAW.reshape(batch, positions, tables // heads, heads, width)
+        vectors_BPD = jnp.einsum("BPHW,HWD->BPD", rows_BPNHW.sum(axis=2), self.projection[...])
+        if last is not None:
+            return vectors_BPD
+        index_BP = self.looked_up(tokens_BS, segment_ids_BS)
+        vectors_BPD = constrain(vectors_BPD, "batch", None, None)
+        return put_positions(vectors_BPD, index_BP, tokens_BS.shape[1])

@@ -15,7 +15,7 @@ from prefixmem_jax.config_groups import Rate
 from prefixmem_jax.kinds import Kind
 from prefixmem_jax.layers.dropout import dropout
 from prefixmem_jax.memory.table import Table
-from prefixmem_jax.parallel.sharding import constrain
+from prefixmem_jax.parallel.sharding import constrain, take_positions
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
@@ -38,10 +38,22 @@ class SidEncoder(nnx.Module):
         """How many tokens before a position its vector depends on: those of the item's prefix."""
         return self.vocabulary.levels - 1
 
-    def addresses(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array | None:
-        """Rows to fetch: int32 [B, S, any], negative for none; None if it owns no table."""
-        del tokens_BS, segment_ids_BS
+    def addresses(
+        self, tokens_BS: jax.Array, segment_ids_BS: jax.Array, last: int | None = None
+    ) -> jax.Array | None:
+        """Rows to fetch: int32 [B, P, any], negative for none; None if it owns no table.
+
+        Args:
+          last: P, where the vectors of the last P positions are asked for. None means all; P
+            positions are then `looked_up`.
+        """
+        del tokens_BS, segment_ids_BS, last
         return None
+
+    def looked_up(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+        """The positions whose rows `addresses` names, int32 [B, P], no two alike: all."""
+        del segment_ids_BS
+        return jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
 
     def active(self, tokens_BS: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
         """Where it has something to say: bool [B, S]."""
@@ -54,29 +66,36 @@ class SidEncoder(nnx.Module):
         rows_BPAW: jax.Array | None,
         last: int | None = None,
     ) -> jax.Array:
-        """Vectors float32 [B, P, d_model].
+        """Vectors float32 [B, S, d_model], or of the last positions.
 
         Args:
-          rows_BPAW: rows at the `addresses` of the last P positions, zero where there was none;
-            None if it owns no table.
-          last: P, how many positions at the end are asked for; None means all. Decoding asks for
-            one, and gives the `reach` tokens before it.
+          rows_BPAW: rows at the `addresses`, zero where there was none; None if it owns no table.
+          last: how many positions at the end are asked for; None means all. Decoding asks for one,
+            and gives the `reach` tokens before it.
         """
         raise NotImplementedError
 
-    def gate(self, vectors_BPD: jax.Array, embeddings_BPD: jax.Array) -> jax.Array:
-        """What of its vectors is added to the embeddings of the same P tokens: all."""
-        del embeddings_BPD
-        return vectors_BPD
+    def gate(self, vectors_BSD: jax.Array, embeddings_BSD: jax.Array) -> jax.Array:
+        """What of its vectors is added to the embeddings of the same tokens: all."""
+        del embeddings_BSD
+        return vectors_BSD
 
-
-def drop_rows(rows_BPAW: jax.Array | None, rate: float, key: jax.Array | None) -> jax.Array | None:
-    """Fetched rows of which a share is zeroed; as they are without a key."""
-    if rows_BPAW is None or key is None or not rate:
-        return rows_BPAW
-    axes = ("batch", None, None)
-    kept_BPA = constrain(jnp.ones(rows_BPAW.shape[:-1], rows_BPAW.dtype), *axes)
-    return rows_BPAW * dropout(kept_BPA, rate, key, *axes)[..., None]
+    def drop_rows(
+        self,
+        tokens_BS: jax.Array,
+        segment_ids_BS: jax.Array,
+        rows_BPAW: jax.Array | None,
+        rate: float,
+        key: jax.Array | None,
+    ) -> jax.Array | None:
+        """Rows at the `addresses` of which a share is zeroed; as they are without a key."""
+        if rows_BPAW is None or key is None or not rate:
+            return rows_BPAW
+        # By position, so that any mesh draws alike: which are looked up depends on it.
+        axes, shape = ("batch", None, None), (*tokens_BS.shape, rows_BPAW.shape[2])
+        kept_BSA = dropout(constrain(jnp.ones(shape, rows_BPAW.dtype), *axes), rate, key, *axes)
+        kept_BPA = take_positions(kept_BSA, self.looked_up(tokens_BS, segment_ids_BS))
+        return rows_BPAW * constrain(kept_BPA, "batch", "shared_length", None)[..., None]
 
 
 @dataclass(frozen=True)
