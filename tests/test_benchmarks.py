@@ -1,5 +1,6 @@
 """The benchmarks run, measure what they say, and import no more than they need."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,16 +9,18 @@ import jax
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from conftest import command_environment, prefixmem
 from matplotlib.figure import Figure
 
-from prefixmem_jax.benchmarks import load, step
+from prefixmem_jax.benchmarks import fixtures, load, step, torch_peer
 from prefixmem_jax.benchmarks.fixtures import (
     one_device_model,
     random_batches,
     table_training,
 )
 from prefixmem_jax.benchmarks.timing import bar_plot
+from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
 
 
@@ -73,19 +76,24 @@ def test_bench_step_writes_the_overhead(tmp_path):
     assert found["tokens"] == 4 * 128
     assert found["sid_encoder_overhead"] == pytest.approx(seconds["with"] / seconds["without"] - 1)
     assert found["item_head_overhead"] == pytest.approx(seconds["item_head"] / seconds["with"] - 1)
+    decoder = one_device_model("quickstart", None, 4, 128, 256)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(decoder.params) if leaf.ndim > 1)
+    # Forward and twice backward; and attention's scores, which are less than a third of it.
+    used = 6 * (weights - decoder.vocabulary.size * 96 * (not decoder.config.model.tied_embeddings))
+    assert 1 < found["flops"]["without"] / (used * found["tokens"]) < 1.4
+    assert found["flops"]["with"] > found["flops"]["without"]
 
 
-def test_bench_step_beside_torch_trains_the_same_number_of_parameters(tmp_path):
-    done = prefixmem(
-        "bench", "step", "--rows", 512, "--repeats", 3, "--batch-size", 4, "--peer",
-        "--json", tmp_path / "s.json",
-    )  # fmt: skip
-    found = json.loads((tmp_path / "s.json").read_text())
+def test_bench_step_beside_torch_trains_the_same_number_of_parameters(monkeypatch):
+    """With one layer, as torch takes half a minute to compile each."""
+    small = dataclasses.replace(DecoderConfig(), layers=1)
+    monkeypatch.setitem(fixtures.DECODERS, "quickstart", (small, 0))
+    found = step.bench_step("quickstart", 512, 64, 3, batch_size=4, peer=True)
     peer, ours = found["peer"], one_device_model("quickstart", None, 4, 128, 256).params
     assert peer["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(ours))
     ratio = peer["seconds"] / found["step_seconds"]["without"]
     assert found["peer_ratio"] == pytest.approx(ratio) and ratio > 0
-    assert f"ours has {ratio:.2f} times its tokens/s" in done.stdout
+    assert f"ours has {ratio:.2f} times its tokens/s" in step.describe(found)
 
 
 def test_loading_takes_the_parameters_and_little_more(tmp_path):
@@ -112,17 +120,42 @@ def test_loading_takes_the_parameters_and_little_more(tmp_path):
 def test_bench_decode_measures_whole_decodes_and_the_constraint(tmp_path):
     done = prefixmem(
         "bench", "decode", "--decoder", "quickstart", "--catalogues", 300, 3000, "--beams", 4, 9,
-        "--levels", 3, "--codes", 32, "--repeats", 1, "--json", tmp_path / "d.json",
+        "--levels", 3, "--codes", 32, "--repeats", 1, "--peer", "--json", tmp_path / "d.json",
     )  # fmt: skip
     found = json.loads((tmp_path / "d.json").read_text())
     assert set(found["by_beam"]) == {"4", "9"}
-    for one in found["by_beam"].values():
+    for width, one in found["by_beam"].items():
         assert set(one["constrained_seconds"]) == {"300", "3000"}
         for size, whole in one["constrained_seconds"].items():
             assert 0 < one["constraint_seconds"][size] < whole
             assert one["users_per_second"][size] == pytest.approx(2 / whole)
+        ratio = found["peer"]["seconds"][width] / one["unconstrained_seconds"]
+        assert found["peer_ratio"][width] == pytest.approx(ratio) and ratio > 0
+        assert f"ours has {ratio:.2f} times its users/s" in done.stdout
     assert found["tries"]["300"]["sids"] <= 300 and found["tries"]["300"]["widest"][0] == 32
     assert "MB per million" in done.stdout
+
+
+def test_the_peers_beam_search_answers_what_ours_is_asked():
+    """All codes of a level, and nothing else, by their probabilities among each other."""
+    levels, beams = [(3, 7), (7, 11)], 4  # every first code is kept, so the search is exact
+    model = torch_peer.build(dataclasses.asdict(DecoderConfig()), 12, 8).eval()
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=4.0)  # codes that differ
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.2)
+    prompts = torch.tensor([[0, 1, 2, 5], [2, 9, 4, 1]])
+    found, scores = torch_peer.best_sids(model, prompts, beams, levels)
+    every = torch.cartesian_prod(*(torch.arange(*level) for level in levels))
+    for user, prompt in enumerate(prompts):
+        with torch.no_grad():
+            logits = model(torch.cat([prompt.expand(16, -1), every], dim=1)).logits[:, 3:5]
+        by_level = [logits[:, i, slice(*level)].log_softmax(-1) for i, level in enumerate(levels)]
+        of_all = sum(
+            by_level[i].gather(1, every[:, i, None] - first)[:, 0]
+            for i, (first, _) in enumerate(levels)
+        )
+        best = of_all.argsort(descending=True)[:beams]
+        torch.testing.assert_close(scores[user], of_all[best], rtol=1e-4, atol=1e-4)
+        assert found[user].tolist() == every[best].tolist()
 
 
 def test_bench_input_packs_reads_and_trains(tmp_path):

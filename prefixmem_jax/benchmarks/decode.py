@@ -9,27 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from prefixmem_jax.benchmarks import fixtures
+from prefixmem_jax.benchmarks import torch_peer
+from prefixmem_jax.benchmarks.fixtures import DECODERS, one_device_model, random_documents
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
-from prefixmem_jax.config_groups import DecoderConfig
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.inference.beam_search import Candidates, beam_search, keep_best
 from prefixmem_jax.inference.cached_sid_lm import CachedSidLM
-from prefixmem_jax.models.decoder import Decoder
-from prefixmem_jax.models.sid_lm import SidLM
+from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.trie import Trie, TrieLevel
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 
 HISTORY = 20  # items in each prompt
-DECODERS = {
-    "4-layer": DecoderConfig(
-        layers=4, d_model=256, d_ff=1024, query_heads=8, kv_heads=4, head_dim=32
-    ),
-    **{name: model for name, (model, _) in fixtures.DECODERS.items()},
-}
 
 
 def bench_decode(
@@ -40,11 +32,13 @@ def bench_decode(
     levels: int,
     codes: int,
     repeats: int,
+    peer: bool = False,
 ) -> dict[str, Any]:
     """Times whole decodes of random prompts on one device, and the constraint by itself.
 
     Args:
       catalogues: numbers of random SIDs of `levels` x `codes` to constrain to.
+      peer: also time transformers' beam search without a catalogue (`torch_peer`), first.
 
     Returns:
       machine, decoder, users (in one batch), levels, codes.
@@ -52,23 +46,23 @@ def bench_decode(
         `constraint_seconds` (the same search with the log-probabilities given: children, scores,
         top-k) by catalogue size; `constraint_share` of the whole; `users_per_second` constrained.
       tries: by catalogue size, SIDs, bytes and the most children at each level.
+      peer: what `torch_peer.time_beam_search` found; peer_ratio: by width, our users per second
+        without a catalogue over its.
     """
-    vocabulary = Vocabulary(SidSpace((codes,) * levels))
-    rngs = nnx.Rngs(0)
-    llm = Decoder(DECODERS[decoder], vocabulary.size, rngs=rngs)
-    model = SidLM(llm, None, vocabulary, rngs=rngs)
-    graphdef, params = nnx.split(model, nnx.Param)
+    length = 1 + levels * HISTORY
+    beside = _peer(decoder, users, length, beams, levels, codes, repeats) if peer else None
+    spec = one_device_model(decoder, None, users, length, codes, levels=levels)
+    vocabulary = spec.vocabulary
+    params = jax.jit(partial(_served_params, spec))(jax.random.key(0))
     rng = np.random.default_rng(0)
     tries = {
         size: Trie(rng.integers(0, codes, (size, levels)), (codes,) * levels) for size in catalogues
     }
     on_device = {size: jax.device_put(trie.levels) for size, trie in tries.items()}
-    length = 1 + levels * HISTORY
-    prompts = fixtures.random_documents(vocabulary, users, HISTORY, length, rng)
-    prompts = jax.device_put(prompts)
+    prompts = jax.device_put(random_documents(vocabulary, users, HISTORY, length, rng))
     by_beam = {}
     for width in beams:
-        whole = jax.jit(partial(_decode, graphdef, width))
+        whole = jax.jit(partial(_decode, spec, width))
         alone = jax.jit(partial(_constraint, width, levels))
         logits = jax.random.normal(jax.random.key(0), (users, width, codes))
         calls: dict[Any, Any] = {"unconstrained": partial(whole, params, prompts, None)}
@@ -77,7 +71,7 @@ def bench_decode(
             calls["constraint", size] = partial(alone, logits, trie)
         seconds = median_seconds(calls, repeats, f"beam {width}")
         by_beam[str(width)] = _by_kind(seconds, users)
-    return {
+    measured = {
         "machine": machine(),
         "decoder": decoder,
         "users": users,
@@ -93,6 +87,37 @@ def bench_decode(
             for size, trie in tries.items()
         },
     }
+    if beside is not None:
+        ratio = {
+            width: beside["seconds"][width] / one["unconstrained_seconds"]
+            for width, one in by_beam.items()
+        }
+        measured |= {"peer": beside, "peer_ratio": ratio}
+    return measured
+
+
+def _peer(
+    decoder: str,
+    users: int,
+    length: int,
+    beams: Sequence[int],
+    levels: int,
+    codes: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """`torch_peer.time_beam_search`, while JAX holds nothing on the device."""
+    model, text_tokens = DECODERS[decoder]
+    vocabulary = Vocabulary(SidSpace((codes,) * levels), text_tokens)
+    ranges = [vocabulary.token_range(level) for level in range(1, levels + 1)]
+    return torch_peer.time_beam_search(
+        model, vocabulary.size, users, length, beams, ranges, repeats
+    )
+
+
+def _served_params(spec: ModelSpec, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters, in the dtypes that inference wants."""
+    wanted = spec.replicated()
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), spec.init_params(key), wanted)
 
 
 def _by_kind(seconds: dict[Any, float], users: int) -> dict[str, Any]:
@@ -109,13 +134,13 @@ def _by_kind(seconds: dict[Any, float], users: int) -> dict[str, Any]:
 
 
 def _decode(
-    graphdef: nnx.GraphDef,
+    spec: ModelSpec,
     width: int,
     params: Any,
     prompts: Batch,
     trie: list[TrieLevel] | None,
 ) -> Any:
-    return beam_search(CachedSidLM(nnx.merge(graphdef, params), None), prompts, width, trie)
+    return beam_search(CachedSidLM(spec.model(params), None), prompts, width, trie)
 
 
 def _constraint(
@@ -154,6 +179,18 @@ def describe(measured: dict[str, Any]) -> str:
     for size, trie in measured["tries"].items():
         per_million = trie["bytes"] / trie["sids"]
         lines.append(f"  trie of {int(size):,} SIDs: {per_million:.1f} MB per million")
+    if "peer" in measured:
+        peer = measured["peer"]
+        lines.append(
+            f"  Hugging Face's beam search ({peer['device']}, torch {peer['torch']}, transformers "
+            f"{peer['transformers']}), SIDs of any codes:"
+        )
+        for width, seconds in peer["seconds"].items():
+            lines.append(
+                f"  {width:>4s}        none  {1e3 * seconds:10.1f}  "
+                f"{measured['users'] / seconds:8.1f}   ours has "
+                f"{measured['peer_ratio'][width]:.2f} times its users/s"
+            )
     return "\n".join(lines)
 
 
@@ -165,6 +202,11 @@ def panels(measured: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
             {
                 "no constraint": 1e3 * one["unconstrained_seconds"],
                 **{f"{int(s):,} SIDs": 1e3 * v for s, v in one["constrained_seconds"].items()},
+                **(
+                    {"transformers": 1e3 * measured["peer"]["seconds"][width]}
+                    if "peer" in measured
+                    else {}
+                ),
             },
         )
         for width, one in measured["by_beam"].items()

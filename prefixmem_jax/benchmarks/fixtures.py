@@ -1,4 +1,4 @@
-"""Models and batches for benchmarks: random SIDs of 5 levels, no data files."""
+"""Models and batches for benchmarks: random SIDs, no data files."""
 
 from __future__ import annotations
 
@@ -24,24 +24,31 @@ from prefixmem_jax.training.optimizers import clip_scale, dense_optimizer, memor
 from prefixmem_jax.training.state import abstract_state, init_sharded, init_state
 from prefixmem_jax.training.step import compile_train_step
 
-# Decoders by name: the quickstart's, and the one that the paper pre-trains with.
+
+def _qwen3(d_model: int, d_ff: int) -> DecoderConfig:
+    return DecoderConfig(
+        layers=28,
+        d_model=d_model,
+        d_ff=d_ff,
+        query_heads=16,
+        kv_heads=8,
+        head_dim=128,
+        tied_embeddings=True,
+        rope_base=1e6,
+        compute_dtype="bfloat16",
+    )
+
+
+# Decoders by name, each with the text tokens of its vocabulary: a small one, the quickstart's, the
+# one that the paper pre-trains with, and the next larger.
 DECODERS = {
-    "quickstart": (DecoderConfig(), 0),
-    "qwen3-0.6b": (
-        DecoderConfig(
-            layers=28,
-            d_model=1024,
-            d_ff=3072,
-            query_heads=16,
-            kv_heads=8,
-            head_dim=128,
-            tied_embeddings=True,
-            rope_base=1e6,
-            compute_dtype="bfloat16",
-            remat="full",
-        ),
-        151_936,
+    "4-layer": (
+        DecoderConfig(layers=4, d_model=256, d_ff=1024, query_heads=8, kv_heads=4, head_dim=32),
+        0,
     ),
+    "quickstart": (DecoderConfig(), 0),
+    "qwen3-0.6b": (_qwen3(1024, 3072), 151_936),
+    "qwen3-1.7b": (_qwen3(2048, 6144), 151_936),
 }
 
 
@@ -53,11 +60,13 @@ def one_device_model(
     codes: int,
     item_head: ItemHeadConfig | None = None,
     items: int = 0,
+    levels: int = 5,
 ) -> ModelSpec:
     """A model on one device; of a catalogue of random SIDs, if `items` are named."""
     model, text_tokens = DECODERS[decoder]
-    space = SidSpace((codes,) * 5)
-    sids = np.random.default_rng(0).integers(0, codes, (items, 5), np.int32) if items else None
+    space = SidSpace((codes,) * levels)
+    rng = np.random.default_rng(0)
+    sids = rng.integers(0, codes, (items, levels), np.int32) if items else None
     vocabulary = Vocabulary(space, text_tokens, items=items, sids=sids)
     data = DataConfig(sequence_length=length, batch_size=batch)
     config = Config(

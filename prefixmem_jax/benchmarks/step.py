@@ -16,13 +16,19 @@ from prefixmem_jax.benchmarks.fixtures import (
 )
 from prefixmem_jax.benchmarks.timing import machine, median_seconds
 from prefixmem_jax.config_groups import ItemHeadConfig
-from prefixmem_jax.errors import UserError
 from prefixmem_jax.semantic_ids.space import SidSpace
 from prefixmem_jax.semantic_ids.vocabulary import Vocabulary
 from prefixmem_jax.sid_encoders.prefix_memory import PrefixMemoryConfig
+from prefixmem_jax.training.flops import peak_flops
+from prefixmem_jax.training.step import flops_once, trace_train_step
 
 # Batch, length and codes per level by decoder: what fits the machines they are meant for.
-SHAPES = {"quickstart": (40, 128, 256), "qwen3-0.6b": (8, 1024, 2048)}
+SHAPES = {
+    "4-layer": (40, 128, 256),
+    "quickstart": (40, 128, 256),
+    "qwen3-0.6b": (8, 1024, 2048),
+    "qwen3-1.7b": (8, 1024, 2048),
+}
 
 
 def bench_step(
@@ -49,7 +55,9 @@ def bench_step(
       sid_encoder_overhead, item_head_overhead: seconds that each adds, as a share of the step
         without it.
       tokens_per_second: of all.
-      peer: what `torch_peer.measure` found; peer_ratio: our tokens per second without the SID
+      flops: of matrix products in a step, nothing computed twice; mfu: at the device's published
+        peak in bfloat16, where that is known.
+      peer: what `torch_peer.time_step` found; peer_ratio: our tokens per second without the SID
         encoder over its.
     """
     usual, length, codes = SHAPES[decoder]
@@ -69,6 +77,7 @@ def bench_step(
     batches = random_batches(list(models.values())[-1], 8)
     with jax.set_mesh(models["with"].mesh):
         calls = {name: training(spec, batches) for name, spec in models.items()}
+        flops = {name: flops_once(spec, trace_train_step(spec)) for name, spec in models.items()}
         seconds = median_seconds(calls, repeats, "train step")
     tokens = batch * length
     measured = {
@@ -80,7 +89,10 @@ def bench_step(
         "step_seconds": seconds,
         "sid_encoder_overhead": seconds["with"] / seconds["without"] - 1,
         "tokens_per_second": {name: tokens / value for name, value in seconds.items()},
+        "flops": flops,
     }
+    if (peak := peak_flops(jax.devices()[0])) is not None:
+        measured["mfu"] = {name: flops[name] / (peak * seconds[name]) for name in seconds}
     if items:
         overhead = seconds["item_head"] / seconds["with"] - 1
         measured |= {"items": items, "negatives": negatives, "item_head_overhead": overhead}
@@ -90,14 +102,10 @@ def bench_step(
 
 
 def _peer(decoder: str, batch: int, length: int, codes: int, repeats: int) -> dict[str, Any]:
-    """`torch_peer.measure`, on the device that JAX has, while JAX holds nothing there."""
+    """`torch_peer.time_step`, while JAX holds nothing on the device."""
     model, text_tokens = DECODERS[decoder]
     size = Vocabulary(SidSpace((codes,) * 5), text_tokens).size
-    found = torch_peer.measure(model, size, batch, length, repeats)
-    ours = jax.devices()[0]
-    if (ours.platform == "gpu") != (found["device"] != "cpu"):
-        raise UserError(f"--peer: JAX has {ours.device_kind}, torch {found['device']}")
-    return found
+    return torch_peer.time_step(model, size, batch, length, repeats)
 
 
 def describe(measured: dict[str, Any]) -> str:
@@ -110,6 +118,7 @@ def describe(measured: dict[str, Any]) -> str:
             *(
                 f"  step {name:8s} {seconds[name] * 1e3:9.1f} ms, "
                 f"{measured['tokens_per_second'][name]:,.0f} tokens/s"
+                + (f", MFU {100 * measured['mfu'][name]:.1f}%" if "mfu" in measured else "")
                 for name in seconds
             ),
             f"  the SID encoder ({measured['rows']:,} rows per table, "

@@ -8,6 +8,8 @@ import os
 from prefixmem_jax.cli import benchmark_verbs
 from prefixmem_jax.cli.arguments import described, new_file, number_from, positive
 
+DECODERS = ("4-layer", "quickstart", "qwen3-0.6b", "qwen3-1.7b")
+
 
 def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     def benchmark(name: str, run, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -44,7 +46,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         "step",
         benchmark_verbs.bench_step,
         "A whole train step without and with the SID encoder.",
-        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU\n"
+        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256 --peer # on a GPU\n"
         "  prefixmem bench step --items 1000000   # and an item head over so many items",
     )
     step.add_argument(
@@ -66,7 +68,7 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
     )
     step.add_argument(
         "--decoder",
-        choices=("quickstart", "qwen3-0.6b"),
+        choices=DECODERS,
         default="quickstart",
         help="whose shape (default: %(default)s)",
     )
@@ -93,13 +95,19 @@ def add_benchmarks(benchmarks: argparse._SubParsersAction) -> None:
         "decode",
         benchmark_verbs.bench_decode,
         "Beam search, constrained to catalogues of several sizes and not.",
-        "  prefixmem bench decode --catalogues 10000 1000000 --beams 20 100",
+        "  prefixmem bench decode --catalogues 10000 1000000 --beams 20 100\n"
+        "  prefixmem bench decode --decoder qwen3-0.6b --users 32 --beams 50 200 --peer",
     )
     decode.add_argument(
         "--decoder",
-        choices=("4-layer", "quickstart", "qwen3-0.6b"),
+        choices=DECODERS,
         default="4-layer",
         help="whose shape (default: %(default)s, d_model 256)",
+    )
+    decode.add_argument(
+        "--peer",
+        action="store_true",
+        help="also time Hugging Face's beam search with the same shape (needs torch)",
     )
     for flag, default, what in (
         ("--catalogues", [10_000, 1_000_000, 10_000_000], "random SIDs to constrain to"),

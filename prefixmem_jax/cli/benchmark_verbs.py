@@ -60,6 +60,7 @@ def bench_decode(options: argparse.Namespace):
         options.levels,
         options.codes,
         options.repeats,
+        options.peer,
     )
 
 

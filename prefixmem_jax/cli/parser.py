@@ -303,7 +303,7 @@ def make_parser() -> argparse.ArgumentParser:
         lambda options: benching.print_help(),
         "Measure on this machine what the parts of this package cost.",
         "  prefixmem bench memory --json memory.json --plot memory.png\n"
-        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256   # on a GPU\n"
+        "  prefixmem bench step --decoder qwen3-0.6b --rows 5000000 --d-mem 256 --peer # on a GPU\n"
         "  prefixmem bench load --size 2GB",
     )
     add_benchmarks(benching.add_subparsers(metavar="WHAT"))
