@@ -122,9 +122,11 @@ def test_no_collective_or_temporary_has_the_tables_size(simulated):
 @needs_tpu_compiler
 def test_a_memory_on_the_host_is_never_on_the_device():
     def planned(rows: int) -> Plan:
-        config = config_for(16, rows, MeshConfig(-1, 4, 2, "pinned_host"))
+        config = config_for(16, rows, MeshConfig(-1, 4, 2, "pinned_host"), length=128)
+        # A softmax with something to keep.
+        data = dataclasses.replace(config.data, codebook_sizes=(4096,) * 5)
         model = dataclasses.replace(config.model, layers=1)
-        return plan(dataclasses.replace(config, model=model), "v5e:4x4")
+        return plan(dataclasses.replace(config, model=model, data=data), "v5e:4x4")
 
     small, large = planned(800_000), planned(30_000_000)
     # Rows, and Adam's two moments.
@@ -280,13 +282,18 @@ def test_flags_are_those_of_the_chip_unless_the_user_has_set_them(tmp_path, monk
 
 def test_a_search_is_planned(simulated):
     """Parameters whole on every device, rows divided as in training, users among the devices."""
-    searched = plan(config_for(8, mesh=MeshConfig(2, 2, 2)), devices=8, verb="recommend")
+    config = config_for(8, mesh=MeshConfig(2, 2, 2))
+    searched = plan(config, devices=8, verb="recommend")
     sizes = searched.hbm_bytes
     assert "optimizer" not in sizes and searched.users == 64
     # In training fsdp and tensor divide all but norms and the SID encoder's projection.
     assert 3.5 < sizes["parameters"] / simulated.hbm_bytes["parameters"] < 4
     assert sizes["table"] == simulated.hbm_bytes["table"]
-    assert searched.table_bytes_gathered > 0 and searched.collective_bytes["table"] > 0
+    # Of 8 users half of a prompt's positions, and four times the last of every beam.
+    positions = 8 * (-(-(1 + 5 * config.data.max_items) // 2) + 4 * config.evaluation.beam)
+    by_addresses = int(np.ceil(1.25 * 0.4 * positions * 16 / 8)) + 8
+    assert searched.table_bytes_gathered == 8 * by_addresses * 64 * 4
+    assert searched.collective_bytes["table"] > 0
     assert searched.collective_bytes["table"] == sum(searched.collective_bytes.values())
     assert "64 users" in describe(searched)
     with pytest.raises(UserError, match="does not generate SIDs; expected --verb train"):

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from prefixmem_jax.config import Config
+from prefixmem_jax.data.documents.items import document_length
 from prefixmem_jax.data.prepare import data_vocabulary
 from prefixmem_jax.errors import UserError
 from prefixmem_jax.inference.programs import trace_search
 from prefixmem_jax.model_spec import ModelSpec
 from prefixmem_jax.parallel.mesh import make_mesh
+from prefixmem_jax.parallel.sharding import batch_sharding
 from prefixmem_jax.planning.hlo import Collective, Program
 from prefixmem_jax.planning.topology import Chip, link_share, mean_hops, pod_devices
 from prefixmem_jax.training.flops import kernel_flops, matmul_flops
@@ -208,11 +211,11 @@ def _search(config: Config, pod: Sequence[jax.Device]) -> _Planned:
         "table": _device_bytes(spec.memory),
     }
     traced, users = trace_search(spec)
-    looked_up = 0
+    looked_up, levels = 0, spec.vocabulary.levels
     if spec.table is not None:
-        levels, options = spec.vocabulary.levels, config.evaluation
-        tokens = 1 + levels * config.data.max_items + (levels - 1) * options.beam
-        looked_up = users * tokens * config.sid_encoder.tables
+        length = document_length(levels, config.data.max_items)
+        looked_up = _addresses(spec, users, length)
+        looked_up += (levels - 1) * _addresses(spec, users * config.evaluation.beam, levels, last=1)
     return _Planned(
         spec,
         traced,
@@ -222,6 +225,17 @@ def _search(config: Config, pod: Sequence[jax.Device]) -> _Planned:
         looked_up,
         lambda: matmul_flops(traced.jaxpr) - kernel_flops(traced.jaxpr),
     )
+
+
+def _addresses(spec: ModelSpec, rows: int, length: int, last: int | None = None) -> int:
+    """Memory addresses of so many rows of tokens, as the SID encoder's `addresses`."""
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(spec.mesh))
+    with jax.set_mesh(spec.mesh):
+        return jax.eval_shape(
+            lambda params, tokens: spec.model(params).addresses(tokens, tokens, last),
+            spec.params,
+            tokens,
+        ).size
 
 
 def _device_bytes(tree: Any, on_host: bool = False) -> int:
