@@ -138,5 +138,4 @@ def test_sizes_that_cannot_be_are_refused(text, words, tmp_path):
     config = small_config(DecoderConfig(), 0, sid_encoder=SMALL)
     config = override(override(config, "data.batch_size=8"), text)
     with pytest.raises(UserError, match=words):
-        config.check()
         train(config, tmp_path / "run")

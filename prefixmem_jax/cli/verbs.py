@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from prefixmem_jax.errors import UserError
@@ -388,9 +389,8 @@ def plan(options: argparse.Namespace) -> None:
     use_cpu(options.devices or 1)
     from prefixmem_jax.planning.plan import describe, plan
 
-    print("compiling; this can take minutes ...", file=sys.stderr)
     where = options.topology, options.devices, options.slices
-    planned = plan(config, *where, options.planned)
+    planned = plan(config, *where, options.planned, say=partial(print, file=sys.stderr))
     print(describe(planned))
     if options.json:
         write_json(options.json, planned.to_json())

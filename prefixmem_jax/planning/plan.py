@@ -87,6 +87,7 @@ def plan(
     devices: int | None = None,
     slices: int = 1,
     verb: Literal["train", "recommend"] = "train",
+    say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Compiles a whole step for a TPU pod, or for this process's CPU devices.
 
@@ -94,6 +95,7 @@ def plan(
       verb: `recommend` plans the search for one batch of users (`inference.programs`).
       topology: such as `v5e:16x16`, see `planning.topology`; `slices` of them.
       devices: number of local devices to use instead.
+      say: is told when it begins to compile.
     """
     chip = None
     if topology is not None:
@@ -106,6 +108,7 @@ def plan(
     spec, traced, sizes = planned.spec, planned.traced, dict(planned.sizes)
     flops, mesh = matmul_flops(traced.jaxpr) / len(pod), spec.mesh
     shape = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    say("compiling; this can take minutes ...")
     try:
         options = spec.compiler_options if verb == "train" else None
         compiled = traced.lower().compile(options)
