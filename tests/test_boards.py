@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import prefixmem
+from conftest import prefixmem, python_process
 from models import small_config
 
 from prefixmem_jax.config_groups import DecoderConfig
@@ -117,3 +117,21 @@ def test_where_it_is_not_installed_nothing_is_begun(config, data, tmp_path, monk
     with pytest.raises(UserError, match=r"wandb=shop: needs wandb: pip install '\.\[wandb\]'"):
         train(config, tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
+
+
+def test_where_a_run_is_shown_is_said(tmp_path):
+    """Of a run that is not offline; what it would answer is made up, as there is no network."""
+    script = """
+import sys, types, wandb
+from pathlib import Path
+from prefixmem_jax.cli import terminal
+terminal.prepare()
+from prefixmem_jax.config import Config
+from prefixmem_jax.runs.boards import WeightsAndBiases
+answer = types.SimpleNamespace(offline=False, disabled=False, url="https://wandb.example/shop/1")
+wandb.init = lambda **settings: answer
+folder = Path(sys.argv[1])
+WeightsAndBiases(folder, folder, Config("board", wandb="shop"))
+"""
+    _, said = python_process(script, str(tmp_path)).communicate(timeout=60)
+    assert said == "prefixmem: Weights & Biases: https://wandb.example/shop/1\n"

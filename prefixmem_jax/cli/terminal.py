@@ -15,7 +15,7 @@ PACKAGE = "prefixmem_jax"
 
 
 class _Lines(logging.Handler):
-    """Warnings of this package, in between progress bars."""
+    """What this package has to say, in between progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -23,7 +23,7 @@ class _Lines(logging.Handler):
         tqdm.write(f"prefixmem: {visible(record.getMessage())}", file=sys.stderr)
 
 
-_HANDLER, _NOWHERE = _Lines(logging.WARNING), logging.NullHandler()
+_HANDLER, _NOWHERE = _Lines(logging.INFO), logging.NullHandler()
 
 
 def prepare() -> None:
@@ -33,6 +33,7 @@ def prepare() -> None:
     logging.getLogger("absl").addFilter(_nothing)  # Orbax logs there too
     logging.getLogger().addHandler(_NOWHERE)  # what others log, and nobody asked to see
     logging.getLogger(PACKAGE).addHandler(_HANDLER)
+    logging.getLogger(PACKAGE).setLevel(logging.INFO)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     # What a thread fails with is raised where its result is needed.
