@@ -279,6 +279,7 @@ class OptimizerConfig:
         rows by `memory.weight_decay`.
       embedding_weight_decay: on its vectors of tokens and items instead; none means the same.
       final_rate: the learning rate at the end as a share of its peak.
+      first_moment_dtype: of the dense parameters' running means of gradients.
       average_decay: keep an exponential moving average of the dense parameters with this decay a
         step (in the first steps less), and use it for everything but training; none keeps none.
         Memory rows, which most steps leave alone, are used as they are.
@@ -292,6 +293,7 @@ class OptimizerConfig:
     beta1: Rate = 0.9
     beta2: Rate = 0.99
     epsilon: PositiveFloat = 1e-8
+    first_moment_dtype: DType = "float32"
     weight_decay: NonNegativeFloat = 0.1
     embedding_weight_decay: NonNegativeFloat | None = None
     clip_norm: PositiveFloat = 1.0

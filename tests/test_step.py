@@ -379,6 +379,18 @@ def test_bfloat16_rows_learn_as_float32_rows_do():
     np.testing.assert_allclose(losses(other), losses(rounded), rtol=1e-3)
 
 
+def test_first_moments_in_bfloat16_take_half_and_learn_as_in_float32():
+    config = with_optimizer(CONFIG, first_moment_dtype="bfloat16")
+    (exact, whole), (rounded, half) = (run(one, 20) for one in (CONFIG, config))
+    sizes = [
+        {str(leaf.dtype): leaf.nbytes for leaf in jax.tree.leaves(state.optimizer[0].mu)}
+        for state in (whole, half)
+    ]
+    assert [list(by_dtype) for by_dtype in sizes] == [["float32"], ["bfloat16"]]
+    np.testing.assert_allclose(losses(rounded), losses(exact), rtol=2e-3)
+    assert losses(rounded)[-1] != losses(exact)[-1]
+
+
 @pytest.mark.parametrize(
     "what, sizes, pieces",
     [

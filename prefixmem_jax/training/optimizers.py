@@ -69,8 +69,9 @@ def _weight_decay(options: OptimizerConfig) -> optax.GradientTransformation:
 
 def dense_optimizer(config: Config) -> optax.GradientTransformation:
     options = config.optimizer
+    dtype = jnp.dtype(options.first_moment_dtype)
     return optax.chain(
-        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
+        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon, mu_dtype=dtype),
         _weight_decay(options),
         optax.scale_by_learning_rate(learning_rate(config)),
     )

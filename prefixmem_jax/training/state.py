@@ -73,7 +73,7 @@ def abstract_state(spec: ModelSpec) -> TrainState:
     # What mirrors a parameter lies as the parameter does; counts are on every device.
     optimizer = optax.tree_map_params(
         dense_optimizer(config),
-        lambda _, parameter: parameter,
+        lambda leaf, parameter: placed(leaf, parameter.sharding),
         shapes.optimizer,
         trainable_tree(spec.params, config),
         transform_non_params=lambda leaf: placed(leaf, everywhere),
