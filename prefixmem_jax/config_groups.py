@@ -151,6 +151,7 @@ class DecoderConfig:
       logit_softcap: bound c on logits, c * tanh(logits / c).
       sliding_layers: 0-based layers that attend to the last `sliding_window` positions only, with
         rotary base `sliding_rope_base` and without `rope_scaling`.
+      attention: of whole sequences, by the platform's `kernel` or `plain`, as XLA compiles it.
       compute_dtype: of activations and matrix products; parameters, norms, softmax and logits
         are float32.
       dropout: share of numbers zeroed in training: of the embeddings, and of every attention's and
@@ -184,6 +185,7 @@ class DecoderConfig:
     sliding_rope_base: PositiveFloat = 10_000.0
     norm_epsilon: PositiveFloat = 1e-6
     init_std: PositiveFloat = 0.02
+    attention: Literal["kernel", "plain"] = "kernel"
     compute_dtype: DType = "float32"
     dropout: Rate = 0.0
     remat: Literal["none", "mlp", "dots", "offload", "full"] = "none"

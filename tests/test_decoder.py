@@ -5,10 +5,12 @@ test_hf.py compares the decoder with torch.
 
 import contextlib
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ from prefixmem_jax.layers.attention import (
     visible,
 )
 from prefixmem_jax.layers.fixed_products import halves_swapped, mean_by_product
+from prefixmem_jax.layers.flash_attention import flash_attention
 from prefixmem_jax.layers.splash_attention import splash_attention
 from prefixmem_jax.models.decoder import Decoder
 from prefixmem_jax.parallel.mesh import make_mesh
@@ -286,7 +289,7 @@ def test_attention_of_a_few_rows_at_a_time_is_attention(rows, pieces, monkeypatc
         (4, 1, 9, (2,)),
     ],
 )
-def test_the_tpus_kernel_is_attention(heads, kv_heads, length, windows):
+def test_the_kernels_are_attention(heads, kv_heads, length, windows):
     """Forward and backward; lengths that no block divides, of which two rows of 192 are laid end to
     end; three documents and padding.
     """
@@ -306,12 +309,10 @@ def test_the_tpus_kernel_is_attention(heads, kv_heads, length, windows):
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
 
-    for window in windows:
-        found = gradients(
-            lambda *x, window=window: splash_attention(
-                *x, place.segments, window=window, scale=0.1, interpret=True
-            )
-        )
+    named = {"scale": 0.1, "interpret": True}
+    of_tpus = [(window, partial(splash_attention, window=window, **named)) for window in windows]
+    for window, kernel in [*of_tpus, (NO_WINDOW, partial(flash_attention, **named))]:
+        found = gradients(lambda *x, kernel=kernel: kernel(*x, place.segments))
         expected = gradients(
             lambda q, k, v, window=window: attention(q, place, KeyValues(k, v), place, window, 0.1)
         )
@@ -352,6 +353,60 @@ def test_a_decoder_computes_the_same_as_on_tpus(options, mesh, monkeypatch):
         found = gradients_of(*places, longest_document=10, **config)(params)
     assert set(kernels) == ({3, 10} if config.get("sliding_layers", True) else {10})
     assert_same_trees(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoder_computes_the_same_as_on_gpus(dtype, mesh, monkeypatch):
+    """By their kernel in bfloat16, where no window is nearer than a document's start: there as near
+    to float32 as without the kernel.
+    """
+    config = {"query_heads": 4, "kv_heads": 2}
+    tokens = jax.random.randint(jax.random.key(0), (8, 40), 0, VOCABULARY)
+    segments, positions = jnp.repeat(jnp.array([1, 2, 3, 0]), 10), jnp.tile(jnp.arange(10), 4)
+    segments, positions = (jnp.broadcast_to(x, tokens.shape) for x in (segments, positions))
+    decoder = Decoder(dataclasses.replace(SMALL, **config), VOCABULARY, rngs=nnx.Rngs(0))
+    params = nnx.state(decoder, nnx.Param)
+    exact = gradients_of(tokens, positions, segments, **config)(params)
+    config["compute_dtype"] = dtype
+    rounded = gradients_of(tokens, positions, segments, **config)(params)
+    kernels = []
+
+    def interpreted(*operands, **named):
+        kernels.append(operands[0].dtype)
+        return flash_attention(*operands, interpret=True, **named)
+
+    def error(found):
+        found, expected = jax.device_get((found, exact))
+        return optax.global_norm(jax.tree.map(np.subtract, found, expected))
+
+    monkeypatch.setattr(attention_module, "on_gpus", lambda: True)
+    monkeypatch.setattr(attention_module, "flash_attention", interpreted)
+    bound = 1.3 * error(rounded) + 1e-5 * optax.global_norm(exact)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(MeshConfig(*mesh))):
+        places = [constrain(x, "batch", None) for x in (tokens, positions, segments)]
+        plain = gradients_of(*places, longest_document=10, attention="plain", **config)(params)
+        assert not kernels and error(plain) < bound
+        found = gradients_of(*places, longest_document=10, **config)(params)
+    assert set(kernels) == ({jnp.dtype("bfloat16")} if dtype == "bfloat16" else set())
+    assert error(found) < bound
+
+
+def test_gpus_keep_no_scores():
+    """Lowered for them: kernels forward and backward, and nothing [S, S] between them."""
+    query, own = (
+        jnp.zeros((2, 300, 4, 128), jnp.bfloat16),
+        jnp.zeros((2, 300, 2, 128), jnp.bfloat16),
+    )
+
+    def loss(query, key, value):
+        segments = jnp.ones((2, 300), int)
+        return jnp.sum(flash_attention(query, key, value, segments, scale=None))
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, own, own)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mha_forward" in text and "mha_backward" in text and "triton" in text
+    assert "2x384x4x128xbf16" in text and "384x384" not in text and "300x300" not in text
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(whole):

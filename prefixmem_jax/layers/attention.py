@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prefixmem_jax.layers.flash_attention import flash_attention
 from prefixmem_jax.layers.splash_attention import splash_attention
-from prefixmem_jax.parallel.sharding import by_heads, on_cpus, on_tpus
+from prefixmem_jax.parallel.sharding import by_heads, on_cpus, on_gpus, on_tpus
 
 NO_WINDOW = 2**30  # further back than any position
 # On a CPU, so many scores of attention at a time stay in its cache: 4 MB.
@@ -49,11 +50,13 @@ def self_attention(
     window: jax.Array | int,
     windows: Sequence[int],
     scale: float | None,
+    longest: int = NO_WINDOW,
 ) -> jax.Array:
     """Attention among the tokens of whole sequences: [B, S, N, H].
 
     On TPUs by the splash kernel, which keeps no [S, S] array and skips what no window reaches; on
-    CPUs a few rows at a time, computed again by the backward pass; elsewhere as `attention`.
+    GPUs in bfloat16 by a flash kernel, which keeps none either, and knows no window; on CPUs a few
+    rows at a time, computed again by the backward pass.
 
     Args:
       place: positions go up by one within a segment, which stands in one piece.
@@ -61,11 +64,15 @@ def self_attention(
       window: one of `windows`: how many positions back a query sees, itself included; may be
         traced.
       scale: of queries; None means H ** -0.5.
+      longest: tokens that a segment has at most: a window as wide is none.
     """
-    if not on_tpus():
+    if on_tpus():
+        kernels = [partial(splash_attention, window=one, scale=scale) for one in windows]
+    elif on_gpus():
+        kernels = [partial(_on_a_gpu, scale, None if one >= longest else one) for one in windows]
+    else:
         local = partial(few_rows_at_a_time, partial(_attention, scale))
         return by_heads(local, (query_BSNH, *own), (place, place), jnp.asarray(window))
-    kernels = [partial(splash_attention, window=one, scale=scale) for one in windows]
 
     def local(heads: tuple, batch: tuple, *which: jax.Array) -> jax.Array:
         operands = (*heads, *batch)
@@ -95,8 +102,27 @@ def attention(
     return by_heads(local, (query_BSNH, *past), (queries, keys), jnp.asarray(window))
 
 
+def _on_a_gpu(
+    scale: float | None,
+    window: int | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+) -> jax.Array:
+    """
+    Args:
+      window: None for none that is nearer than a segment's start.
+    """
+    if window is None and query.dtype == jnp.bfloat16:
+        return flash_attention(query, key, value, segments, scale=scale)
+    place = Place(jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape), segments)
+    window = NO_WINDOW if window is None else window
+    return _attention(scale, (query, key, value), (place, place), window)
+
+
 def _attention(
-    scale: float | None, heads: tuple, batch: tuple[Place, Place], window: jax.Array
+    scale: float | None, heads: tuple, batch: tuple[Place, Place], window: jax.Array | int
 ) -> jax.Array:
     (query, key, value), (queries, keys) = heads, batch
     mask = visible(queries, keys, window)[:, None]

@@ -80,7 +80,9 @@ class Decoder(TokenTables):
 
         def attend(_: None, window: jax.Array, query: jax.Array, new: KeyValues) -> tuple:
             window = jnp.minimum(window, longest)
-            return self_attention(query, queries, new, window, windows, scale), new
+            if self.config.attention == "plain":
+                return attention(query, queries, new, queries, window, scale), new
+            return self_attention(query, queries, new, window, windows, scale, longest), new
 
         keys = None
         if key is not None:

@@ -69,6 +69,11 @@ def on_cpus() -> bool:
     return _device_kind() == "cpu"
 
 
+def on_gpus() -> bool:
+    """Whether they are GPUs, which are called by their makers' names."""
+    return not (on_tpus() or on_cpus())
+
+
 def _device_kind() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.device_kind).lower()
