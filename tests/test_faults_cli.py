@@ -166,12 +166,13 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
         cli.main([])
 
 
-def test_only_our_own_warnings_are_shown(monkeypatch, capsys):
+def test_only_what_we_have_to_say_is_shown(monkeypatch, capsys):
     def noisy():
         warnings.warn("of a library", stacklevel=1)
         absl_logging.error("of Orbax")
         logging.getLogger("prefixmem_jax.runs.checkpoint").warning("kept %s", "the\nnewest")
-        logging.getLogger("prefixmem_jax.runs.checkpoint").info("unseen")
+        logging.getLogger("prefixmem_jax.runs.boards").info("it is there")
+        logging.getLogger("prefixmem_jax.runs.boards").debug("unseen")
         thread = threading.Thread(target=raises(OSError("in a thread")))
         thread.start()
         thread.join()
@@ -180,7 +181,7 @@ def test_only_our_own_warnings_are_shown(monkeypatch, capsys):
     ends_with(monkeypatch, noisy)
     for _ in range(2):  # a line is a line, however often the command was run here
         assert cli.main([]) == 0
-        assert capsys.readouterr() == ("", "prefixmem: kept the\\nnewest\n")
+        assert capsys.readouterr() == ("", "prefixmem: kept the\\nnewest\nprefixmem: it is there\n")
 
 
 ENDLESS = """
