@@ -328,14 +328,19 @@ def test_products_with_constants_are_a_mean_and_a_swap(size):
     np.testing.assert_allclose(mean_by_product(x), mean, rtol=1e-5, atol=1e-6)
 
 
+def packed_rows():
+    """Tokens, positions and segments: three documents of ten tokens, and padding, a row."""
+    tokens = jax.random.randint(jax.random.key(0), (8, 40), 0, VOCABULARY)
+    segments, positions = jnp.repeat(jnp.array([1, 2, 3, 0]), 10), jnp.tile(jnp.arange(10), 4)
+    return tokens, *(jnp.broadcast_to(x, tokens.shape) for x in (positions, segments))
+
+
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
 @pytest.mark.parametrize("options", [{}, {"sliding_layers": (), "remat": "full"}])
 def test_a_decoder_computes_the_same_as_on_tpus(options, mesh, monkeypatch):
     """Two kinds of layers choose between two kernels; no document is longer than said."""
     config = {"query_heads": 4, "kv_heads": 2, **options}
-    tokens = jax.random.randint(jax.random.key(0), (8, 40), 0, VOCABULARY)
-    segments, positions = jnp.repeat(jnp.array([1, 2, 3, 0]), 10), jnp.tile(jnp.arange(10), 4)
-    segments, positions = (jnp.broadcast_to(x, tokens.shape) for x in (segments, positions))
+    tokens, positions, segments = packed_rows()
     decoder = Decoder(dataclasses.replace(SMALL, **config), VOCABULARY, rngs=nnx.Rngs(0))
     params = nnx.state(decoder, nnx.Param)
     expected = gradients_of(tokens, positions, segments, **config)(params)
@@ -362,9 +367,7 @@ def test_a_decoder_computes_the_same_as_on_gpus(dtype, mesh, monkeypatch):
     to float32 as without the kernel.
     """
     config = {"query_heads": 4, "kv_heads": 2}
-    tokens = jax.random.randint(jax.random.key(0), (8, 40), 0, VOCABULARY)
-    segments, positions = jnp.repeat(jnp.array([1, 2, 3, 0]), 10), jnp.tile(jnp.arange(10), 4)
-    segments, positions = (jnp.broadcast_to(x, tokens.shape) for x in (segments, positions))
+    tokens, positions, segments = packed_rows()
     decoder = Decoder(dataclasses.replace(SMALL, **config), VOCABULARY, rngs=nnx.Rngs(0))
     params = nnx.state(decoder, nnx.Param)
     exact = gradients_of(tokens, positions, segments, **config)(params)

@@ -383,10 +383,10 @@ def test_first_moments_in_bfloat16_take_half_and_learn_as_in_float32():
     config = with_optimizer(CONFIG, first_moment_dtype="bfloat16")
     (exact, whole), (rounded, half) = (run(one, 20) for one in (CONFIG, config))
     sizes = [
-        {str(leaf.dtype): leaf.nbytes for leaf in jax.tree.leaves(state.optimizer[0].mu)}
+        sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer[0].mu))
         for state in (whole, half)
     ]
-    assert [list(by_dtype) for by_dtype in sizes] == [["float32"], ["bfloat16"]]
+    assert sizes[0] == 2 * sizes[1] > 0
     np.testing.assert_allclose(losses(rounded), losses(exact), rtol=2e-3)
     assert losses(rounded)[-1] != losses(exact)[-1]
 

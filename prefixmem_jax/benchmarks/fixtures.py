@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from prefixmem_jax.config import Config
+from prefixmem_jax.config_files import load_config
 from prefixmem_jax.config_groups import DataConfig, DecoderConfig, ItemHeadConfig
 from prefixmem_jax.data.batch import Batch
 from prefixmem_jax.memory.table import Lookup, spread
@@ -25,18 +27,10 @@ from prefixmem_jax.training.state import abstract_state, init_sharded, init_stat
 from prefixmem_jax.training.step import compile_train_step
 
 
-def _qwen3(d_model: int, d_ff: int) -> DecoderConfig:
-    return DecoderConfig(
-        layers=28,
-        d_model=d_model,
-        d_ff=d_ff,
-        query_heads=16,
-        kv_heads=8,
-        head_dim=128,
-        tied_embeddings=True,
-        rope_base=1e6,
-        compute_dtype="bfloat16",
-    )
+def _published(name: str) -> tuple[DecoderConfig, int]:
+    """Of `configs/models`, without its recomputation: one device that holds it holds that too."""
+    config = load_config(f"models/{name}", [])
+    return dataclasses.replace(config.model, remat="none"), config.data.text_tokens
 
 
 # Decoders by name, each with the text tokens of its vocabulary: a small one, the quickstart's, the
@@ -47,8 +41,8 @@ DECODERS = {
         0,
     ),
     "quickstart": (DecoderConfig(), 0),
-    "qwen3-0.6b": (_qwen3(1024, 3072), 151_936),
-    "qwen3-1.7b": (_qwen3(2048, 6144), 151_936),
+    "qwen3-0.6b": _published("qwen3_0p6b"),
+    "qwen3-1.7b": _published("qwen3_1p7b"),
 }
 
 

@@ -232,14 +232,14 @@ class PrefixMemory(SidEncoder):
     ) -> jax.Array:
         """Rows to fetch: int32 [B, P, tables], negative where it is not active."""
         level_BS, codes_BSL = self._levels(tokens_BS, segment_ids_BS)
-        prefixes = level_BS, codes_BSL, None
+        items = None
         if self.config.items:
             whole_BS, _ = self.vocabulary.prefixes(tokens_BS, segment_ids_BS)
             exists_BSK, codes_BSKL = self.vocabulary.last_items(
                 whole_BS, codes_BSL, segment_ids_BS, self.config.items
             )
             items = exists_BSK & (level_BS > 0)[..., None], codes_BSKL
-            prefixes = level_BS, codes_BSL, items
+        prefixes = level_BS, codes_BSL, items
         if last is None:
             index_BP = self.looked_up(tokens_BS, segment_ids_BS)
             prefixes = jax.tree.map(lambda x: take_positions(x, index_BP), prefixes)
